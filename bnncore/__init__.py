@@ -1,0 +1,1 @@
+"""Ensembles of binarized neural networks: train, share, count, pack, evaluate."""

@@ -24,7 +24,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -239,9 +239,10 @@ def _labels(
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent())
     steps = []
-    for (x0, y0), (x1, y1) in zip(front, front[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(front):
         (a, b), (c, d) = to_pixels((x0, y0)), to_pixels((x1, y1))
         steps += [Bbox.from_extents(a, b - 1, c, b + 1), Bbox.from_extents(c - 1, b, c + 1, d)]
+    sides: list[tuple[float, float, str, str]]
     sides = [(1, 0, "left", "center"), (-1, 0, "right", "center"), (0, 1, "center", "bottom")]
     sides += [
         (0, -1, "center", "top"),

@@ -16,29 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bnncore.binarize import ACTIVATIONS, WEIGHTS, BinaryActivation, BinaryConv2d, Shift, imported
-
-
-@dataclass(frozen=True)
-class Binarizer:
-    """How a layer becomes binary.
-
-    Attributes:
-        weight: a key of `binarize.WEIGHTS` or ``module:function``.
-        activation: a key of `binarize.ACTIVATIONS` or ``module:function``.
-    """
-
-    weight: str = "xnor"
-    activation: str = "clipped"
-
-    def __post_init__(self):
-        for key, table in (("weight", WEIGHTS), ("activation", ACTIVATIONS)):
-            name = getattr(self, key)
-            if name not in table and ":" not in name:
-                raise ValueError(
-                    f"binarizer.{key}: expected one of {', '.join(table)} or 'module:function', "
-                    f"got {name!r}"
-                )
+from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift, imported
+from bnncore.params import Binarizer
 
 
 class Backbone(nn.Module):

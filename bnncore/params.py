@@ -244,7 +244,9 @@ def _allowed(cls, error) -> str:
             owner = globals().get(str(annotations.get(str(part), "")), None)
             if owner is None:
                 return "unknown key"
-        return f"unknown key; expected one of {', '.join(f.name for f in dataclasses.fields(owner))}"
+        return (
+            f"unknown key; expected one of {', '.join(f.name for f in dataclasses.fields(owner))}"
+        )
     return error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
 
 
@@ -289,5 +291,7 @@ def save(params, path: str | Path) -> None:
 
 def digest(*parts: Any) -> str:
     """A short hash of plain data: the same parts, the same hash."""
-    text = json.dumps([plain(p) if dataclasses.is_dataclass(p) else p for p in parts], sort_keys=True)
+    text = json.dumps(
+        [plain(p) if dataclasses.is_dataclass(p) else p for p in parts], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

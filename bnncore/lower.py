@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bnncore import program as P
+from bnncore.backbones import Dropout
 from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift
 from bnncore.ensemble import Ensemble
-from bnncore.backbones import Dropout
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -208,11 +208,9 @@ class _Lowering:
             return self.emit("relu", name, tensors, modules=[nn.ReLU()] * len(self.members))
         elif node.target is F.dropout:
             return tensors[0]
-        elif target == "mean" and tuple(node.args[1:2] or [node.kwargs.get("dim")])[0] in (
+        elif (target == "mean" and tuple(node.args[1:2] or [node.kwargs.get("dim")])[0] in (
             (2, 3), [2, 3], (-2, -1), [-2, -1],
-        ):  # fmt: skip
-            return self.emit("global_avg", name, tensors)
-        elif node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1)):
+        )) or (node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))):  # fmt: skip
             return self.emit("global_avg", name, tensors)
         raise LowerError(f"operation {name!r}: {target} with these arguments cannot be packed")
 

@@ -27,6 +27,9 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+DataParams.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+
+
 class ParamsError(ValueError):
     """Parameters that cannot be used; names the key, the value and what is allowed."""
 
@@ -150,7 +153,7 @@ class EnsemblesParams:
     def __post_init__(self):
         names = [e.name for e in self.train]
         for name in {"fp32", "bnn", *names}:
-            if name in ("fp32", "bnn") and name in names or names.count(name) > 1:
+            if (name in ("fp32", "bnn") and name in names) or names.count(name) > 1:
                 raise ValueError(f"train: expected unique names other than fp32, bnn; got {name!r}")
 
 

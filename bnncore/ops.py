@@ -162,13 +162,12 @@ def _conv(bound: _Bound) -> Run:
 
 
 def _bconv(bound: _Bound) -> Run:
-    _, kh, kw, channels = bound.tensors["weight"].shape
+    _, kh, kw, _ = bound.tensors["weight"].shape
     stride, pad = bound.attr("stride"), bound.attr("pad")
     height, width, filters = bound.out.dims
     step = max(1, _PIXELS // (height * width))
     words = bound.per(_words, "weight")
-    border = _border(bound)
-    borders = bound.per(border, "weight")
+    borders = bound.per(_border(bound), "weight")
 
     def run(values: Sequence[Array], member: int) -> Array:
         x = np.pad(values[0], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else values[0]
@@ -347,7 +346,7 @@ def _concat(bound: _Bound) -> Run:
 
 def _maxpool(bound: _Bound) -> Run:
     kernel, stride, pad = (bound.attr(name) for name in ("kernel", "stride", "pad"))
-    out = bound.out.dims[:2]
+    out = (bound.out.dims[0], bound.out.dims[1])
 
     def run(values: Sequence[Array], member: int) -> Array:
         x = values[0]
@@ -363,7 +362,7 @@ def _maxpool(bound: _Bound) -> Run:
 
 def _avgpool(bound: _Bound) -> Run:
     kernel, stride, pad = (bound.attr(name) for name in ("kernel", "stride", "pad"))
-    out = bound.out.dims[:2]
+    out = (bound.out.dims[0], bound.out.dims[1])
     # What a window divides by: with include_pad also its taps in the padding, but not those that
     # `ceil` adds beyond.
     reach = pad if bound.attr("include_pad") else 0

@@ -25,6 +25,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ from torch.nn import functional as F
 
 from bnncore.backbones import Dropout
 from bnncore.data import Dataset, Split, normalization
-from bnncore.ensemble import Ensemble, EnsembleSpec, generator, tree_sum
+from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, generator, tree_sum
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -155,6 +156,10 @@ class Trainer:
         self.ensemble.load(job.start)
         self.ensemble.to(self.device)
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
+        # The bias of the classifier block is left out: its gradient is the same everywhere.
+        self.shared = [
+            p for n, p in self.trained.items() if n.startswith("shared.") and n != "shared.bias"
+        ]
         recipe = job.recipe
         self.optimizer = torch.optim.Adam(
             self.trained.values(),
@@ -168,6 +173,7 @@ class Trainer:
         self.images = self.uploaded(data.train)
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
+        self._reset_watch()
         extra = {"weights": job.weights, "offsets": job.offsets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
@@ -192,6 +198,7 @@ class Trainer:
         augment = generator("augment", self.job.seed, number, device=self.device)
         self._seed_dropout(number)
         self.ensemble.train()
+        self._reset_watch()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for step, at in enumerate(order.split(recipe.batch_size)):
@@ -206,10 +213,7 @@ class Trainer:
             correct += (logits.argmax(1) == self.labels[at]).sum()
         total = float(loss_sum)
         if not math.isfinite(total):
-            raise TrainingError(
-                f"{self.job.name}: the loss of epoch {number + 1} is {total}; expected a finite "
-                f"number. The last good epoch is kept; try a lower lr than {recipe.lr}"
-            )
+            raise self._not_finite(total, number + 1)
         outputs = self.validation_outputs()
         sums = {"loss": total, "correct": float(correct), "images": float(len(order))}
         return {**sums, "seconds": time.perf_counter() - started}, outputs
@@ -221,7 +225,7 @@ class Trainer:
         h = x
         for module in ensemble.prefix():
             h = module(h)
-        # Members push their gradients into this leaf; the shared block is run back once.
+        # Members push their gradients into this leaf.
         leaf = h.detach().requires_grad_(h.requires_grad)
         scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / count
         if self.replay:
@@ -229,15 +233,27 @@ class Trainer:
                 outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
         else:
             outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
-        grads, loss, logits = self._objective([z.detach() for z in outputs], y, extra, scale)
+        detached = [z.detach() for z in outputs]
+        self._watch(detached)
+        grads, loss, logits = self._objective(detached, y, extra, scale)
+        shared = TreeSum()
         for member, z, grad in zip(ensemble.members, outputs, grads, strict=True):
             if self.replay:
                 z = ensemble.rest(member, leaf)
             z.backward(grad)
-        if h.requires_grad:
-            h.backward(leaf.grad)
-        if self.exchange.size > 1:
-            self._sum_shared_gradients()
+            if leaf.grad is not None:
+                h.backward(leaf.grad, retain_graph=True)
+                leaf.grad = None
+            if self.shared:
+                # A tree of one gradient a member: bits do not depend on who holds whom.
+                shared.add(torch.cat([p.grad.flatten() for p in self.shared]))  # type: ignore[union-attr]
+                for p in self.shared:
+                    p.grad = None
+        if self.shared:
+            flat = self.exchange.sum(shared.value())
+            parts = flat.split([p.numel() for p in self.shared])
+            for p, part in zip(self.shared, parts, strict=True):
+                p.grad = part.view_as(p)
         return loss, logits
 
     def _objective(self, outputs: list[Tensor], y, extra, scale: float):
@@ -277,18 +293,29 @@ class Trainer:
         weight = extra["weights"]
         return (F.cross_entropy(logits, y, reduction="none") * weight).sum() / weight.sum()
 
-    def _sum_shared_gradients(self) -> None:
-        grads = [
-            p.grad
-            for name, p in self.trained.items()
-            # The bias of the classifier block has the same gradient everywhere already.
-            if name.startswith("shared.") and name != "shared.bias" and p.grad is not None
-        ]
-        if not grads:
-            return
-        flat = self.exchange.sum(torch.cat([g.flatten() for g in grads]))
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+    def _reset_watch(self) -> None:
+        held = len(self.ensemble.ids)
+        self._finite = torch.ones(held, dtype=torch.bool, device=self.device)
+        self._finite_steps = torch.zeros(held, dtype=torch.int64, device=self.device)
+
+    def _watch(self, outputs: list[Tensor]) -> None:
+        """Count, for each held member, the steps before its outputs were first not finite."""
+        self._finite &= torch.stack(outputs).isfinite().all(2).all(1)
+        self._finite_steps += self._finite
+
+    def _not_finite(self, total: float, epoch: int) -> TrainingError:
+        steps = torch.zeros(len(self.job.ids), device=self.device)
+        for i, n in zip(self.ensemble.ids, self._finite_steps, strict=True):
+            steps[self.job.ids.index(i)] = n
+        steps = self.exchange.sum(steps)
+        first = steps.min()
+        members = [i for i, n in zip(self.job.ids, steps, strict=True) if n == first]
+        return TrainingError(
+            f"{self.job.name}: the loss of epoch {epoch} is {total}; expected a finite number. "
+            f"Outputs were first not finite after step {int(first)}, of member(s) "
+            f"{', '.join(map(str, members))}. The last good epoch is kept; try a lower lr than "
+            f"{self.job.recipe.lr}"
+        )
 
     # -- data and randomness ---------------------------------------------------------------
 
@@ -317,7 +344,8 @@ class Trainer:
         return images.to(self.device)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        return images.float() * self.scale + self.shift
+        # NCHW: stock CPU batch norm is far less accurate in channels-last.
+        return images.float().contiguous() * self.scale + self.shift
 
     @torch.no_grad()
     def outputs(self, images: Tensor, batch: int = 512) -> np.ndarray:

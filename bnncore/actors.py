@@ -16,9 +16,9 @@ Legend: `B` images of a batch, `C` classes, `M` members, `R` actors of a group (
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,13 +32,13 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
 from torch import Tensor
 from torch import distributed as dist
-from tqdm import tqdm
 
 from bnncore.data import Dataset
 from bnncore.ensemble import tree_sum
 from bnncore.params import RayParams
 from bnncore.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
 
+log = logging.getLogger(__name__)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
@@ -203,7 +203,8 @@ class _Group:
 
     def epoch(self, history: list[dict[str, Any]]) -> tuple[dict[str, float], np.ndarray]:
         results = self._call("epoch", history)
-        return results[0][0], np.concatenate([outputs for _, outputs in results])
+        sums = results[0][0] | {"actors": len(self.actors)}
+        return sums, np.concatenate([outputs for _, outputs in results])
 
     def validation_outputs(self) -> np.ndarray:
         return np.concatenate(self._call("validation_outputs"))
@@ -249,20 +250,23 @@ class Cluster:
 
     Args:
         params: the ``ray`` section of the parameters.
-        progress: show a line a running job; by default when stderr is a terminal.
+
+    Attributes:
+        lost: how many groups of actors were lost and replaced.
 
     Raises:
         ClusterError: what one actor takes is nowhere to be had within ``wait_s``; says what is
             missing.
     """
 
-    def __init__(self, params: RayParams | None = None, progress: bool | None = None):
+    def __init__(self, params: RayParams | None = None):
         self.params = params or RayParams()
-        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.lost = 0
         self._owner = False
         self._idle: list = []
         self._busy = 0
         self._free = threading.Condition()
+        self._data: tuple[Dataset, ray.ObjectRef] | None = None
 
     def __enter__(self) -> Cluster:
         if not ray.is_initialized():
@@ -279,6 +283,7 @@ class Cluster:
         for actor in self._idle:
             ray.kill(actor)
         self._idle.clear()
+        self._data = None
         if self._owner:
             ray.shutdown()
             self._owner = False
@@ -334,7 +339,7 @@ class Cluster:
                 f"{message}; expected room for at least 1: lower ray.cpus_per_actor or "
                 "ray.gpus_per_actor, or add nodes"
             )
-        tqdm.write(f"{message}; going on with those", file=sys.stderr)
+        log.warning("%s; going on with those", message)
 
     def _take(self, members: int) -> list:
         """Actors for a job of so many members: as many as are of use and the cluster holds."""
@@ -387,6 +392,13 @@ class Cluster:
             self._busy -= len(actors)
             self._free.notify_all()
 
+    def _put(self, data: Dataset) -> ray.ObjectRef:
+        """The data set's one copy in the object store."""
+        with self._free:
+            if self._data is None or self._data[0] is not data:
+                self._data = (data, ray.put(data))
+            return self._data[1]
+
     # -- training --------------------------------------------------------------------------
 
     def train_many(
@@ -435,9 +447,8 @@ class _Run:
     def __init__(self, cluster: Cluster, data: Dataset, checkpoints, on_epoch):
         self.cluster, self.data, self.checkpoints = cluster, data, checkpoints
         self.on_epoch = on_epoch
-        self.ref = ray.put(data)
+        self.ref = cluster._put(data)
         self.running: dict[str, list] = {}
-        self.lines: list[str | None] = []
         self.lock = threading.RLock()
         self.stopped = False
 
@@ -455,7 +466,6 @@ class _Run:
         checkpoint: Any = _Memory()
         if self.checkpoints:
             checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
-        bar = _bar(self, job)
         seen, lost = 0, 0
 
         def finished(job: Job, epoch: dict[str, Any]) -> None:
@@ -464,11 +474,6 @@ class _Run:
                 return
             seen, lost = epoch["epoch"], 0
             with self.lock:
-                bar.set_postfix_str(
-                    f"loss {epoch['train_loss']:.3f} val {epoch['val_top1']:.1f} % "
-                    f"{epoch['images_per_s']:.0f} img/s"
-                )
-                bar.update()
                 if self.on_epoch:
                     self.on_epoch(job, epoch)
 
@@ -485,15 +490,14 @@ class _Run:
                             f"{job.name}: lost its actors {lost} times without finishing an epoch "
                             f"(last: {error}); is there enough memory?"
                         ) from error
-                    tqdm.write(
-                        f"{job.name}: lost an actor after epoch {seen}; going on from there "
-                        f"({str(error).splitlines()[0]})",
-                        file=sys.stderr,
+                    self.cluster.lost += 1
+                    log.warning(
+                        "%s: lost an actor after epoch %d, going on from there (%s)",
+                        job.name,
+                        seen,
+                        str(error).splitlines()[0],
                     )
         finally:
-            bar.close()
-            with self.lock:
-                self.lines[self.lines.index(job.name)] = None
             checkpoint.close()
 
     def _attempt(self, job: Job, checkpoint, finished: Epochs) -> Trained:
@@ -515,22 +519,6 @@ class _Run:
                 del self.running[job.name]
         self.cluster._give_back(actors)
         return trained
-
-
-def _bar(run: _Run, job: Job) -> tqdm:
-    with run.lock:
-        if None not in run.lines:
-            run.lines.append(None)
-        position = run.lines.index(None)
-        run.lines[position] = job.name
-        return tqdm(
-            total=job.recipe.epochs,
-            desc=job.name,
-            unit="epoch",
-            position=position,
-            disable=not run.cluster.progress,
-            leave=False,
-        )
 
 
 def _address(params: RayParams) -> str:

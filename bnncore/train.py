@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnncore.backbones import Dropout
+from bnncore.backbones import Backbone, Dropout
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, generator, tree_sum
 from bnncore.params import Recipe, digest
@@ -107,10 +107,17 @@ def _code() -> str:
 
 
 class Exchange(Protocol):
-    """How the processes that train one job together add up: `rank` of `size`."""
+    """How the processes that train one job together add up: `rank` of `size`.
+
+    Attributes:
+        sent: bytes this rank has sent.
+        seconds: time spent in sums, waiting for slower ranks included.
+    """
 
     rank: int
     size: int
+    sent: int
+    seconds: float
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over the processes, in the order of their ranks; equal on all."""
@@ -121,6 +128,8 @@ class Alone:
 
     rank = 0
     size = 1
+    sent = 0
+    seconds = 0.0
 
     def sum(self, value: Tensor) -> Tensor:
         return value
@@ -155,6 +164,7 @@ class Trainer:
         self.ensemble = Ensemble(job.spec, hold or job.ids)
         self.ensemble.load(job.start)
         self.ensemble.to(self.device)
+        self.members = cast(list[Backbone], list(self.ensemble.members))
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
         # The bias of the classifier block is left out: its gradient is the same everywhere.
         self.shared = [
@@ -185,13 +195,15 @@ class Trainer:
         """Train the epoch that follows `history`.
 
         Returns:
-            Sums over the epoch (``loss``, ``correct``, ``images``, ``seconds``), and the outputs of
-            the held members on the validation images, (m, N, C) float32.
+            Sums over the epoch (``loss``, ``correct``, ``images``, ``steps``, ``seconds``, and the
+            exchange's ``sent`` bytes and ``waited`` seconds), and the outputs of the held members
+            on the validation images, (m, N, C) float32.
 
         Raises:
             TrainingError: the loss is not finite; names the job, the epoch and the step.
         """
         started = time.perf_counter()
+        sent, waited = self.exchange.sent, self.exchange.seconds
         number, recipe = len(history), self.job.recipe
         order = self._order(number)
         steps = math.ceil(len(order) / recipe.batch_size)
@@ -215,8 +227,16 @@ class Trainer:
         if not math.isfinite(total):
             raise self._not_finite(total, number + 1)
         outputs = self.validation_outputs()
-        sums = {"loss": total, "correct": float(correct), "images": float(len(order))}
-        return {**sums, "seconds": time.perf_counter() - started}, outputs
+        sums = {
+            "loss": total,
+            "correct": float(correct),
+            "images": float(len(order)),
+            "steps": float(steps),
+            "sent": float(self.exchange.sent - sent),
+            "waited": self.exchange.seconds - waited,
+            "seconds": time.perf_counter() - started,
+        }
+        return sums, outputs
 
     def step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C)."""
@@ -230,14 +250,14 @@ class Trainer:
         scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / count
         if self.replay:
             with torch.no_grad(), _undisturbed(ensemble):
-                outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
+                outputs = [ensemble.rest(member, leaf) for member in self.members]
         else:
-            outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
+            outputs = [ensemble.rest(member, leaf) for member in self.members]
         detached = [z.detach() for z in outputs]
         self._watch(detached)
         grads, loss, logits = self._objective(detached, y, extra, scale)
         shared = TreeSum()
-        for member, z, grad in zip(ensemble.members, outputs, grads, strict=True):
+        for member, z, grad in zip(self.members, outputs, grads, strict=True):
             if self.replay:
                 z = ensemble.rest(member, leaf)
             z.backward(grad)
@@ -323,7 +343,7 @@ class Trainer:
         rng = generator("order", self.job.seed, epoch)
         n = len(self.images) if self.job.indices is None else len(self.job.indices)
         if self.job.resample:
-            rng = generator("resample", self.job.seed, self.job.ids, epoch)
+            rng = generator("resample", self.job.seed, *self.job.ids, epoch)
             order = torch.randint(n, (n,), generator=rng)
         else:
             order = torch.randperm(n, generator=rng)
@@ -339,9 +359,12 @@ class Trainer:
                     module.generator = generator(*keys, device=self.device)
 
     def uploaded(self, split: Split) -> Tensor:
-        """The images of a split on the device: uint8 (N, C, H, W)."""
-        images = torch.from_numpy(np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)))
-        return images.to(self.device)
+        """The images of a split on the device, uint8 (N, C, H, W); on the CPU a view, no copy."""
+        with warnings.catch_warnings():
+            # Arrays in an object store are read-only, and nothing here writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            images = torch.from_numpy(split.images)
+        return images.to(self.device).permute(0, 3, 1, 2)
 
     def _normalized(self, images: Tensor) -> Tensor:
         # NCHW: stock CPU batch norm is far less accurate in channels-last.
@@ -407,10 +430,10 @@ class _undisturbed:
 
 
 def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
-    """Pad with zeros, crop at random and flip at random: a whole batch (B, C, H, W), on its device."""
+    """Pad with zeros, crop and flip at random: a whole batch (B, C, H, W), on its device."""
     if recipe.augment == "none":
         return images
-    b, c, h, w = images.shape
+    b, _, h, w = images.shape
     pad = recipe.pad
     padded = F.pad(images, (pad, pad, pad, pad))
     top, left = torch.randint(2 * pad + 1, (2, b, 1), generator=rng, device=images.device)
@@ -468,7 +491,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115: held as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -487,8 +510,8 @@ class Checkpoint:
                 return {name: file.get_tensor(name) for name in file.keys()}, history  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"{self.path}: expected a checkpoint, got an unreadable file ({error}); nothing was "
-                "overwritten: move it away to start this job anew"
+                f"{self.path}: expected a checkpoint, got an unreadable file ({error}); nothing "
+                "was overwritten: move it away to start this job anew"
             ) from error
 
     def save(self, state: State, history: list[dict[str, Any]]) -> None:
@@ -528,7 +551,9 @@ def drive(
     Args:
         trainer: a `Trainer`, or anything with its `epoch`, `state` and `load`.
         on_epoch: called with each finished epoch: ``epoch, lr, train_loss, train_top1, val_loss,
-            val_top1`` (top1 in percent), ``seconds``, ``images_per_s``.
+            val_top1`` (top1 in percent), ``seconds``, ``images_per_s``; where several processes
+            train the job, also ``actors``, ``exchange_share`` (of the time, waiting for slower ones
+            included) and ``sent_per_step`` (bytes, one actor's).
     """
     history: list[dict[str, Any]] = []
     found = checkpoint.load() if checkpoint else None
@@ -554,6 +579,10 @@ def drive(
             "seconds": sums["seconds"],
             "images_per_s": sums["images"] / sums["seconds"],
         }
+        if sums["sent"]:
+            epoch["actors"] = sums.get("actors", 1)
+            epoch["exchange_share"] = sums["waited"] / sums["seconds"]
+            epoch["sent_per_step"] = sums["sent"] / sums["steps"]
         history.append(epoch)
         if checkpoint:
             checkpoint.save(trainer.state(), history)
@@ -566,7 +595,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """(mean cross entropy, top-1 in percent) of the job's members together on the validation part."""
+    """Mean cross entropy and top-1 in percent of the job's members together on the validation part."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)

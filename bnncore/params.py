@@ -75,9 +75,10 @@ class Recipe:
         lr: learning rate at the start.
         betas: Adam's.
         weight_decay: Adam's (L2, as torch.optim.Adam).
-        schedule: ``poly``: ``lr * (1 - step / steps)``, linear to 0, by the step; ``plateau``: a
+        schedule: ``poly``: ``lr * (1 - epoch / epochs)``, changed once an epoch (the second
+            paper's formula and published code); ``linear``: the same, by the step; ``plateau``: a
             tenth after `patience` epochs without a lower validation loss; ``cosine``: one half
-            wave to 0; ``constant``.
+            wave to 0, by the step; ``constant``.
         patience: epochs, for ``plateau``.
         augment: ``none``, ``crop`` (pad and random crop), ``crop_flip`` (and horizontal flip).
         pad: pixels that are padded for the crop.
@@ -90,7 +91,7 @@ class Recipe:
     lr: Positive = 0.001
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["poly", "plateau", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "linear", "plateau", "cosine", "constant"] = "poly"
     patience: Count = 15
     augment: Literal["none", "crop", "crop_flip"] = "none"
     pad: Count = 4

@@ -42,10 +42,13 @@ class Binarizer:
         weight: ``xnor``, ``sign``, ``learned`` (`binarize.WEIGHTS`) or ``module:function``.
         activation: ``clipped``, ``bireal``, ``float`` (`binarize.ACTIVATIONS`) or
             ``module:function``.
+        stochastic: in training, draw each weight's sign at every step with
+            P(+1) = (clip(w, -1, 1) + 1) / 2 (BinaryConnect, Eq. 2).
     """
 
     weight: str = "xnor"
     activation: str = "clipped"
+    stochastic: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -128,8 +131,19 @@ class EnsembleParams:
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
-        vote: ``soft`` or ``hard``, for schemes that vote.
         recipe: fields of the section's recipe that differ here.
+
+    Options of some schemes only; None for the scheme's default (`schemes.SCHEMES`):
+        vote: ``soft`` or ``hard``, for schemes that vote.
+        sampling: what bagging gives each member: ``bootstrap`` (as many images as there are, drawn
+            with replacement), ``batch`` (a draw with replacement in each batch) or ``partition``
+            (one of M disjoint parts).
+        boost: how boosting stresses images: ``reweight`` (in the loss) or ``resample``.
+        chain: members trained in sequence go on from the weights of the one before, instead of
+            from `start`.
+        residual: what gradient boosting fits: ``squared`` (the pseudo-residual, by squared error)
+            or ``logits`` (cross entropy of the sum so far plus the new member).
+        shrinkage: by how much gradient boosting multiplies each member's outputs.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -140,8 +154,13 @@ class EnsembleParams:
     classifier: Literal["auto", "logits", "features"] = "auto"
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.1
     fresh_classifier: bool = True
-    vote: Literal["soft", "hard"] = "soft"
     recipe: dict[str, Any] = field(default_factory=dict)
+    vote: Literal["soft", "hard"] | None = None
+    sampling: Literal["bootstrap", "batch", "partition"] | None = None
+    boost: Literal["reweight", "resample"] | None = None
+    chain: bool | None = None
+    residual: Literal["squared", "logits"] | None = None
+    shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -37,9 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnncore.backbones import Dropout
 from bnncore.data import Dataset
-from bnncore.ensemble import Ensemble, EnsembleSpec, generator, tree_sum
+from bnncore.ensemble import Ensemble, EnsembleSpec, draws, generator, tree_sum
 from bnncore.lower import normalization
 from bnncore.params import Recipe, digest
 
@@ -318,7 +317,7 @@ class Trainer:
     def _seed_dropout(self, epoch: int) -> None:
         for i, member in zip(self.ensemble.ids, self.ensemble.members, strict=True):
             for name, module in member.named_modules():
-                if isinstance(module, Dropout):
+                if draws(module):
                     keys = ("dropout", self.job.seed, i, name, epoch)
                     module.generator = generator(*keys, device=self.device)
 
@@ -337,6 +336,25 @@ class Trainer:
     def validation_outputs(self) -> np.ndarray:
         """`outputs` on the validation images."""
         return self.outputs(self.val_images)
+
+    @torch.no_grad()
+    def estimate_norms(self) -> None:
+        """Batch-norm statistics of the held members anew: means of those of each training batch.
+
+        One pass over the training images as they are, in an order drawn once; dropout is off.
+        """
+        self.ensemble.eval()
+        norms = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for the plain mean
+            norm.train()
+        for at in self._batches(0):
+            self.ensemble.outputs(self._normalized(self.images[at]))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
 
     def bias(self) -> Tensor | None:
         """The classifier block's bias (C,), if there is one."""
@@ -374,7 +392,7 @@ class _undisturbed:
         self.generators = [
             (m.generator, m.generator.get_state())
             for m in self.ensemble.modules()
-            if isinstance(m, Dropout) and m.generator is not None
+            if draws(m) and m.generator is not None
         ]
 
     def __exit__(self, *error):

@@ -52,6 +52,7 @@ IMAGES_FIRST = True
 Array = np.ndarray
 
 LANES = 32  # filters of a tile, channels of a word
+_LONGEST = (1 << 16) - 1  # products of which a sum of `_Nibbles` can count the differing ones
 _BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue, in order.
@@ -82,12 +83,12 @@ def tile_pixels(weights: np.dtype) -> int:
         return 4
     if "avx512f" in have:
         return 8
-    return 3 if weights == np.float32 else 2
+    return 2
 
 
 # ---- code generation: what numba's own vectoriser does not find -------------------------------
 
-_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 
 
@@ -192,7 +193,7 @@ def _tile(typing, weights, pixels, table, runs, count, sums):  # type: ignore[no
         emit = _Emit(builder)
         data = context.make_array(weights)(context, builder, array).data
         base = builder.ptrtoint(data, _I64)
-        emitter = {"uint8": _nibbles, "uint32": _words, "float32": _floats}[kind.name]
+        emitter = {"uint8": _Nibbles, "uint32": _Words, "float32": _Floats}[kind.name]
 
         def one_run(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             record = emit.at(runs, index, 32)
@@ -213,16 +214,16 @@ def _tile(typing, weights, pixels, table, runs, count, sums):  # type: ignore[no
     return types.void(weights, *[types.int64] * 5), body
 
 
-class _nibbles:
+class _Nibbles:
     """Sums are bytes: lanes 0-15 count the low nibbles of 16 filters, lanes 16-31 the high ones."""
 
     vector = ir.VectorType(_I8, 32)
-    wide = ir.VectorType(_I32, 16)
+    wide = ir.VectorType(_I16, 16)
 
     @classmethod
     def start(cls, emit: _Emit, P: int, sums: ir.Value) -> list[ir.Value]:
         for k in range(2 * P):
-            emit.store(ir.Constant(cls.wide, None), emit.at(sums, 64 * k))
+            emit.store(ir.Constant(cls.wide, None), emit.at(sums, 32 * k))
         return _zeros(cls.vector, 2 * P)
 
     @classmethod
@@ -252,7 +253,7 @@ class _nibbles:
         b.position_at_end(inside)
         for k, total in enumerate(totals):
             low, high = (b.zext(emit.half(total, first, 16), cls.wide) for first in (0, 16))
-            at = emit.at(sums, 64 * k)
+            at = emit.at(sums, 32 * k)
             emit.store(b.add(emit.load(cls.wide, at), b.add(low, high)), at)
         b.branch(after)
         b.position_at_end(after)
@@ -268,7 +269,7 @@ class _nibbles:
         """The last run has widened."""
 
 
-class _words:
+class _Words:
     vector = ir.VectorType(_I32, 16)
     scalar = _I32
 
@@ -300,7 +301,7 @@ class _words:
             emit.store(total, emit.at(sums, 64 * k))
 
 
-class _floats(_words):
+class _Floats(_Words):
     vector = ir.VectorType(_F32, 16)
     scalar = _F32
 
@@ -310,19 +311,21 @@ class _floats(_words):
 
 
 @intrinsic
-def _finish(typing, constants, constant, total, parts, params, flip, residual, numbers, bits):  # type: ignore[no-untyped-def]
+def _finish(
+    typing, weights, constants, constant, total, parts, params, flip, residual, numbers, bits
+):  # type: ignore[no-untyped-def]
     """The epilogue for 32 filters of one pixel.
 
-    ``constants``: array whose type says what the sums are: int32 (popcounts: ``x = constant - 2 *
-    total``) or float32 (``x = constant + total``). Addresses: ``constant`` and ``total`` of 32
-    values each; ``params`` of `_ROWS` x 32 floats; ``residual`` and ``numbers`` of 32 floats;
+    The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
+    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
+    (``x = constant + total``). Addresses: ``constant`` and ``total`` of 32 values each; ``params`` of `_ROWS` x 32 floats; ``residual`` and ``numbers`` of 32 floats;
     ``bits`` of a word. ``parts``: which parts to do; ``flip``: a word of bits to negate.
     """
     counted = constants.dtype == types.int32
     vector = ir.VectorType(_F32, LANES)
 
     def body(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, constant, total, parts, params, flip, residual, numbers, bits = args
+        _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
 
         def row(index: int) -> ir.Value:
@@ -353,7 +356,11 @@ def _finish(typing, constants, constant, total, parts, params, flip, residual, n
 
         if counted:
             whole = ir.VectorType(_I32, LANES)
-            start, minus = emit.load(whole, constant), emit.load(whole, total)
+            start = emit.load(whole, constant)
+            if weights.dtype == types.uint8:
+                minus = b.zext(emit.load(ir.VectorType(_I16, LANES), total), whole)
+            else:
+                minus = emit.load(whole, total)
             x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
         else:
             x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
@@ -364,7 +371,7 @@ def _finish(typing, constants, constant, total, parts, params, flip, residual, n
         emit.when(asked(_BITS), x, store_bits)
         return context.get_dummy_value()
 
-    return types.void(constants, *[types.int64] * 8), body
+    return types.void(weights, constants, *[types.int64] * 8), body
 
 
 # ---- kernels ----------------------------------------------------------------------------------
@@ -401,6 +408,7 @@ def _convolve(
     sums_at = (sums.ctypes.data + 63) // 64 * 64
     x_at, table_at, runs_at = x.ctypes.data, table.ctypes.data, runs.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
+    wide = 2 if weights.itemsize == 1 else 4  # bytes of a sum
     total = images * positions
     outer = (images + P - 1) // P if by_image else 1
     inner = positions if by_image else (total + P - 1) // P
@@ -427,9 +435,10 @@ def _convolve(
                 _tile(part, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at)
                 for j in range(P):
                     _finish(
+                        weights,
                         constants,
                         constants_at + kinds[j] * blocks * LANES * 4,
-                        sums_at + j * LANES * 4,
+                        sums_at + j * LANES * wide,
                         parts,
                         params_at,
                         flip,
@@ -448,6 +457,7 @@ def _map(x, zeros, parts, params, flips, residual, numbers, bits):
     for place in range(x.size // LANES):
         block = place % blocks
         _finish(
+            zeros,
             zeros,
             zeros_at,
             x_at + place * LANES * 4,
@@ -720,12 +730,14 @@ class _Planner:
     def sums(self, node: Node, index: int, chain: _Chain) -> Callable[..., _Both]:
         """A convolution, or a dense layer as a convolution of a map of one pixel."""
         binary = node.op == "bconv"
-        dtype = self.binary if binary else np.dtype("f4")
         slots = {slot: self.program.tensors[name] for slot, name in node.tensors.items()}
         filters = slots["weight"].shape[0]
         kernel = tuple(slots["weight"].shape[1:3]) if node.op != "dense" else (1, 1)
         inputs, outputs = self.dims(node.inputs[0]), self.dims(index + 1)
         stored = self.stride(node.inputs[0])
+        dtype = self.binary if binary else np.dtype("f4")
+        if kernel[0] * kernel[1] * stored > _LONGEST:
+            dtype = np.dtype("u4") if binary else dtype
         window = _Window(
             kernel,  # type: ignore[arg-type]
             int(node.attrs.get("stride", 1)),

@@ -758,7 +758,7 @@ class _Planner:
         table = self.table
 
         def lay_out(member: int) -> tuple[Array, dict[bool, Array]]:
-            weights = _weights(slots, member).reshape(filters, *kernel, -1)
+            weights = _weights(slots, member, binary).reshape(filters, *kernel, -1)
             rows = np.zeros((2, len(layout[True].inside), _up(filters)), np.float32)
             if binary:
                 ones = weights.reshape(filters, kernel[0] * kernel[1], -1).sum(2, dtype=np.int32)
@@ -857,8 +857,11 @@ def _plain(tensor: Tensor, member: int) -> Array:
     return plain
 
 
-def _weights(slots: dict[str, Tensor], member: int) -> Array:
+def _weights(slots: dict[str, Tensor], member: int, binary: bool) -> Array:
+    """Booleans for a binary layer, float32 for others."""
     weight = _plain(slots["weight"], member)
+    if weight.dtype == bool and not binary:
+        return np.where(weight, np.float32(1), np.float32(-1))
     if "weight_scale" in slots:
         scale = _plain(slots["weight_scale"], member)
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))

@@ -359,8 +359,8 @@ class Trainer:
             batches[-2:] = [torch.cat(batches[-2:])]
         if job.resample:
             rng = generator("resample", job.seed, job.ids, epoch)
-            draws = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
-            batches = [b[draw] for b, draw in zip(batches, draws, strict=True)]
+            picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
+            batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
         return [b.to(self.device) for b in batches]
 
     def _seed_dropout(self, epoch: int) -> None:

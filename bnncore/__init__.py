@@ -1,1 +1,18 @@
 """Ensembles of binarized neural networks: train, share, count, pack, evaluate."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .execute import Model
+
+__all__ = ["load"]
+
+
+def load(path: str | os.PathLike[str], ops: str = "compiled", threads: int = 1) -> Model:
+    """Read a packed file and make it ready to run; see `bnncore.execute.Model`. Needs no torch."""
+    from . import execute, packfile
+
+    return execute.Model(packfile.load(path), ops, threads)

@@ -1,0 +1,227 @@
+"""Binarization of weights and activations, as data: two tables of functions and their layers.
+
+One rule holds everywhere, in torch and in the packed evaluator: ``sign(x) = +1 if x >= 0 else -1``
+(Kim et al. 2022, Eq. 2); `torch.sign`, which gives 0 at 0, is never used.
+
+Legend: `B C H W` activations, `O` filters, `K = C * kh * kw` weights of one filter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sign(x: Tensor) -> Tensor:
+    """+1 where ``x >= 0``, else -1, in the dtype of `x`; not differentiable."""
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+
+
+class _ClippedSign(torch.autograd.Function):
+    """sign with the straight-through gradient 1 on [-1, 1] (Kim et al. 2022, Eq. 5)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() <= 1).to(grad.dtype)
+
+
+class _BiRealSign(torch.autograd.Function):
+    """sign with the gradient ``2 - 2|x|`` on [-1, 1] (Liu et al. 2018, Bi-Real Net, Eq. 8)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (2 - 2 * x.abs()).clamp_(min=0)
+
+
+def clipped_sign(x: Tensor) -> Tensor:
+    """`sign` of `x` (any shape) with the clipped straight-through gradient."""
+    return _ClippedSign.apply(x)
+
+
+def bireal_sign(x: Tensor) -> Tensor:
+    """`sign` of `x` (any shape) with Bi-Real Net's piecewise linear gradient."""
+    return _BiRealSign.apply(x)
+
+
+def drawn(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Stochastic rounding to +-1: +1 with probability ``(clip(w, -1, 1) + 1) / 2``.
+
+    Kim et al. 2022, Eq. 7 would round to 0 as well; this is the form of Courbariaux et al. 2015
+    (BinaryConnect, Eqs. 2, 3), which Vogel et al. 2016 sample networks by.
+    """
+    noise = torch.rand(weight.shape, generator=generator, device=weight.device)
+    return sign(weight + (2 * noise - 1).to(weight.dtype))
+
+
+def _xnor(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return clipped_sign(weight), weight.abs().mean(dim=(1, 2, 3))
+
+
+def _plain(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return clipped_sign(weight), None
+
+
+def _learned(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return clipped_sign(weight), scale
+
+
+# (O, C, kh, kw) latent weights, learned scale -> signs of the same shape, scale alpha (O,) or None.
+WeightBinarizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+WEIGHTS: dict[str, WeightBinarizer] = {
+    "xnor": _xnor,  # XNOR-Net: alpha = mean |w| of each filter, differentiated through
+    "sign": _plain,  # BNN (Courbariaux et al. 2016): no scale
+    "learned": _learned,  # XNOR-Net++ (Bulat & Tzimiropoulos 2019): one learned scale a filter
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "clipped": clipped_sign,
+    "bireal": bireal_sign,
+    "float": None,  # BinaryConnect: weights binary, activations left alone
+}
+
+
+def named(table: dict, name: str, key: str):
+    """Look `name` up in `table`, or import it if it reads ``module:function``.
+
+    Raises:
+        ValueError: unknown name (lists the known ones), or nothing to import there.
+    """
+    if name in table:
+        return table[name]
+    if ":" in name:
+        return imported(name, key)
+    raise ValueError(
+        f"{key}: expected one of {', '.join(table)} or 'module:function', got {name!r}"
+    )
+
+
+def imported(name: str, key: str):
+    """The object that ``module:function`` names; ValueError naming `key` where there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{key}: cannot import {name!r}: {error}") from error
+
+
+class BinaryConv2d(nn.Conv2d):
+    """Convolution with weights of +-1: ``y = (x * sign(w)) . alpha (+ bias)``.
+
+    alpha multiplies the sums, not the filters, so that sums that are truly 0 stay 0. The products
+    of +-1 inputs are exact in float32. Inputs (B, C, H, W), outputs (B, O, H', W').
+
+    Source: TentacleNet, Eq. 1 without K; Kim et al. 2022, Eq. 1.
+
+    Args:
+        binarizer: a key of `WEIGHTS`, or ``module:function`` with the same signature.
+        stochastic: in training mode, while the filters are trained, signs are `drawn`; the
+            gradient and alpha stay those of `binarizer`.
+    """
+
+    def __init__(self, *args, binarizer: str = "xnor", stochastic: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.binarizer = binarizer
+        self.stochastic = stochastic
+        self.generator: torch.Generator | None = None  # see `backbones.Dropout`
+        self._binarize: WeightBinarizer = named(WEIGHTS, binarizer, "binarizer.weight")
+        self.scale = None
+        if binarizer == "learned":
+            self.scale = nn.Parameter(self.weight.detach().abs().mean(dim=(1, 2, 3)))
+        self._frozen: tuple | None = None
+
+    def binary(self) -> tuple[Tensor, Tensor | None]:
+        """Signs (O, C, kh, kw) and alpha (O,) or None; kept while the filters are frozen."""
+        if self.weight.requires_grad:
+            self._frozen = None
+            signs, alpha = self._binarize(self.weight, self.scale)
+            if self.stochastic and self.training:
+                with torch.no_grad():
+                    change = drawn(self.weight, self.generator) - signs
+                signs = signs + change
+            return signs, alpha
+        version = (self.weight.data_ptr(), self.weight._version, self.weight.device)
+        if self._frozen is None or self._frozen[0] != version:
+            with torch.no_grad():
+                self._frozen = (version, self._binarize(self.weight, self.scale))
+        return self._frozen[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs, alpha = self.binary()
+        y = F.conv2d(x, signs, None, self.stride, self.padding, self.dilation, self.groups)
+        if alpha is not None:
+            y = y * alpha[:, None, None]
+        if self.bias is not None:
+            y = y + self.bias[:, None, None]
+        return y
+
+
+class BinaryActivation(nn.Module):
+    """``sign(x)`` in the forward direction, the named gradient in the backward one.
+
+    Args:
+        kind: a key of `ACTIVATIONS` that is not ``float``, or ``module:function``.
+    """
+
+    def __init__(self, kind: str = "clipped"):
+        super().__init__()
+        self.kind = kind
+        self.function = named(ACTIVATIONS, kind, "binarizer.activation")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+class Shift(nn.Module):
+    """A learned shift of each channel, ``x + b_c``; what RSign and RPReLU are made of.
+
+    RSign(x) = sign(x - a_c) and RPReLU(x) = PReLU(x - c_c) + d_c (Liu et al. 2020, Eqs. 1, 2).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift[:, None, None]
+
+
+@torch.no_grad()
+def pseudo_hadamard_(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill (O, C, kh, kw) latent weights with rows of a Sylvester-Hadamard matrix, in place.
+
+    The matrix has the smallest order 2^k that holds max(O, K); rows and columns are drawn at
+    random without replacement, so rows that are kept whole are orthogonal. The paper speaks of
+    removing and replicating rows only; dropping columns as well is assumed. Entries are
+    +-1/sqrt(K), the size of the usual uniform start.
+
+    Source: TentacleNet, section 3.2.
+    """
+    rows, columns = weight.shape[0], weight[0].numel()
+    order = 1
+    while order < max(rows, columns):
+        order *= 2
+    i = torch.randperm(order, generator=generator)[:rows, None]
+    j = torch.randperm(order, generator=generator)[None, :columns]
+    parity = i & j
+    for shift in (16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    values = (1 - 2 * (parity & 1)).to(weight.dtype) / columns**0.5
+    return weight.copy_(values.view_as(weight))

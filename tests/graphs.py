@@ -1,0 +1,374 @@
+"""Random valid Programs, and a naive evaluator in plain loops and float64 to hold kernels against.
+
+`Builder` draws every choice through one function, so that the same code serves hypothesis (which
+shrinks) and a seeded generator (which makes many fast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from hypothesis import strategies as st
+
+from bnncore.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate, window
+
+CHANNELS = (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 72, 96, 128, 130)
+
+
+class Builder:
+    """Grow a random graph: `pick(low, high)` chooses, `rng` fills arrays."""
+
+    def __init__(self, pick: Callable[[int, int], int], rng: np.random.Generator) -> None:
+        self.pick, self.rng = pick, rng
+        self.nodes: list[Node] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.members = pick(1, 3)
+        # kind and dims of each value so far; here only, `validate` has its own opinion
+        self.values: list[tuple[str, tuple[int, ...]]] = []
+
+    def one(self, options: tuple) -> object:
+        return options[self.pick(0, len(options) - 1)]
+
+    def maybe(self) -> bool:
+        return bool(self.pick(0, 1))
+
+    def tensor(self, kind: str, role: str, shape: tuple[int, ...], spread: float = 1.0) -> str:
+        """Add a tensor, shared or own, and return its name."""
+        own = self.maybe()
+        full = (self.members, *shape) if own else shape
+        if kind == "binary":
+            data = pack_bits(self.rng.random(full) < 0.5, own)
+        elif kind.startswith("float"):
+            data = (self.rng.normal(0, spread, full)).astype(KINDS[kind])
+        else:
+            top = min(spread, np.iinfo(KINDS[kind]).max)
+            data = self.rng.integers(-top, top, full, endpoint=True).astype(KINDS[kind])
+        name = f"t{len(self.tensors)}"
+        self.tensors[name] = Tensor(kind, role, shape, own, data)
+        return name
+
+    def floats(self) -> str:
+        return str(self.one(("float32", "float32", "float16")))
+
+    def node(self, op: str, inputs, kind: str, dims, tensors=None, attrs=None) -> int:
+        self.nodes.append(
+            Node(op, f"{op}{len(self.nodes)}", tuple(inputs), tensors or {}, attrs or {})
+        )
+        self.values.append((kind, tuple(dims)))
+        return len(self.nodes)
+
+    # Each grower takes a value number and gives the number of a new value, or None if it cannot.
+
+    def spatial(self, dims, sizes=(1, 1, 2, 3, 3, 5)) -> tuple[int, int, int, int, int, int] | None:
+        kh = int(self.one(sizes))  # type: ignore[call-overload]
+        kw = kh if self.pick(0, 3) else int(self.one(sizes))  # type: ignore[call-overload]
+        stride = self.pick(1, 3)
+        pad = self.pick(0, min(kh, kw) - 1)
+        height, width = window(dims[0], kh, stride, pad), window(dims[1], kw, stride, pad)
+        return (kh, kw, stride, pad, height, width) if min(height, width) > 0 else None
+
+    def grow_bconv(self, x: int) -> int | None:
+        _, dims = self.values[x]
+        spot = self.spatial(dims)
+        if spot is None:
+            return None
+        kh, kw, stride, pad, height, width = spot
+        filters = int(self.one(CHANNELS))  # type: ignore[call-overload]
+        weight = self.tensor("binary", "weight", (filters, kh, kw, dims[2]))
+        attrs = {"stride": stride, "pad": pad, "biases": self.pick(0, 1) * filters}
+        return self.node("bconv", [x], "i32", (height, width, filters), {"weight": weight}, attrs)
+
+    def grow_conv(self, x: int) -> int | None:
+        _, dims = self.values[x]
+        spot = self.spatial(dims)
+        if spot is None:
+            return None
+        kh, kw, stride, pad, height, width = spot
+        filters = int(self.one(CHANNELS))  # type: ignore[call-overload]
+        kind = str(self.one(("float32", "float16", "int8", "binary")))
+        spread = 100 if kind == "int8" else 1
+        slots = {"weight": self.tensor(kind, "weight", (filters, kh, kw, dims[2]), spread)}
+        if kind == "int8":
+            slots["weight_scale"] = self.tensor(self.floats(), "weight_scale", (filters,), 0.05)
+        if self.maybe():
+            slots["bias"] = self.tensor(self.floats(), "bias", (filters,))
+        attrs = {"stride": stride, "pad": pad}
+        return self.node("conv", [x], "f32", (height, width, filters), slots, attrs)
+
+    def grow_affine(self, x: int) -> int:
+        _, dims = self.values[x]
+        slots = {}
+        if self.maybe():
+            slots["scale"] = self.tensor(self.floats(), "scale", dims[-1:])
+        if self.maybe():
+            slots["shift"] = self.tensor(self.floats(), "shift", dims[-1:])
+        return self.node("affine", [x], "f32", dims, slots)
+
+    def grow_prelu(self, x: int) -> int:
+        _, dims = self.values[x]
+        size = dims[-1] if self.maybe() else 1
+        slots = {"slope": self.tensor(self.floats(), "slope", (size,))}
+        return self.node("prelu", [x], "f32", dims, slots)
+
+    def grow_plain(self, x: int) -> int:
+        if self.maybe():
+            return self.node("relu", [x], "f32", self.values[x][1])
+        attrs = {"low": -self.pick(0, 9) / 4, "high": self.pick(0, 9) / 4}
+        return self.node("clip", [x], "f32", self.values[x][1], {}, attrs)
+
+    def levels(self, x: int) -> str:
+        kind, dims = self.values[x]
+        kinds = ("float32", "float16", "int8", "int16", "int32")
+        level = str(self.one(kinds if kind == "i32" else kinds[:2]))
+        return self.tensor(level, "threshold", dims[-1:], 6 if kind == "i32" else 1)
+
+    def grow_bits(self, x: int) -> int:
+        _, dims = self.values[x]
+        op = str(self.one(("sign", "threshold", "interval")))
+        slots = {}
+        if op == "threshold":
+            slots["threshold"] = self.levels(x)
+            if self.maybe():
+                slots["direction"] = self.tensor("binary", "direction", dims[-1:])
+        elif op == "interval":
+            slots["low"], slots["high"] = self.levels(x), self.levels(x)
+            if self.maybe():
+                slots["inside"] = self.tensor("binary", "direction", dims[-1:])
+        return self.node(op, [x], "bits", dims, slots)
+
+    def grow_pool(self, x: int) -> int | None:
+        kind, dims = self.values[x]
+        kernel = self.pick(1, 3)
+        stride, pad, ceil = self.pick(1, 3), self.pick(0, kernel // 2), self.pick(0, 1)
+        height, width = (window(size, kernel, stride, pad, ceil) for size in dims[:2])
+        if min(height, width) < 1:
+            return None
+        attrs = {"kernel": kernel, "stride": stride, "pad": pad, "ceil": ceil}
+        if self.maybe():
+            return self.node("maxpool", [x], kind, (height, width, dims[2]), {}, attrs)
+        attrs["include_pad"] = self.pick(0, 1)
+        return self.node("avgpool", [x], "f32", (height, width, dims[2]), {}, attrs)
+
+    def grow_join(self, x: int) -> int | None:
+        kind, dims = self.values[x]
+        numbers = ("f32", "i32")
+        if kind != "bits" and self.maybe():
+            others = [
+                number
+                for number, value in enumerate(self.values)
+                if value[0] in numbers and value[1] == dims
+            ]
+            return self.node("add", [x, int(self.one(tuple(others)))], "f32", dims)  # type: ignore
+        others = [
+            number
+            for number, value in enumerate(self.values)
+            if value[1][:-1] == dims[:-1]
+            and ((value[0] in numbers) == (kind in numbers))
+            and value[0] != "u8"
+        ]
+        chosen = [x] + [int(self.one(tuple(others))) for _ in range(self.pick(0, 2))]  # type: ignore
+        kinds = {self.values[number][0] for number in chosen}
+        channels = sum(self.values[number][1][-1] for number in chosen)
+        if channels > 400:
+            return None
+        kind = "f32" if len(kinds) == 2 else kind
+        return self.node("concat", chosen, kind, (*dims[:-1], channels))
+
+    def dense(self, x: int, classes: int) -> int:
+        _, dims = self.values[x]
+        kind = str(self.one(("float32", "float16", "int8")))
+        spread = 100 if kind == "int8" else 1
+        slots = {"weight": self.tensor(kind, "weight", (classes, dims[0]), spread)}
+        if kind == "int8":
+            slots["weight_scale"] = self.tensor(self.floats(), "weight_scale", (classes,), 0.05)
+        if self.maybe():
+            slots["bias"] = self.tensor(self.floats(), "bias", (classes,))
+        return self.node("dense", [x], "f32", (classes,), slots)
+
+    def combine(self, classes: int) -> tuple[str, dict[str, str]]:
+        kind = str(self.one(("mean", "sum", "soft_vote", "hard_vote")))
+        slots = {}
+        if kind != "mean" and self.maybe():
+            weight = np.ceil(self.rng.random(self.members) * 3).astype(np.float32)
+            slots["weight"] = "combine.weight"
+            self.tensors["combine.weight"] = Tensor(
+                "float32", "combine", (self.members,), False, weight
+            )
+        if kind == "sum" and self.maybe():
+            bias = self.rng.normal(size=classes).astype(np.float32)
+            slots["bias"] = "combine.bias"
+            self.tensors["combine.bias"] = Tensor("float32", "combine", (classes,), False, bias)
+        return kind, slots
+
+    def program(self, steps: int = 8, side: int = 9) -> Program:
+        """A whole random Program of about so many nodes on maps up to side x side."""
+        image = (self.pick(1, side), self.pick(1, side), int(self.one((1, 3, 4))))  # type: ignore
+        classes = self.pick(1, 6)
+        self.values = [("u8", image)]
+        slots = {
+            "scale": self.tensor("float32", "input", image[2:], 0.02),
+            "shift": self.tensor(self.floats(), "input", image[2:]),
+        }
+        x = self.node("normalize", [0], "f32", image, slots)
+        for _ in range(self.pick(1, steps)):
+            kind, _ = self.values[x]
+            if kind == "bits":
+                growers = [self.grow_bconv] * 4 + [self.grow_join]
+            else:
+                growers = [self.grow_bits] * 5 + [self.grow_affine, self.grow_prelu]
+                growers += [self.grow_plain, self.grow_pool, self.grow_join]
+                growers += [self.grow_conv] * 2 if kind == "f32" else []
+            grown = self.one(tuple(growers))(x)  # type: ignore[operator]
+            x = x if grown is None else grown
+        if self.values[x][0] == "bits":
+            x = self.grow_bconv(x) or self.grow_back(x)
+        if self.values[x][0] == "f32" and self.maybe():
+            _, (height, width, channels) = self.values[x]
+            x = self.node("flatten", [x], "f32", (height * width * channels,))
+        else:
+            x = self.node("global_avg", [x], "f32", self.values[x][1][2:])
+        self.dense(x, classes)
+        combine, combine_tensors = self.combine(classes)
+        program = Program(
+            nodes=tuple(self.nodes),
+            tensors=self.tensors,
+            members=self.members,
+            combine=combine,
+            image=image,
+            classes=tuple(f"class {number}" for number in range(classes)),
+            combine_tensors=combine_tensors,
+            info={"name": "random", "seed": 1, "top1": 12.5},
+        )
+        validate(program)
+        return program
+
+    def grow_back(self, x: int) -> int:
+        """From bits back to numbers, where a random kernel did not fit: 1x1 always does."""
+        height, width, channels = self.values[x][1]
+        weight = self.tensor("binary", "weight", (4, 1, 1, channels))
+        attrs = {"stride": 1, "pad": 0, "biases": 0}
+        return self.node("bconv", [x], "i32", (height, width, 4), {"weight": weight}, attrs)
+
+
+def random_program(seed: int, steps: int = 8, side: int = 9) -> Program:
+    """The Program of a seed."""
+    rng = np.random.default_rng(seed)
+    return Builder(lambda low, high: int(rng.integers(low, high + 1)), rng).program(steps, side)
+
+
+@st.composite
+def programs(draw: Callable, steps: int = 8, side: int = 9) -> Program:
+    """A hypothesis strategy of valid Programs; the choices shrink, the numbers follow a seed."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return Builder(lambda low, high: draw(st.integers(low, high)), rng).program(steps, side)
+
+
+def random_images(program: Program, count: int, seed: int = 0) -> np.ndarray:
+    """uint8 (count, H, W, C)."""
+    return np.random.default_rng(seed).integers(0, 256, (count, *program.image), dtype=np.uint8)
+
+
+def logical(tensor: Tensor, member: int) -> np.ndarray:
+    """A member's copy as float64: bits as +-1."""
+    if tensor.kind == "binary":
+        data = unpack_bits(tensor) * 2.0 - 1
+    else:
+        data = tensor.data.astype(np.float64)
+    return data[member] if tensor.own else data
+
+
+def naive_values(program: Program, image: np.ndarray, member: int) -> list[np.ndarray]:
+    """Every value of the graph for one image (H,W,C) and one member, float64, bits as +-1."""
+    values = [image.astype(np.float64)]
+    for node in program.nodes:
+        slots = {
+            slot: logical(program.tensors[name], member) for slot, name in node.tensors.items()
+        }
+        values.append(naive_node(node, [values[number] for number in node.inputs], slots))
+    return values
+
+
+def naive_node(node: Node, inputs: list[np.ndarray], slots: dict[str, np.ndarray]) -> np.ndarray:
+    """One operator, word by word from the table in `bnncore.program`."""
+    x = inputs[0]
+    attrs = node.attrs
+    if node.op in ("normalize", "affine"):
+        return x * slots.get("scale", 1.0) + slots.get("shift", 0.0)
+    if node.op in ("conv", "bconv"):
+        weight = slots["weight"]
+        if "weight_scale" in slots:
+            weight = weight * slots["weight_scale"][:, None, None, None]
+        out = naive_conv(x, weight, int(attrs["stride"]), int(attrs["pad"]))
+        return out + slots.get("bias", 0.0)
+    if node.op == "prelu":
+        return np.where(x >= 0, x, x * slots["slope"])
+    if node.op == "relu":
+        return np.where(x > 0, x, 0.0)
+    if node.op == "clip":
+        return np.minimum(np.maximum(x, attrs["low"]), attrs["high"])
+    if node.op == "sign":
+        return np.where(x >= 0, 1.0, -1.0)
+    if node.op == "threshold":
+        up = slots.get("direction", np.ones(x.shape[-1])) > 0
+        return np.where(np.where(up, x >= slots["threshold"], x <= slots["threshold"]), 1.0, -1.0)
+    if node.op == "interval":
+        keep = slots.get("inside", np.ones(x.shape[-1]))
+        between = (slots["low"] <= x) & (x <= slots["high"])
+        return np.where(between, 1.0, -1.0) * keep
+    if node.op == "add":
+        return x + inputs[1]
+    if node.op == "concat":
+        return np.concatenate(inputs, axis=-1)
+    if node.op in ("maxpool", "avgpool"):
+        return naive_pool(node, x)
+    if node.op == "global_avg":
+        return x.mean(axis=(0, 1))
+    if node.op == "flatten":
+        return np.array([v for channel in range(x.shape[2]) for v in x[:, :, channel].ravel()])
+    if node.op == "dense":
+        weight = slots["weight"]
+        if "weight_scale" in slots:
+            weight = weight * slots["weight_scale"][:, None]
+        return weight @ x + slots.get("bias", 0.0)
+    raise AssertionError(node.op)
+
+
+def naive_conv(x: np.ndarray, weight: np.ndarray, stride: int, pad: int) -> np.ndarray:
+    filters, kh, kw, _ = weight.shape
+    height, width = (
+        (x.shape[0] + 2 * pad - kh) // stride + 1,
+        (x.shape[1] + 2 * pad - kw) // stride + 1,
+    )
+    out = np.zeros((height, width, filters))
+    for row in range(height):
+        for column in range(width):
+            for i in range(kh):
+                for j in range(kw):
+                    y, z = row * stride - pad + i, column * stride - pad + j
+                    if 0 <= y < x.shape[0] and 0 <= z < x.shape[1]:
+                        out[row, column] += weight[:, i, j] @ x[y, z]
+    return out
+
+
+def naive_pool(node: Node, x: np.ndarray) -> np.ndarray:
+    kernel, stride, pad = (int(node.attrs[key]) for key in ("kernel", "stride", "pad"))
+    height, width = (
+        window(size, kernel, stride, pad, int(node.attrs["ceil"])) for size in x.shape[:2]
+    )
+    out = np.zeros((height, width, x.shape[2]))
+    for row in range(height):
+        for column in range(width):
+            taps, padded = [], 0
+            for y in range(row * stride - pad, row * stride - pad + kernel):
+                for z in range(column * stride - pad, column * stride - pad + kernel):
+                    if 0 <= y < x.shape[0] and 0 <= z < x.shape[1]:
+                        taps.append(x[y, z])
+                    elif -pad <= y < x.shape[0] + pad and -pad <= z < x.shape[1] + pad:
+                        padded += 1
+            if node.op == "maxpool":
+                out[row, column] = np.max(taps, axis=0)
+            else:
+                count = len(taps) + (padded if node.attrs["include_pad"] else 0)
+                out[row, column] = np.sum(taps, axis=0) / count
+    return out

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bnncore import program as P
-from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift
-from bnncore.ensemble import Ensemble
 from bnncore.backbones import Dropout
+from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift
+from bnncore.data import normalization
+from bnncore.ensemble import Ensemble
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -80,12 +81,6 @@ def lower(
         values, output = _Lowering(ensemble, mean, std).run()
         _fold(values, len(ensemble.ids))
     return _assemble(ensemble, values, output, classes, info or {})
-
-
-def normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 (C,): ``image * scale + shift`` is ``(image / 255 - mean) / std``."""
-    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    return (1 / (255 * s)).astype(np.float32), (-m / s).astype(np.float32)
 
 
 class _Lowering:
@@ -208,11 +203,9 @@ class _Lowering:
             return self.emit("relu", name, tensors, modules=[nn.ReLU()] * len(self.members))
         elif node.target is F.dropout:
             return tensors[0]
-        elif target == "mean" and tuple(node.args[1:2] or [node.kwargs.get("dim")])[0] in (
+        elif (target == "mean" and tuple(node.args[1:2] or [node.kwargs.get("dim")])[0] in (
             (2, 3), [2, 3], (-2, -1), [-2, -1],
-        ):  # fmt: skip
-            return self.emit("global_avg", name, tensors)
-        elif node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1)):
+        )) or (node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))):  # fmt: skip
             return self.emit("global_avg", name, tensors)
         raise LowerError(f"operation {name!r}: {target} with these arguments cannot be packed")
 

@@ -227,7 +227,9 @@ def curves_7b() -> dict[str, dict[int, int]]:
     """Figure 7B: sharing -> M -> bits by the second paper's convention, for M = 1 .. 10."""
     return {
         sharing: {
-            m: storage.filter_sharing_bits(_rows(spec("resnet20", "cifar100", "fusion", m, sharing)))
+            m: storage.filter_sharing_bits(
+                _rows(spec("resnet20", "cifar100", "fusion", m, sharing))
+            )
             for m in range(1, 11)
         }
         for sharing in FIGURE7
@@ -277,7 +279,9 @@ def _left_out(write) -> None:
         write(f"  {model} {kind}, M = {m} ({note}): counted {-(-paper // 8):,}")
         for name, (shared, own) in storage.by_part(counts.rows).items():
             write(f"    {name:<38} {shared:>10,} shared + {m} x {own:>9,} own")
-        write(f"    the whole file: {counts.file_least:,} to {counts.file:,}, as trained values fold")
+        write(
+            f"    the whole file: {counts.file_least:,} to {counts.file:,}, as trained values fold"
+        )
         write("    by layer, all copies: " + ", ".join(
             f"{row['layer']} {row['file_bytes']:,}" for row in _layers(of)))  # fmt: skip
     write("")

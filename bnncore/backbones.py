@@ -93,7 +93,9 @@ def _activation(binarizer: Binarizer) -> nn.Module:
 
 
 def _binary_conv(binarizer: Binarizer, *args, **kwargs) -> BinaryConv2d:
-    return BinaryConv2d(*args, binarizer=binarizer.weight, **kwargs)
+    return BinaryConv2d(
+        *args, binarizer=binarizer.weight, stochastic=binarizer.stochastic, **kwargs
+    )
 
 
 def _stem(channels: int, width: int, kernel: int, bias: bool) -> nn.Sequential:
@@ -113,7 +115,7 @@ class Unit(nn.Sequential):
 
     def __init__(self, cin: int, cout: int, kernel: int, binarizer: Binarizer | None):
         super().__init__()
-        shape = dict(kernel_size=kernel, padding=kernel // 2, bias=True)
+        shape = {"kernel_size": kernel, "padding": kernel // 2, "bias": True}
         if binarizer is None:
             self.add_module("conv", nn.Conv2d(cin, cout, **shape))  # type: ignore[arg-type]
             self.add_module("norm", nn.BatchNorm2d(cout))

@@ -29,7 +29,7 @@ GROUPS = {
     "shortcut": "the convolutions on shortcuts",
     "last_conv": "the last convolution of the body",
     "block_last_conv": "the last convolution of every basic block",
-    "classifier": "the last layer: the dense layer, or the last 1x1 convolution where there is none",
+    "classifier": "the last layer: the dense layer, or the last convolution where there is none",
     "mixing": "a tentacle's rows of the shared classifier block's dense layer",
 }
 
@@ -144,8 +144,8 @@ def own_layers(member: Backbone, sharing: Sharing, classifier: str | None = None
         optional = sharing.name == "tentaclenet" and pattern == "shortcut"
         if not matched and not optional:
             raise ValueError(
-                f"sharing {sharing.name!r}: {pattern!r} matches no layer of this backbone; expected "
-                f"a group ({', '.join(GROUPS)}) or a pattern over {', '.join(groups)}"
+                f"sharing {sharing.name!r}: {pattern!r} matches no layer of this backbone; "
+                f"expected a group ({', '.join(GROUPS)}) or a pattern over {', '.join(groups)}"
             )
         own |= matched
     return own
@@ -158,6 +158,11 @@ def _always_own(member: nn.Module, layer: str) -> bool:
         return False
     block = member.get_submodule(parent)
     return isinstance(block, ShortcutLayer) and any(isinstance(m, Shift) for m in block.modules())
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training, from a ``generator`` of its own."""
+    return isinstance(module, Dropout) or (isinstance(module, BinaryConv2d) and module.stochastic)
 
 
 def generator(*keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
@@ -211,7 +216,7 @@ class Ensemble(nn.Module):
             elif spec.classifier == "logits":
                 member.mix = nn.Linear(classes, classes, bias=False)
             for name, module in member.named_modules():
-                if isinstance(module, Dropout):
+                if draws(module):
                     module.generator = generator("dropout", seed, i, name)
         return member
 
@@ -245,6 +250,12 @@ class Ensemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, C) of the held members, by ``spec.combine``."""
         return combine(self.spec.combine, self.outputs(x), self.weights[list(self.ids)], self.bias)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Predicted classes (B,) of the held members together."""
+        z = self.outputs(x)
+        scores = combine(self.spec.combine, z, self.weights[list(self.ids)], self.bias)
+        return winners(self.spec.combine, z, scores)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(canonical name, parameter), each once."""
@@ -368,6 +379,26 @@ def tree_sum(values: list[Tensor]) -> Tensor:
     return values[0]
 
 
+class TreeSum:
+    """`tree_sum` of values that come one by one: the same bits, log2 of them kept."""
+
+    def __init__(self):
+        self._blocks: list[tuple[int, Tensor]] = []  # (number of values, their sum)
+
+    def add(self, value: Tensor) -> None:
+        count = 1
+        while self._blocks and self._blocks[-1][0] == count:
+            value = self._blocks.pop()[1] + value
+            count *= 2
+        self._blocks.append((count, value))
+
+    def value(self) -> Tensor:
+        total = self._blocks[-1][1]
+        for _, block in reversed(self._blocks[:-1]):
+            total = block + total
+        return total
+
+
 def combine(how: str, outputs: list[Tensor], weights: Tensor, bias: Tensor | None) -> Tensor:
     """Join member outputs z_i (B, C) to scores (B, C), as `program` defines; differentiable for
     ``mean``, ``sum`` and ``soft_vote``."""
@@ -384,3 +415,13 @@ def combine(how: str, outputs: list[Tensor], weights: Tensor, bias: Tensor | Non
         for w, z in zip(weights, outputs, strict=True)
     ]
     return tree_sum(votes)
+
+
+def winners(how: str, outputs: list[Tensor], scores: Tensor) -> Tensor:
+    """Predicted classes (B,): the largest score; a hard vote's ties go to the larger sum of
+    probabilities, then to the lower class."""
+    if how != "hard_vote":
+        return scores.argmax(1)
+    best = scores == scores.max(1, keepdim=True).values
+    doubt = tree_sum([z.double().softmax(1) for z in outputs])
+    return doubt.masked_fill(~best, -1).argmax(1)

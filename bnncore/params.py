@@ -42,10 +42,13 @@ class Binarizer:
         weight: ``xnor``, ``sign``, ``learned`` (`binarize.WEIGHTS`) or ``module:function``.
         activation: ``clipped``, ``bireal``, ``float`` (`binarize.ACTIVATIONS`) or
             ``module:function``.
+        stochastic: in training, draw each weight's sign at every step with
+            P(+1) = (clip(w, -1, 1) + 1) / 2 (BinaryConnect, Eq. 2).
     """
 
     weight: str = "xnor"
     activation: str = "clipped"
+    stochastic: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -75,9 +78,10 @@ class Recipe:
         lr: learning rate at the start.
         betas: Adam's.
         weight_decay: Adam's (L2, as torch.optim.Adam).
-        schedule: ``poly``: ``lr * (1 - step / steps)``, linear to 0, by the step; ``plateau``: a
+        schedule: ``poly``: ``lr * (1 - epoch / epochs)``, changed once an epoch (the second
+            paper's formula and published code); ``linear``: the same, by the step; ``plateau``: a
             tenth after `patience` epochs without a lower validation loss; ``cosine``: one half
-            wave to 0; ``constant``.
+            wave to 0, by the step; ``constant``.
         patience: epochs, for ``plateau``.
         augment: ``none``, ``crop`` (pad and random crop), ``crop_flip`` (and horizontal flip).
         pad: pixels that are padded for the crop.
@@ -90,7 +94,7 @@ class Recipe:
     lr: Positive = 0.001
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["poly", "plateau", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "linear", "plateau", "cosine", "constant"] = "poly"
     patience: Count = 15
     augment: Literal["none", "crop", "crop_flip"] = "none"
     pad: Count = 4
@@ -127,8 +131,19 @@ class EnsembleParams:
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
-        vote: ``soft`` or ``hard``, for schemes that vote.
         recipe: fields of the section's recipe that differ here.
+
+    Options of some schemes only; None for the scheme's default (`schemes.SCHEMES`):
+        vote: ``soft`` or ``hard``, for schemes that vote.
+        sampling: what bagging gives each member: ``bootstrap`` (as many images as there are, drawn
+            with replacement), ``batch`` (a draw with replacement in each batch) or ``partition``
+            (one of M disjoint parts).
+        boost: how boosting stresses images: ``reweight`` (in the loss) or ``resample``.
+        chain: members trained in sequence go on from the weights of the one before, instead of
+            from `start`.
+        residual: what gradient boosting fits: ``squared`` (the pseudo-residual, by squared error)
+            or ``logits`` (cross entropy of the sum so far plus the new member).
+        shrinkage: by how much gradient boosting multiplies each member's outputs.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -139,8 +154,13 @@ class EnsembleParams:
     classifier: Literal["auto", "logits", "features"] = "auto"
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.1
     fresh_classifier: bool = True
-    vote: Literal["soft", "hard"] = "soft"
     recipe: dict[str, Any] = field(default_factory=dict)
+    vote: Literal["soft", "hard"] | None = None
+    sampling: Literal["bootstrap", "batch", "partition"] | None = None
+    boost: Literal["reweight", "resample"] | None = None
+    chain: bool | None = None
+    residual: Literal["squared", "logits"] | None = None
+    shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -187,14 +207,15 @@ class RayParams:
         address: ``local`` starts one on this machine; else that of a running cluster. The
             environment variable RAY_ADDRESS goes first.
         actors: at most so many at once; None for as many as the cluster's CPUs or GPUs allow.
-        cpus_per_actor, gpus_per_actor: what one actor takes; fractions of a GPU are allowed.
+        cpus_per_actor: what one actor takes, and how many threads it runs.
+        gpus_per_actor: fractions are allowed; None for 1 where the cluster has GPUs, else 0.
         wait_s: how long to wait for resources that are asked for and not there.
     """
 
     address: str = "local"
     actors: Count | None = None
     cpus_per_actor: Count = 1
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     wait_s: Annotated[float, Field(ge=0)] = 60.0
 
 

@@ -25,11 +25,12 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnncore.backbones import Dropout
+from bnncore.backbones import Backbone
 from bnncore.data import Dataset, Split, normalization
-from bnncore.ensemble import Ensemble, EnsembleSpec, generator, tree_sum
+from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -62,9 +63,13 @@ class Job:
         seed: of data order, augmentation and dropout.
         start: canonical state to start from (`Ensemble.state`).
         indices: training images to use, (n,) int64; None for all. May repeat images.
-        resample: draw each batch with replacement, a draw a member (bagging by batch).
+        resample: draw as many images from each batch with replacement, and use those drawn once
+            each (bagging by batch, as the second paper's library did).
         weights: a weight for each training image in the loss, (N,) float32; None for 1.
         offsets: logits of earlier members, (N, C) float32, that a new member adds to.
+        targets: fit these outputs, (N, C) float32, by squared error instead of the labels.
+        keep_optimizer: keep Adam's moments in `Trained.optimizer`, for a job that goes on from
+            there: its `start` may hold them.
     """
 
     name: str
@@ -77,6 +82,8 @@ class Job:
     resample: bool = False
     weights: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    keep_optimizer: bool = False
 
     def digest(self, data: Dataset) -> str:
         """Hash of everything that the result depends on: parameters, data, start, code."""
@@ -90,6 +97,7 @@ class Job:
             asdict(self.recipe),
             self.seed,
             self.resample,
+            self.keep_optimizer,
         ]
         return digest(plain, parts, data.digest, _code())
 
@@ -106,10 +114,17 @@ def _code() -> str:
 
 
 class Exchange(Protocol):
-    """How the processes that train one job together add up: `rank` of `size`."""
+    """How the processes that train one job together add up: `rank` of `size`.
+
+    Attributes:
+        sent: bytes this rank has sent.
+        seconds: time spent in sums, waiting for slower ranks included.
+    """
 
     rank: int
     size: int
+    sent: int
+    seconds: float
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over the processes, in the order of their ranks; equal on all."""
@@ -120,6 +135,8 @@ class Alone:
 
     rank = 0
     size = 1
+    sent = 0
+    seconds = 0.0
 
     def sum(self, value: Tensor) -> Tensor:
         return value
@@ -152,9 +169,13 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.replay = replay
         self.ensemble = Ensemble(job.spec, hold or job.ids)
-        self.ensemble.load(job.start)
         self.ensemble.to(self.device)
+        self.members = cast(list[Backbone], list(self.ensemble.members))
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
+        # The bias of the classifier block is left out: its gradient is the same everywhere.
+        self.shared = [
+            p for n, p in self.trained.items() if n.startswith("shared.") and n != "shared.bias"
+        ]
         recipe = job.recipe
         self.optimizer = torch.optim.Adam(
             self.trained.values(),
@@ -162,13 +183,15 @@ class Trainer:
             betas=recipe.betas,
             weight_decay=recipe.weight_decay,
         )
+        self.load(job.start)
         scale, shift = normalization(data.mean, data.std)
         self.scale = torch.from_numpy(scale).to(self.device)[:, None, None]
         self.shift = torch.from_numpy(shift).to(self.device)[:, None, None]
         self.images = self.uploaded(data.train)
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
-        extra = {"weights": job.weights, "offsets": job.offsets}
+        self._reset_watch()
+        extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
         }
@@ -179,25 +202,27 @@ class Trainer:
         """Train the epoch that follows `history`.
 
         Returns:
-            Sums over the epoch (``loss``, ``correct``, ``images``, ``seconds``), and the outputs of
-            the held members on the validation images, (m, N, C) float32.
+            Sums over the epoch (``loss``, ``correct``, ``images``, ``steps``, ``seconds``, and the
+            exchange's ``sent`` bytes and ``waited`` seconds), and the outputs of the held members
+            on the validation images, (m, N, C) float32.
 
         Raises:
             TrainingError: the loss is not finite; names the job, the epoch and the step.
         """
         started = time.perf_counter()
+        sent, waited = self.exchange.sent, self.exchange.seconds
         number, recipe = len(history), self.job.recipe
-        order = self._order(number)
-        steps = math.ceil(len(order) / recipe.batch_size)
+        batches = self._batches(number)
         augment = generator("augment", self.job.seed, number, device=self.device)
         self._seed_dropout(number)
         self.ensemble.train()
+        self._reset_watch()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
-        for step, at in enumerate(order.split(recipe.batch_size)):
+        for step, at in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(
-                    recipe, history, (number + step / steps) / recipe.epochs
+                    recipe, history, (number + step / len(batches)) / recipe.epochs
                 )
             x = self._normalized(augmented(self.images[at], recipe, augment))
             loss, logits = self.step(x, self.labels[at], {k: v[at] for k, v in self.extra.items()})
@@ -206,13 +231,18 @@ class Trainer:
             correct += (logits.argmax(1) == self.labels[at]).sum()
         total = float(loss_sum)
         if not math.isfinite(total):
-            raise TrainingError(
-                f"{self.job.name}: the loss of epoch {number + 1} is {total}; expected a finite "
-                f"number. The last good epoch is kept; try a lower lr than {recipe.lr}"
-            )
+            raise self._not_finite(total, number + 1)
         outputs = self.validation_outputs()
-        sums = {"loss": total, "correct": float(correct), "images": float(len(order))}
-        return {**sums, "seconds": time.perf_counter() - started}, outputs
+        sums = {
+            "loss": total,
+            "correct": float(correct),
+            "images": float(sum(map(len, batches))),
+            "steps": float(len(batches)),
+            "sent": float(self.exchange.sent - sent),
+            "waited": self.exchange.seconds - waited,
+            "seconds": time.perf_counter() - started,
+        }
+        return sums, outputs
 
     def step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C)."""
@@ -221,23 +251,35 @@ class Trainer:
         h = x
         for module in ensemble.prefix():
             h = module(h)
-        # Members push their gradients into this leaf; the shared block is run back once.
+        # Members push their gradients into this leaf.
         leaf = h.detach().requires_grad_(h.requires_grad)
         scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / count
         if self.replay:
             with torch.no_grad(), _undisturbed(ensemble):
-                outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
+                outputs = [ensemble.rest(member, leaf) for member in self.members]
         else:
-            outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
-        grads, loss, logits = self._objective([z.detach() for z in outputs], y, extra, scale)
-        for member, z, grad in zip(ensemble.members, outputs, grads, strict=True):
+            outputs = [ensemble.rest(member, leaf) for member in self.members]
+        detached = [z.detach() for z in outputs]
+        self._watch(detached)
+        grads, loss, logits = self._objective(detached, y, extra, scale)
+        shared = TreeSum()
+        for member, z, grad in zip(self.members, outputs, grads, strict=True):
             if self.replay:
                 z = ensemble.rest(member, leaf)
             z.backward(grad)
-        if h.requires_grad:
-            h.backward(leaf.grad)
-        if self.exchange.size > 1:
-            self._sum_shared_gradients()
+            if leaf.grad is not None:
+                h.backward(leaf.grad, retain_graph=True)
+                leaf.grad = None
+            if self.shared:
+                # A tree of one gradient a member: bits do not depend on who holds whom.
+                shared.add(torch.cat([p.grad.flatten() for p in self.shared]))  # type: ignore[union-attr]
+                for p in self.shared:
+                    p.grad = None
+        if self.shared:
+            flat = self.exchange.sum(shared.value())
+            parts = flat.split([p.numel() for p in self.shared])
+            for p, part in zip(self.shared, parts, strict=True):
+                p.grad = part.view_as(p)
         return loss, logits
 
     def _objective(self, outputs: list[Tensor], y, extra, scale: float):
@@ -251,7 +293,7 @@ class Trainer:
             total = self.exchange.sum(tree_sum(outputs)).requires_grad_()
             logits = scale * total
             logits = logits if bias is None else logits + bias
-            loss = self._cross_entropy(logits, y, extra)
+            loss = self._loss(logits, y, extra)
             loss.backward()
             return [total.grad] * len(outputs), loss, logits.detach()
         # Every process needs all outputs here; each fills in its own.
@@ -264,60 +306,81 @@ class Trainer:
         if self.job.spec.combine != "sum":
             sums = sums / torch.arange(1, len(slots) + 1, device=self.device)[:, None, None]
         sums = sums if bias is None else sums + bias
-        loss = torch.stack([self._cross_entropy(z, y, extra) for z in sums]).mean()
+        loss = torch.stack([self._loss(z, y, extra) for z in sums]).mean()
         loss.backward()
         assert slots.grad is not None
         return [slots.grad[k] for k in mine], loss, sums[-1].detach()
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        if "offsets" in extra:
-            logits = logits + extra["offsets"]
-        if "weights" not in extra:
-            return F.cross_entropy(logits, y)
-        weight = extra["weights"]
-        return (F.cross_entropy(logits, y, reduction="none") * weight).sum() / weight.sum()
+    def _loss(self, logits: Tensor, y: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        """Mean over the batch of each image's loss times its weight."""
+        if "targets" in extra:
+            losses = (logits - extra["targets"]).square().sum(1)
+        else:
+            logits = logits + extra["offsets"] if "offsets" in extra else logits
+            losses = F.cross_entropy(logits, y, reduction="none")
+        return (losses * extra["weights"] if "weights" in extra else losses).mean()
 
-    def _sum_shared_gradients(self) -> None:
-        grads = [
-            p.grad
-            for name, p in self.trained.items()
-            # The bias of the classifier block has the same gradient everywhere already.
-            if name.startswith("shared.") and name != "shared.bias" and p.grad is not None
-        ]
-        if not grads:
-            return
-        flat = self.exchange.sum(torch.cat([g.flatten() for g in grads]))
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+    def _reset_watch(self) -> None:
+        held = len(self.ensemble.ids)
+        self._finite = torch.ones(held, dtype=torch.bool, device=self.device)
+        self._finite_steps = torch.zeros(held, dtype=torch.int64, device=self.device)
+
+    def _watch(self, outputs: list[Tensor]) -> None:
+        """Count, for each held member, the steps before its outputs were first not finite."""
+        self._finite &= torch.stack(outputs).isfinite().all(2).all(1)
+        self._finite_steps += self._finite
+
+    def _not_finite(self, total: float, epoch: int) -> TrainingError:
+        steps = torch.zeros(len(self.job.ids), device=self.device)
+        for i, n in zip(self.ensemble.ids, self._finite_steps, strict=True):
+            steps[self.job.ids.index(i)] = n
+        steps = self.exchange.sum(steps)
+        first = steps.min()
+        members = [i for i, n in zip(self.job.ids, steps, strict=True) if n == first]
+        return TrainingError(
+            f"{self.job.name}: the loss of epoch {epoch} is {total}; expected a finite number. "
+            f"Outputs were first not finite after step {int(first)}, of member(s) "
+            f"{', '.join(map(str, members))}. The last good epoch is kept; try a lower lr than "
+            f"{self.job.recipe.lr}"
+        )
 
     # -- data and randomness ---------------------------------------------------------------
 
-    def _order(self, epoch: int) -> Tensor:
-        rng = generator("order", self.job.seed, epoch)
-        n = len(self.images) if self.job.indices is None else len(self.job.indices)
-        if self.job.resample:
-            rng = generator("resample", self.job.seed, self.job.ids, epoch)
-            order = torch.randint(n, (n,), generator=rng)
-        else:
-            order = torch.randperm(n, generator=rng)
-        if self.job.indices is not None:
-            order = torch.from_numpy(self.job.indices)[order]
-        return order.to(self.device)
+    def _batches(self, epoch: int) -> list[Tensor]:
+        """Numbers of the training images of each step."""
+        job, size = self.job, self.job.recipe.batch_size
+        n = len(self.images) if job.indices is None else len(job.indices)
+        order = torch.randperm(n, generator=generator("order", job.seed, epoch))
+        if job.indices is not None:
+            order = torch.from_numpy(job.indices)[order]
+        batches = list(order.split(size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot normalise over one value: a single last image joins the others.
+            batches[-2:] = [torch.cat(batches[-2:])]
+        if job.resample:
+            rng = generator("resample", job.seed, job.ids, epoch)
+            picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
+            batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
+        return [b.to(self.device) for b in batches]
 
     def _seed_dropout(self, epoch: int) -> None:
         for i, member in zip(self.ensemble.ids, self.ensemble.members, strict=True):
             for name, module in member.named_modules():
-                if isinstance(module, Dropout):
+                if draws(module):
                     keys = ("dropout", self.job.seed, i, name, epoch)
                     module.generator = generator(*keys, device=self.device)
 
     def uploaded(self, split: Split) -> Tensor:
-        """The images of a split on the device: uint8 (N, C, H, W)."""
-        images = torch.from_numpy(np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)))
-        return images.to(self.device)
+        """The images of a split on the device, uint8 (N, C, H, W); on the CPU a view, no copy."""
+        with warnings.catch_warnings():
+            # Arrays in an object store are read-only, and nothing here writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            images = torch.from_numpy(split.images)
+        return images.to(self.device).permute(0, 3, 1, 2)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        return images.float() * self.scale + self.shift
+        # NCHW: stock CPU batch norm is far less accurate in channels-last.
+        return images.float().contiguous() * self.scale + self.shift
 
     @torch.no_grad()
     def outputs(self, images: Tensor, batch: int = 512) -> np.ndarray:
@@ -331,6 +394,25 @@ class Trainer:
     def validation_outputs(self) -> np.ndarray:
         """`outputs` on the validation images."""
         return self.outputs(self.val_images)
+
+    @torch.no_grad()
+    def estimate_norms(self) -> None:
+        """Batch-norm statistics of the held members anew: means of those of each training batch.
+
+        One pass over the training images as they are, in an order drawn once; dropout is off.
+        """
+        self.ensemble.eval()
+        norms = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for the plain mean
+            norm.train()
+        for at in self._batches(0):
+            self.ensemble.outputs(self._normalized(self.images[at]))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
 
     def bias(self) -> Tensor | None:
         """The classifier block's bias (C,), if there is one."""
@@ -368,7 +450,7 @@ class _undisturbed:
         self.generators = [
             (m.generator, m.generator.get_state())
             for m in self.ensemble.modules()
-            if isinstance(m, Dropout) and m.generator is not None
+            if draws(m) and m.generator is not None
         ]
 
     def __exit__(self, *error):
@@ -379,10 +461,10 @@ class _undisturbed:
 
 
 def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
-    """Pad with zeros, crop at random and flip at random: a whole batch (B, C, H, W), on its device."""
+    """Pad with zeros, crop and flip at random: a whole batch (B, C, H, W), on its device."""
     if recipe.augment == "none":
         return images
-    b, c, h, w = images.shape
+    b, _, h, w = images.shape
     pad = recipe.pad
     padded = F.pad(images, (pad, pad, pad, pad))
     top, left = torch.randint(2 * pad + 1, (2, b, 1), generator=rng, device=images.device)
@@ -399,6 +481,8 @@ def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
 def learning_rate(recipe: Recipe, history: list[dict[str, Any]], done: float) -> float:
     """The learning rate when the fraction `done` of all steps has been taken."""
     if recipe.schedule == "poly":
+        return recipe.lr * (1 - math.floor(done * recipe.epochs + 1e-9) / recipe.epochs)
+    if recipe.schedule == "linear":
         return recipe.lr * (1 - done)
     if recipe.schedule == "cosine":
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
@@ -418,12 +502,16 @@ def learning_rate(recipe: Recipe, history: list[dict[str, Any]], done: float) ->
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a job gives: canonical state of its members, a dict an epoch, validation outputs."""
+    """What a job gives: canonical state of its members, a dict an epoch, validation outputs.
+
+    `optimizer` is empty unless `Job.keep_optimizer`.
+    """
 
     job: Job
     state: State
     history: list[dict[str, Any]]
     outputs: np.ndarray
+    optimizer: State = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -440,7 +528,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115: held as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -459,8 +547,8 @@ class Checkpoint:
                 return {name: file.get_tensor(name) for name in file.keys()}, history  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"{self.path}: expected a checkpoint, got an unreadable file ({error}); nothing was "
-                "overwritten: move it away to start this job anew"
+                f"{self.path}: expected a checkpoint, got an unreadable file ({error}); nothing "
+                "was overwritten: move it away to start this job anew"
             ) from error
 
     def save(self, state: State, history: list[dict[str, Any]]) -> None:
@@ -500,7 +588,9 @@ def drive(
     Args:
         trainer: a `Trainer`, or anything with its `epoch`, `state` and `load`.
         on_epoch: called with each finished epoch: ``epoch, lr, train_loss, train_top1, val_loss,
-            val_top1`` (top1 in percent), ``seconds``, ``images_per_s``.
+            val_top1`` (top1 in percent), ``seconds``, ``images_per_s``; where several processes
+            train the job, also ``actors``, ``exchange_share`` (of the time, waiting for slower ones
+            included) and ``sent_per_step`` (bytes, one actor's).
     """
     history: list[dict[str, Any]] = []
     found = checkpoint.load() if checkpoint else None
@@ -526,6 +616,10 @@ def drive(
             "seconds": sums["seconds"],
             "images_per_s": sums["images"] / sums["seconds"],
         }
+        if sums["sent"]:
+            epoch["actors"] = sums.get("actors", 1)
+            epoch["exchange_share"] = sums["waited"] / sums["seconds"]
+            epoch["sent_per_step"] = sums["sent"] / sums["steps"]
         history.append(epoch)
         if checkpoint:
             checkpoint.save(trainer.state(), history)
@@ -533,12 +627,14 @@ def drive(
             on_epoch(job, epoch)
     if outputs is None:
         outputs = trainer.validation_outputs()
-    state = {n: v for n, v in trainer.state().items() if not n.startswith("adam.")}
-    return Trained(job, state, history, outputs)
+    entries = trainer.state()
+    state = {n: v for n, v in entries.items() if not n.startswith("adam.")}
+    optimizer = {n: v for n, v in entries.items() if n.startswith("adam.")}
+    return Trained(job, state, history, outputs, optimizer if job.keep_optimizer else {})
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """(mean cross entropy, top-1 in percent) of the job's members together on the validation part."""
+    """Mean cross entropy and top-1 in percent of the job's members together on the validation part."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)

@@ -628,3 +628,9 @@ def _torchvision_datasets() -> Any:
             _kept.append(library)
         from torchvision import datasets
     return datasets
+
+
+def normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift), float32 (C,): ``image * scale + shift`` is ``(image / 255 - mean) / std``."""
+    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    return (1 / (255 * s)).astype(np.float32), (-m / s).astype(np.float32)

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .program import Program, validate
+from . import metrics
+from .program import Program, Shape, validate
 
 OPS = {"numpy": "bnncore.ops", "compiled": "bnncore.kernel"}
 
@@ -138,12 +139,7 @@ class Model:
             outputs = np.empty((0, len(here), len(self.program.classes)), np.float32)
             for member in range(count):
                 outputs = np.concatenate([outputs, self._run_member(shared, member)[None]])
-                scores, predicted = combine(self.program, outputs)
-                done = _decided(self.program, outputs, count)
-                if threshold is not None:
-                    done |= margin(scores) >= threshold
-                if member + 1 == count:
-                    done[:] = True
+                predicted, done = _stop(self.program, outputs, count, threshold)
                 labels[alive[done]] = predicted[done]
                 used[alive[done]] = member + 1
                 if done.all():
@@ -289,17 +285,162 @@ def _weights(program: Program) -> np.ndarray:
     return np.ones(program.members)
 
 
-def _decided(program: Program, outputs: np.ndarray, count: int) -> np.ndarray:
-    """Which images' winner the members after these, up to `count`, cannot change any more."""
+def _stop(
+    program: Program, outputs: np.ndarray, count: int, threshold: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """After the outputs of some of `count` members: predictions, and who needs no more members."""
     asked = len(outputs)
+    scores, predicted = combine(program, outputs)
     weight = _weights(program)[:count]
-    rest = weight[asked:].sum()
-    if program.combine == "hard_vote":
-        scores = combine(program, outputs)[0].astype(np.float64)
-    elif program.combine == "soft_vote":
-        scores = (weight[:asked, None, None] * softmax(outputs.astype(np.float64))).sum(0)
+    if asked == count:
+        done = np.ones(len(scores), bool)
+    elif program.combine in ("soft_vote", "hard_vote"):
+        # A later member takes nothing from the winner and gives the second at most its weight.
+        # Strictly more than that, and by more than rounding, because a tie could go either way.
+        total = scores * (weight[:asked].sum() if program.combine == "soft_vote" else 1)
+        done = margin(total) > weight[asked:].sum() + 1e-5 * weight.sum()
     else:
-        return np.full(outputs.shape[1], asked == count)
-    # A later member takes nothing from the winner and gives the second at most its weight. Strictly
-    # more than that, and by more than rounding, because a tie could still go the other way.
-    return margin(scores) > rest + 1e-6 * weight.sum()
+        done = np.zeros(len(scores), bool)
+    if threshold is not None:
+        done |= margin(scores) >= threshold
+    return predicted, done
+
+
+def probabilities(program: Program, scores: np.ndarray) -> np.ndarray:
+    """Scores as probabilities (B, classes): softmax of logits, shares of votes."""
+    if program.combine in ("mean", "sum"):
+        return softmax(scores)
+    return scores / scores.sum(1, keepdims=True)
+
+
+def curve(model: Model, images: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
+    """Accuracy and cost over the number of members used.
+
+    Returns:
+        For each m of 1..M ``{members, accuracy, binary_macs, float_macs}``: a fraction, and
+        multiply-accumulates an image.
+    """
+    outputs = model.outputs(images)
+    rows = []
+    for m in range(1, len(outputs) + 1):
+        accuracy = metrics.accuracy(combine(model.program, outputs[:m])[1], labels)
+        binary, floats = cost(model.program, m)
+        rows.append(
+            {"members": m, "accuracy": accuracy, "binary_macs": binary, "float_macs": floats}
+        )
+    return rows
+
+
+def exit_curve(
+    model: Model, images: np.ndarray, labels: np.ndarray, thresholds: Sequence[float | None]
+) -> list[dict[str, float | None]]:
+    """What `Model.anytime` reaches with each threshold: ``{threshold, accuracy, mean_members}``."""
+    outputs = model.outputs(images)
+    rows: list[dict[str, float | None]] = []
+    for threshold in thresholds:
+        predicted, used = _exits(model.program, outputs, threshold)
+        accuracy = metrics.accuracy(predicted, labels)
+        rows.append(
+            {"threshold": threshold, "accuracy": accuracy, "mean_members": float(used.mean())}
+        )
+    return rows
+
+
+def choose_threshold(
+    model: Model, images: np.ndarray, labels: np.ndarray, loss: float = 0.0, steps: int = 200
+) -> float:
+    """The smallest threshold for `Model.anytime` that costs at most `loss` of accuracy.
+
+    Args:
+        images, labels: validation data; on the test set the choice would be a peek.
+        loss: fraction of the images, against all members without a threshold.
+        steps: how many quantiles of the margins that occur are tried.
+
+    Returns:
+        The threshold; infinity if no other holds the accuracy.
+    """
+    outputs = model.outputs(images)
+    prefixes = range(1, len(outputs) + 1)
+    margins = np.concatenate([margin(combine(model.program, outputs[:m])[0]) for m in prefixes])
+    least = metrics.accuracy(combine(model.program, outputs)[1], labels) - loss
+    finite = margins[np.isfinite(margins)]
+    candidates = np.unique(np.quantile(finite, np.linspace(0, 1, steps))) if len(finite) else ()
+    for threshold in map(float, candidates):
+        if metrics.accuracy(_exits(model.program, outputs, threshold)[0], labels) >= least:
+            return threshold
+    return float("inf")
+
+
+def _exits(
+    program: Program, outputs: np.ndarray, threshold: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Model.anytime` from outputs that are all there already."""
+    count, size = outputs.shape[:2]
+    labels, used = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    for m in range(1, count + 1):
+        predicted, done = _stop(program, outputs[:m], count, threshold)
+        now = done & (used == 0)
+        labels[now], used[now] = predicted[now], m
+    return labels, used
+
+
+def operations(program: Program) -> list[tuple[int, int]]:
+    """For each node its (binary, float) multiply-accumulates for one image and one member.
+
+    Those of bconv, and those of conv and dense; what other operators do is linear in the map's
+    size and not counted.
+    """
+    counts = []
+    for node, shape in zip(program.nodes, validate(program)[1:], strict=True):
+        count = 0
+        if node.op in ("bconv", "conv", "dense"):
+            taps = program.tensors[node.tensors["weight"]].shape[1:]
+            count = int(np.prod(shape.dims)) * int(np.prod(taps))
+        counts.append((count, 0) if node.op == "bconv" else (0, count))
+    return counts
+
+
+def cost(program: Program, members: int | None = None) -> tuple[int, int]:
+    """(binary, float) multiply-accumulates an image with the first so many members."""
+    count = program.members if members is None else members
+    shapes = validate(program)[1:]
+    total = [0, 0]
+    for shape, each in zip(shapes, operations(program), strict=True):
+        times = count if shape.own else 1
+        total = [total[0] + times * each[0], total[1] + times * each[1]]
+    return total[0], total[1]
+
+
+def peak_memory(program: Program) -> tuple[int, int]:
+    """Bytes of the values alive at once, at most, for one image: (bits as bits, all as float32).
+
+    Nodes run one by one, members one after another; what members share stays until the last.
+    """
+    shapes = validate(program)
+    last = len(program.nodes)
+    shared = [i for i in range(1, last + 1) if not shapes[i].own]
+    own = [i for i in range(1, last + 1) if shapes[i].own]
+    sources = {i: program.nodes[i - 1].inputs for i in shared + own}
+    kept = {number for i in own for number in sources[i] if not shapes[number].own} | {last}
+    peaks = [0, 0]
+    for packed in (0, 1):
+        size = [_bytes(shape, bool(packed)) for shape in shapes]
+        for numbers, alive, keep in (
+            (shared, {0}, kept),
+            (own, set(kept) - {last}, kept),
+        ):
+            for position, i in enumerate(numbers):
+                alive = alive | {i}
+                peaks[packed] = max(peaks[packed], sum(size[number] for number in alive))
+                later = {number for j in numbers[position + 1 :] for number in sources[j]} | keep
+                alive = alive & later
+    return peaks[1], peaks[0]
+
+
+def _bytes(shape: Shape, packed: bool) -> int:
+    count = int(np.prod(shape.dims))
+    if not packed:
+        return 4 * count
+    if shape.kind == "bits":
+        return count // shape.dims[-1] * -(-shape.dims[-1] // 8)
+    return count if shape.kind == "u8" else 4 * count

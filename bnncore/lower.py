@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from bnncore import program as P
 from bnncore.backbones import Dropout
 from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift
+from bnncore.data import normalization
 from bnncore.ensemble import Ensemble
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -80,12 +81,6 @@ def lower(
         values, output = _Lowering(ensemble, mean, std).run()
         _fold(values, len(ensemble.ids))
     return _assemble(ensemble, values, output, classes, info or {})
-
-
-def normalization(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 (C,): ``image * scale + shift`` is ``(image / 255 - mean) / std``."""
-    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    return (1 / (255 * s)).astype(np.float32), (-m / s).astype(np.float32)
 
 
 class _Lowering:

@@ -9,13 +9,18 @@ Legend: `M` members, `N` training images, `C` classes.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from bnncore.backbones import ConvHead, ModelSpec, build
 from bnncore.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
@@ -95,6 +100,27 @@ class Ensembled:
         ensemble = Ensemble(self.spec)
         ensemble.load(self.state)
         return ensemble
+
+    def save(self, folder: Path) -> None:
+        """Write weights, structure and curves into `folder`; shared tensors once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state, folder / "weights.safetensors")
+        (folder / "spec.json").write_text(json.dumps(asdict(self.spec), indent=1))
+        (folder / "histories.json").write_text(json.dumps(self.histories))
+
+    @classmethod
+    def read(cls, folder: Path) -> Ensembled:
+        """The inverse of `save`.
+
+        Raises:
+            ValueError: a file is missing or broken; names it.
+        """
+        try:
+            spec = TypeAdapter(EnsembleSpec).validate_json((folder / "spec.json").read_text())
+            histories = json.loads((folder / "histories.json").read_text())
+            return cls(spec, load_file(folder / "weights.safetensors"), histories)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder}: expected a trained model, got: {error}") from error
 
 
 @dataclass(frozen=True)

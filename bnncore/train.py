@@ -25,7 +25,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,9 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnncore.data import Dataset
+from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, draws, generator, tree_sum
-from bnncore.lower import normalization
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -171,8 +171,9 @@ class Trainer:
         scale, shift = normalization(data.mean, data.std)
         self.scale = torch.from_numpy(scale).to(self.device)[:, None, None]
         self.shift = torch.from_numpy(shift).to(self.device)[:, None, None]
-        self.images, self.labels = _on_device(data.train, self.device)
-        self.val_images, self.val_labels = _on_device(data.val, self.device)
+        self.images = self.uploaded(data.train)
+        self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
+        self.val_images = self.uploaded(data.val)
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
@@ -321,6 +322,11 @@ class Trainer:
                     keys = ("dropout", self.job.seed, i, name, epoch)
                     module.generator = generator(*keys, device=self.device)
 
+    def uploaded(self, split: Split) -> Tensor:
+        """The images of a split on the device: uint8 (N, C, H, W)."""
+        images = torch.from_numpy(np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)))
+        return images.to(self.device)
+
     def _normalized(self, images: Tensor) -> Tensor:
         return images.float() * self.scale + self.shift
 
@@ -400,12 +406,6 @@ class _undisturbed:
             buffer.copy_(value)
         for rng, value in self.generators:
             rng.set_state(value)
-
-
-def _on_device(split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, C, H, W) uint8 and (N,) int64 on the device."""
-    images = torch.from_numpy(np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)))
-    return images.to(device), torch.from_numpy(np.array(split.labels)).to(device)
 
 
 def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
@@ -515,6 +515,13 @@ class Checkpoint:
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[Path]:
+    """A folder for the checkpoints of one stage, removed when the stage's work is written."""
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def drive(

@@ -1,0 +1,40 @@
+# `make repro` and `make test` need nothing but Python 3.11 or later, pip and git.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help env repro test check soak ui report clean
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(STAMP)  ## build or update .venv
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or later, got " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+repro: $(STAMP)  ## the whole pipeline on the parameters in params.yaml, then its table
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+	@$(BIN)/python -m bnncore.report
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow and not soak' -q
+
+soak: $(STAMP)  ## the long versions of the kill and fuzz tests
+	$(BIN)/python -m pytest -m soak
+
+ui: $(STAMP)  ## MLflow's pages, on this machine only
+	$(BIN)/python -m bnncore.tracking --ui
+
+report: $(STAMP)  ## reports/index.html, one page that needs no network
+	$(BIN)/python -m bnncore.report --html
+
+clean:  ## remove what the pipeline made; keeps .venv
+	rm -rf models packed reports checkpoints mlruns mlflow.db*

@@ -1,0 +1,224 @@
+"""Look at a packed file, classify images with it, time it: ``python -m bnncore --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import execute, packfile
+from .program import PackedFormatError, Program, Tensor, validate
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class UserError(Exception):
+    """Something that the caller can put right; shown without a traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except PackedFormatError as error:
+        print(f"bnncore: {options.file}: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"bnncore: {error}", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bnncore", description="Tools for packed files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("inspect", _inspect, "layers, shapes, bytes, sharing, accuracy, memory, operations"),
+        ("predict", _predict, "classify image files, or all images below a folder"),
+        ("bench", _bench, "images a second, with one thread and with all"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("file", type=Path, help="a packed file")
+        command.set_defaults(run=run)
+        if name == "predict":
+            command.add_argument("images", type=Path, nargs="+", help="image files or folders")
+            command.add_argument("--top", type=int, default=3, help="classes to show (default 3)")
+        if name != "inspect":
+            command.add_argument("--members", type=int, help="use the first so many (default all)")
+        if name == "predict":
+            command.add_argument("--ops", choices=sorted(execute.OPS), default="compiled")
+        if name == "bench":
+            command.add_argument("--batch", type=int, default=64, help="images (default 64)")
+            command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    program = packfile.load(options.file)
+    shapes = validate(program)
+    size = options.file.stat().st_size
+    counted = sum(tensor.data.nbytes for tensor in program.tensors.values())
+    members = f"{program.members} member{'s' if program.members > 1 else ''}"
+    height, width, channels = program.image
+    print(f"{options.file}: format {packfile.VERSION}, {members}, combined by {program.combine}")
+    print(f"image {height}x{width}x{channels}, {len(program.classes)} classes: "
+          f"{_shorten(', '.join(program.classes), 60)}")  # fmt: skip
+    for key, fact in program.info.items():
+        print(f"{key}: {fact}")
+    print()
+    rows = [("#", "operator", "layer", "from", "output", "run", "tensors", "bytes", "MACs")]
+    operations = execute.operations(program)
+    for index, node in enumerate(program.nodes):
+        shape = shapes[index + 1]
+        tensors = [(slot, program.tensors[name]) for slot, name in node.tensors.items()]
+        rows.append((
+            str(index + 1),
+            node.op,
+            node.name,
+            ",".join(map(str, node.inputs)),
+            f"{'x'.join(map(str, shape.dims))} {shape.kind}",
+            f"x{program.members}" if shape.own else "once",
+            " ".join(_describe(slot, tensor, program.members) for slot, tensor in tensors),
+            str(sum(tensor.data.nbytes for _, tensor in tensors) or ""),
+            str(sum(operations[index]) or ""),
+        ))  # fmt: skip
+    _table(rows, right={0, 7, 8})
+    print()
+    kinds: dict[tuple[str, str], int] = {}
+    for tensor in program.tensors.values():
+        group = (tensor.kind, "own" if tensor.own else "shared")
+        kinds[group] = kinds.get(group, 0) + tensor.data.nbytes
+    _table(
+        [("bytes", "kind", "")]
+        + [(str(count), *group) for group, count in sorted(kinds.items())]
+        + [(str(counted), "all tensors", ""), (str(size - counted), "graph and header", "")]
+        + [(str(size), "file", "")],
+        right={0},
+    )
+    packed, floats = execute.peak_memory(program)
+    print(f"\npeak activations of one image: {packed:,} bytes with bits, {floats:,} all in float32")
+    for count in sorted({1, program.members}):
+        binary, full = execute.cost(program, count)
+        print(f"operations of one image, {count} of {members}: "
+              f"{binary:,} binary and {full:,} float multiply-accumulates")  # fmt: skip
+
+
+def _describe(slot: str, tensor: Tensor, members: int) -> str:
+    copies = f"{members}*" if tensor.own else ""
+    return f"{slot}:{tensor.kind}[{copies}{'x'.join(map(str, tensor.shape))}]"
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _table(rows: Sequence[tuple[str, ...]], right: Iterable[int]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    aligned = set(right)
+    for row in rows:
+        cells = (
+            cell.rjust(width) if column in aligned else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _predict(options: argparse.Namespace) -> None:
+    program = packfile.load(options.file)
+    _check_members(options.members, program)
+    if options.top < 1:
+        raise UserError(f"--top: expected at least 1, got {options.top}")
+    paths = list(_image_paths(options.images))
+    model = execute.Model(program, options.ops)
+    width = max(len(str(path)) for path in paths)
+    for start in range(0, len(paths), 64):
+        part = paths[start : start + 64]
+        images = np.stack([read_image(path, program.image) for path in part])
+        scores = model(images, options.members)
+        shares = execute.probabilities(program, scores)
+        for path, row in zip(part, shares, strict=True):
+            best = np.argsort(-row, kind="stable")[: options.top]
+            found = "  ".join(f"{program.classes[k]} {100 * row[k]:.1f} %" for k in best)
+            print(f"{path!s:{width}}  {found}")
+
+
+def _image_paths(given: Sequence[Path]) -> Iterable[Path]:
+    for path in given:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"{path}: no image files in this folder")
+            yield from found
+        else:
+            yield path
+
+
+def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
+    """An image file as uint8 (H,W,C): grey or RGB by C, resized where it has another size."""
+    from PIL import Image, UnidentifiedImageError
+
+    height, width, channels = size
+    if channels not in (1, 3):
+        raise UserError(f"image files have 1 or 3 channels, this network takes {channels}")
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image file") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}") from None
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(picture, np.uint8).reshape(size)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    program = packfile.load(options.file)
+    _check_members(options.members, program)
+    if min(options.batch, options.repeats) < 1:
+        raise UserError("--batch and --repeats: expected at least 1")
+    images = np.random.default_rng(0).integers(
+        0, 256, (options.batch, *program.image), dtype=np.uint8
+    )
+    every = os.cpu_count() or 1
+    models: dict[tuple[str, int], execute.Model] = {}
+    for ops in execute.OPS:
+        for threads in sorted({1, every}):
+            try:
+                start = time.perf_counter()
+                models[ops, threads] = execute.Model(program, ops, threads)
+                models[ops, threads](images, options.members)
+                first = time.perf_counter() - start
+            except ImportError as error:
+                print(f"{ops}: not available: {error}", file=sys.stderr)
+                break
+            if threads == 1:
+                print(f"{ops}: ready and first batch in {first:.2f} s")
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in models}
+    for _ in range(options.repeats):  # interleaved, so that a slow moment hits all alike
+        for key, model in models.items():
+            start = time.perf_counter()
+            model(images, options.members)
+            seconds[key].append(time.perf_counter() - start)
+    rows = [("ops", "threads", "ms a batch", "images/s")]
+    for (ops, threads), taken in seconds.items():
+        median = statistics.median(taken)
+        rows.append((ops, str(threads), f"{1e3 * median:.1f}", f"{options.batch / median:.0f}"))
+    print(f"batch of {options.batch}, median of {options.repeats}:")
+    _table(rows, right={1, 2, 3})
+
+
+def _check_members(members: int | None, program: Program) -> None:
+    if members is not None and not 1 <= members <= program.members:
+        raise UserError(f"--members: expected 1 to {program.members}, got {members}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

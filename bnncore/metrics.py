@@ -1,0 +1,60 @@
+"""What is measured of predictions, in numpy: accuracy, calibration, likelihood, disagreement.
+
+Legend: `B` images, `C` classes, `m` members.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The fraction of (B,) predictions that equal the labels."""
+    _same(predictions.shape, labels.shape)
+    return float((predictions == labels).mean())
+
+
+def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """The fraction of images whose label is among the k best (B,C) scores; ties by lower class."""
+    _same(scores.shape[:1], labels.shape)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(1).mean())
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: ``sum_b |b| / B * |accuracy(b) - confidence(b)|``.
+
+    Over `bins` equal bins (low, high] of the best class's probability (Guo et al., "On Calibration
+    of Modern Neural Networks", 2017, eq. 3).
+    """
+    _same(probabilities.shape[:1], labels.shape)
+    confidence = probabilities.max(1).astype(np.float64)
+    right = (probabilities.argmax(1) == labels).astype(np.float64)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(index, right - confidence, bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def nll(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean negative log-likelihood in nats; probabilities below 1e-12 count as 1e-12."""
+    _same(probabilities.shape[:1], labels.shape)
+    picked = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return float(-np.log(np.maximum(picked, 1e-12)).mean())
+
+
+def disagreement(predictions: np.ndarray) -> float:
+    """Of (m,B) predictions: how often two members differ, mean over images and pairs of members.
+
+    0 for a single member.
+    """
+    m = len(predictions)
+    pairs = [(i, j) for i in range(m) for j in range(i)]
+    if not pairs:
+        return 0.0
+    return float(np.mean([(predictions[i] != predictions[j]).mean() for i, j in pairs]))
+
+
+def _same(got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected or not got or got[0] == 0:
+        raise ValueError(f"expected one or more labels of the shape of the predictions, "
+                         f"got {expected} for {got}")  # fmt: skip

@@ -1,0 +1,1 @@
+"""One thin file a stage: read parameters, call bnncore, write outputs."""

@@ -1,0 +1,21 @@
+"""Stage binarize: binarize the pretrained backbone and train the single BNN."""
+
+from bnncore import data, params, schemes, train
+from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+
+
+def main() -> None:
+    with stage() as s:
+        images = data.load(s.params.data, ROOT)
+        fp32 = schemes.Ensembled.read(MODELS / "fp32").state
+        job = schemes.first_job(s.params, images, fp32)
+        with train.resumable(CHECKPOINTS / "binarize") as checkpoints:
+            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch)
+            schemes.Ensembled(job.spec, trained.state, {"bnn": trained.history}).save(
+                MODELS / "bnn"
+            )
+            params.save(s.params, MODELS / "bnn" / "params.yaml")
+
+
+if __name__ == "__main__":
+    run(main)

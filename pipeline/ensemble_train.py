@@ -1,0 +1,36 @@
+"""Stage ensemble-train: train every ensemble of the list on Ray actors."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+from bnncore import actors, data, params, schemes, train
+from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+
+
+def main() -> None:
+    with stage() as s:
+        images = data.load(s.params.data, ROOT)
+        fp32 = schemes.Ensembled.read(MODELS / "fp32").state
+        bnn = schemes.Ensembled.read(MODELS / "bnn").state
+        out = MODELS / "ensembles"
+        shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
+        plans = [
+            schemes.plan(s.params, ensemble, images, fp32, bnn)
+            for ensemble in s.params.ensembles.train
+        ]
+        with (
+            actors.Cluster(s.params.ray) as cluster,
+            train.resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
+        ):
+            train_many = partial(
+                cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
+            )
+            for plan in plans:
+                schemes.train(plan, train_many).save(out / plan.params.name)
+        params.save(s.params, out / "params.yaml")
+
+
+if __name__ == "__main__":
+    run(main)

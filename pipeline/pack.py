@@ -1,0 +1,69 @@
+"""Stage pack: lower every trained model into a packed file; keep torch's outputs for comparison."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from bnncore import data, lower, packfile, params, schemes, train
+from bnncore.ensemble import Ensemble
+from pipeline.stage import MODELS, PACKED, ROOT, run, stage
+
+
+def models() -> dict[str, Path]:
+    """Name -> folder of everything that the earlier stages trained, in the order of the table."""
+    ensembles = [path.parent for path in sorted((MODELS / "ensembles").glob("*/spec.json"))]
+    return {folder.name: folder for folder in (MODELS / "fp32", MODELS / "bnn", *ensembles)}
+
+
+def main() -> None:
+    with stage() as s:
+        images = data.load(s.params.data, ROOT)
+        order = [e.name for e in s.params.ensembles.train]
+        shutil.rmtree(PACKED, ignore_errors=True)
+        (PACKED / "torch").mkdir(parents=True)
+        found = models()
+        for name in ("fp32", "bnn", *order):
+            trained = schemes.Ensembled.read(found[name])
+            ensemble = trained.ensemble()
+            section = next((e for e in s.params.ensembles.train if e.name == name), None)
+            program = lower.lower(
+                ensemble, images.mean, images.std, images.classes, facts(s.params, name, section)
+            )
+            size = packfile.save(program, PACKED / f"{name}.bnn")
+            np.savez(PACKED / "torch" / f"{name}.npz", **torch_outputs(ensemble, images))
+            print(f"{name:>16}: {size:8,} bytes", flush=True)
+        params.save(s.params, PACKED / "params.yaml")
+
+
+def facts(p: params.Params, name: str, section: params.EnsembleParams | None) -> dict:
+    """What the file says of itself."""
+    found = {"name": name, "backbone": p.model.backbone, "kind": name, "seed": p.seed}
+    if p.model.width:
+        found["width"] = p.model.width
+    if section is not None:
+        sharing = section.sharing
+        found |= {
+            "kind": "ensemble",
+            "scheme": section.scheme,
+            "sharing": sharing if isinstance(sharing, str) else sharing.name,
+        }
+    return found
+
+
+def torch_outputs(ensemble: Ensemble, images: data.Dataset) -> dict[str, np.ndarray]:
+    """Member outputs of torch on the validation and test parts, (M, N, C) float32 each."""
+    spec = ensemble.spec
+    job = train.Job("outputs", spec, ensemble.ids, params.Recipe(epochs=0), 0, ensemble.state())
+    trainer = train.Trainer(job, images, device="cpu")
+    return {
+        "val": trainer.outputs(trainer.uploaded(images.val)),
+        "test": trainer.outputs(trainer.uploaded(images.test)),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,21 @@
+"""Stage pretrain: train the FP32 backbone."""
+
+from bnncore import data, params, schemes, train
+from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+
+
+def main() -> None:
+    with stage() as s:
+        images = data.load(s.params.data, ROOT)
+        schemes.check(s.params, images.image, len(images.classes))  # all stages', before any work
+        job = schemes.first_job(s.params, images, None)
+        with train.resumable(CHECKPOINTS / "pretrain") as checkpoints:
+            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch)
+            schemes.Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(
+                MODELS / "fp32"
+            )
+            params.save(s.params, MODELS / "fp32" / "params.yaml")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,78 @@
+"""What every stage does: read parameters, say errors in one line, show progress, log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bnncore import params as parameters
+from bnncore.params import Params
+from bnncore.tracking import ModelRun, Tracker
+
+ROOT = Path()  # stages run in the project's root, under DVC and by hand
+CHECKPOINTS = ROOT / "checkpoints"
+MODELS = ROOT / "models"
+PACKED = ROOT / "packed"
+REPORTS = ROOT / "reports"
+
+
+@dataclass
+class Stage:
+    """A running stage: its parameters, its tracker, its progress bars."""
+
+    params: Params
+    tracker: Tracker
+    bars: dict[str, tqdm] = field(default_factory=dict)
+    runs: dict[str, ModelRun] = field(default_factory=dict)
+
+    def on_epoch(self, job, epoch: dict[str, Any]) -> None:
+        """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""
+        bar = self.bars.get(job.name)
+        if bar is None:
+            bar = tqdm(total=job.recipe.epochs, desc=f"{job.name:>16}", unit="epoch", leave=True)
+            self.bars[job.name] = bar
+        bar.set_postfix_str(f"loss {epoch['train_loss']:.3f}, validation {epoch['val_top1']:.1f} %")
+        bar.update(epoch["epoch"] - bar.n)
+        run = self.runs.get(job.name)
+        if run is None:
+            run = self.tracker.model(job.name, {"recipe": parameters.plain(job.recipe)})
+            self.runs[job.name] = run
+        run.epoch(epoch["epoch"], {k: v for k, v in epoch.items() if k != "epoch"})
+
+    def close(self) -> None:
+        for bar in self.bars.values():
+            bar.close()
+        for run in self.runs.values():
+            run.finish()
+
+
+@contextmanager
+def stage() -> Iterator[Stage]:
+    """Read ``params.yaml`` and open the tracker; a stage's body runs inside."""
+    params = parameters.load(ROOT / "params.yaml")
+    plain = parameters.plain(params)
+    settings = params.mlflow
+    with Tracker(ROOT, plain, settings.uri, experiment=settings.experiment) as tracker:
+        running = Stage(params, tracker)
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; what a user can mend ends in one line on stderr and exit status 1."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    try:
+        main()
+    except (ValueError, RuntimeError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -150,7 +150,7 @@ def test_load_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"expected an entry '1\.head\.dense\.bias'"):
         ensemble.load(missing)
     state["0.head.dense.weight"] = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"'0\.head\.dense\.weight'.*\(4, 16\), got \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"'0\.head\.dense\.weight'.*\(4, 32\), got \(4, 3\)"):
         ensemble.load(state)
 
 

@@ -30,7 +30,7 @@ def dataset(
     return Dataset("tiny", tuple("abcdefghij"[:classes]), *parts, mean, std)
 
 
-def model(backbone: str = "resnet8", width: int = 4, data: Dataset | None = None, **changes):
+def model(backbone: str = "resnet8", width: int = 8, data: Dataset | None = None, **changes):
     """A `ModelSpec`; a BNN unless ``binarizer=None``."""
     image, classes = (data.image, len(data.classes)) if data else ((8, 8, 1), 4)
     values = {"binarizer": P.Binarizer(), **changes}
@@ -81,7 +81,7 @@ def parse(**sections) -> P.Params:
     """Parameters of a very short run."""
     short = {"epochs": 2, "batch_size": 16, "lr": 0.01}
     values = {
-        "model": {"backbone": "resnet8", "width": 4},
+        "model": {"backbone": "resnet8", "width": 8},
         "pretrain": dict(short),
         "binarize": dict(short),
         **sections,

@@ -25,7 +25,10 @@ import math
 import os
 import shutil
 import time
+<<<<<<< HEAD
 import warnings
+=======
+>>>>>>> schemes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,9 +42,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+<<<<<<< HEAD
 from bnncore.backbones import Backbone
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
+=======
+from bnncore.data import Dataset, Split, normalization
+from bnncore.ensemble import Ensemble, EnsembleSpec, draws, generator, tree_sum
+>>>>>>> schemes
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -190,7 +198,10 @@ class Trainer:
         self.images = self.uploaded(data.train)
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
+<<<<<<< HEAD
         self._reset_watch()
+=======
+>>>>>>> schemes
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
@@ -649,8 +660,14 @@ def train_many(
     data: Dataset,
     checkpoints: Path | None = None,
     on_epoch: Callable[[Job, dict[str, Any]], None] | None = None,
+    threads: int = 1,
 ) -> list[Trained]:
-    """Train jobs one after another in this process; `actors.train_many` spreads them out."""
+    """Train jobs one after another in this process; `actors.Cluster` spreads them out.
+
+    One thread is the default because small layers gain nothing from a second one, lose much beside
+    other busy processes, and give bits that do not depend on the machine's number of cores.
+    """
+    torch.set_num_threads(threads)
     results = []
     for job in jobs:
         checkpoint = (

@@ -25,10 +25,7 @@ import math
 import os
 import shutil
 import time
-<<<<<<< HEAD
 import warnings
-=======
->>>>>>> schemes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -42,14 +39,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-<<<<<<< HEAD
 from bnncore.backbones import Backbone
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
-=======
-from bnncore.data import Dataset, Split, normalization
-from bnncore.ensemble import Ensemble, EnsembleSpec, draws, generator, tree_sum
->>>>>>> schemes
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -198,10 +190,7 @@ class Trainer:
         self.images = self.uploaded(data.train)
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
-<<<<<<< HEAD
         self._reset_watch()
-=======
->>>>>>> schemes
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None

@@ -328,8 +328,8 @@ def layers(bench: Bench) -> None:
     for name, share in shares:
         print(f"| {name} | {100 * share:.0f} % |")
     print(
-        "Channels are stored by 32, so 16 of them fill half of every word and of every tile; a "
-        "1x1 layer has\ntoo few products to hide what begins and ends each tile."
+        "With few channels, and in 1x1 layers, a tile has too few products to hide what begins and "
+        "ends it;\n16 filters also share what is read of the input less well than 32."
     )
 
 

@@ -3,16 +3,18 @@
 How values look between steps (all have the image as their first axis):
 
 - numbers: float32 (B,H,W,S), S >= C channels of which those from C on are 0; ``(B,F)`` is held as
-  (B,1,1,S). Integers are held as floats too, exactly, since they stay below 2**24. S is a multiple
-  of 32, but for the input of the first convolution, where S = C.
-- bits: uint32 (B,H,W,words), channel ``c`` in bit ``c % 32`` of word ``c // 32``, spare bits 0.
+  (B,1,1,S). Integers are held as floats too, exactly: no sum is above 2**24. S is a multiple of 32,
+  or 16 where that is enough; but for the input of the first convolution, where S = C.
+- bits: uint32 (B,H,W,words), channel ``c`` in bit ``c % 32`` of word ``c // 32``, spare bits 0; or
+  one uint16 where that is enough.
 - a step that gives both the numbers and, through a threshold, the next layer's bits: `_Both`.
 
-**One tile.** A convolution, binary or float, works on a tile of a few pixels by 32 filters, whose
-sums stay in vector registers: *filters are the lanes*, so nothing is ever summed across lanes, and
-the activations are what is broadcast. A tile adds up *runs*: stretches of bytes, words or floats
-that are contiguous both in the input and in the weights (one row of a kernel window, over all its
-channels). Three tiles exist, told apart by the type of the weights:
+**One tile.** A convolution, binary or float, works on a tile of a few pixels by 32 filters (16,
+where there are no more), whose sums stay in vector registers: *filters are the lanes*, so nothing
+is ever summed across lanes, and the activations are what is broadcast. A tile adds up *runs*:
+stretches of bytes, words or floats that are contiguous both in the input and in the weights (one
+row of a kernel window, over all its channels). Three tiles exist, told apart by the type of the
+weights:
 
 - ``uint32``, for processors that count bits in vectors (AVX-512 VPOPCNTDQ, NEON): 32 input channels
   a step, ``sum += popcount(broadcast(a) ^ w)``;
@@ -51,7 +53,7 @@ IMAGES_FIRST = True
 
 Array = np.ndarray
 
-LANES = 32  # filters of a tile, channels of a word
+LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
 _LONGEST = (1 << 16) - 1  # products of which a sum of `_Nibbles` can count the differing ones
 _MOST_RUNS = 1 << 16
 _BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
@@ -77,14 +79,13 @@ def binary_tile() -> np.dtype:
     return np.dtype("u1" if "avx2" in have and "avx512vpopcntdq" not in have else "u4")
 
 
-def tile_pixels(weights: np.dtype) -> int:
+def tile_pixels(weights: np.dtype, lanes: int = LANES) -> int:
     """Pixels of a tile: as many as leave their sums, and what is added, in registers."""
-    have = features()
     if weights == np.uint8:
-        return 4
-    if "avx512f" in have:
-        return 8
-    return 2
+        pixels = 4
+    else:
+        pixels = 8 if "avx512f" in features() else 2
+    return pixels * LANES // lanes
 
 
 # ---- code generation: what numba's own vectoriser does not find -------------------------------
@@ -174,23 +175,26 @@ class _Emit:
 
 
 @intrinsic
-def _tile(typing, weights, pixels, table, runs, count, sums):
+def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
     """Add up `count` runs for one tile.
 
-    ``weights``: array whose type picks the tile. Addresses: ``pixels`` of P addresses, where the
-    windows of the pixels start; ``table`` of the 256 tables; ``runs`` of records of four int64
-    (offset from the window's start in bytes, offset in the weights in bytes, steps, whether to
-    widen afterwards); ``sums`` of P x 32 results.
+    The types of arrays tell what to make: of ``weights``, the tile; of ``x``, how wide a word of
+    input is; of ``flips``, how many filters are done at once. Addresses: ``pixels`` of P addresses,
+    where the windows of the pixels start; ``table`` of the 256 tables; ``runs`` of records of four
+    int64 (offset from the window's start in bytes, offset in the weights in bytes, steps, whether
+    to widen afterwards); ``sums`` of P x lanes results.
     """
     kind = np.dtype(str(weights.dtype))
-    P = tile_pixels(kind)
+    lanes = flips.dtype.bitwidth
+    P = tile_pixels(kind, lanes)
+    unit = ir.IntType(x.dtype.bitwidth)
+    emitter = _TILES[kind.name](lanes // 16, unit)
 
     def body(context, builder, signature, args):
-        array, pixels, table, runs, count, sums = args
+        _, array, _, pixels, table, runs, count, sums = args
         emit = _Emit(builder)
         data = context.make_array(weights)(context, builder, array).data
         base = builder.ptrtoint(data, _I64)
-        emitter = _TILES[kind.name]
 
         def one_run(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             record = emit.at(runs, index, 32)
@@ -208,23 +212,28 @@ def _tile(typing, weights, pixels, table, runs, count, sums):
         emitter.end(emit, totals, sums)
         return context.get_dummy_value()
 
-    return types.void(weights, *[types.int64] * 5), body
+    return types.void(x, weights, flips, *[types.int64] * 5), body
 
 
 class _Words:
-    """Sums are lanes of 32 bits, in registers until the end; 32 channels a step."""
+    """Sums are lanes of 32 bits, in registers until the end; a word of channels a step.
+
+    Args:
+        vectors: of 16 filters each.
+        unit: a word of the input.
+    """
 
     vector = ir.VectorType(_I32, 16)
-    scalar: ir.Type = _I32
 
-    @classmethod
-    def start(cls, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
-        """The totals to begin with: two vectors of 16 filters a pixel."""
-        return [ir.Constant(cls.vector, None)] * (2 * pixels)
+    def __init__(self, vectors: int, unit: ir.Type) -> None:
+        self.vectors, self.unit = vectors, unit
 
-    @classmethod
+    def start(self, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
+        """The totals to begin with, for each pixel its vectors."""
+        return [ir.Constant(self.vector, None)] * (self.vectors * pixels)
+
     def run(
-        cls,
+        self,
         emit: _Emit,
         starts: list[ir.Value],
         weights: ir.Value,
@@ -235,25 +244,29 @@ class _Words:
         sums: ir.Value,
     ) -> list[ir.Value]:
         """Add up one run: `steps` from the address `starts` of each pixel and from `weights`."""
+        n = self.vectors
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            at = emit.at(weights, index, 128)
-            w = [emit.load(cls.vector, emit.at(at, 64 * v)) for v in range(2)]
+            at = emit.at(weights, index, 64 * n)
+            w = [emit.load(self.vector, emit.at(at, 64 * v)) for v in range(n)]
             new = []
             for j, start in enumerate(starts):
-                a = emit.splat(emit.load(cls.scalar, emit.at(start, index, 4)), 16)
-                new += [cls.add(emit, totals[2 * j + v], a, w[v]) for v in range(2)]
+                a = emit.splat(self.read(emit, start, index), 16)
+                new += [self.add(emit, totals[n * j + v], a, w[v]) for v in range(n)]
             return new
 
         return emit.loop(steps, totals, step)
 
-    @staticmethod
-    def add(emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
+    def read(self, emit: _Emit, start: ir.Value, index: ir.Value) -> ir.Value:
+        size = self.unit.width // 8
+        word = emit.load(self.unit, emit.at(start, index, size), size)
+        return emit.b.zext(word, _I32) if size < 4 else word
+
+    def add(self, emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
         counted = emit.call("llvm.ctpop.v16i32", total.type, emit.b.xor(a, w))
         return emit.b.add(total, counted)
 
-    @staticmethod
-    def end(emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+    def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
         """Store the totals."""
         for k, total in enumerate(totals):
             emit.store(total, emit.at(sums, 64 * k))
@@ -263,10 +276,11 @@ class _Floats(_Words):
     """The same with products of floats; one channel a step."""
 
     vector = ir.VectorType(_F32, 16)
-    scalar = _F32
 
-    @staticmethod
-    def add(emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
+    def read(self, emit: _Emit, start: ir.Value, index: ir.Value) -> ir.Value:
+        return emit.load(_F32, emit.at(start, index, 4))
+
+    def add(self, emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
         return emit.call("llvm.fmuladd.v16f32", total.type, a, w, total)
 
 
@@ -279,15 +293,14 @@ class _Nibbles(_Words):
     vector = ir.VectorType(_I8, 32)
     wide = ir.VectorType(_I16, 16)
 
-    @classmethod
-    def start(cls, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
-        for k in range(2 * pixels):
-            emit.store(ir.Constant(cls.wide, None), emit.at(sums, 32 * k))
-        return super().start(emit, pixels, sums)
+    def start(self, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
+        totals = super().start(emit, pixels, sums)
+        for k in range(len(totals)):
+            emit.store(ir.Constant(self.wide, None), emit.at(sums, 32 * k))
+        return totals
 
-    @classmethod
     def run(
-        cls,
+        self,
         emit: _Emit,
         starts: list[ir.Value],
         weights: ir.Value,
@@ -297,22 +310,22 @@ class _Nibbles(_Words):
         widen: ir.Value,
         sums: ir.Value,
     ) -> list[ir.Value]:
-        b = emit.b
+        b, n = emit.b, self.vectors
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             tables = []
             for start in starts:
                 byte = b.zext(emit.load(_I8, b.add(start, index), 1), _I64)
-                tables.append(emit.load(cls.vector, emit.at(table, byte, 32), 32))
-            at = emit.at(weights, index, 64)
-            w = [emit.load(cls.vector, emit.at(at, 32 * v), 32) for v in range(2)]
+                tables.append(emit.load(self.vector, emit.at(table, byte, 32), 32))
+            at = emit.at(weights, index, 32 * n)
+            w = [emit.load(self.vector, emit.at(at, 32 * v), 32) for v in range(n)]
             return [
                 b.add(
-                    totals[2 * j + v],
-                    emit.call("llvm.x86.avx2.pshuf.b", cls.vector, tables[j], w[v]),
+                    totals[n * j + v],
+                    emit.call("llvm.x86.avx2.pshuf.b", self.vector, tables[j], w[v]),
                 )
                 for j in range(len(starts))
-                for v in range(2)
+                for v in range(n)
             ]
 
         totals = emit.loop(steps, totals, step)
@@ -321,20 +334,19 @@ class _Nibbles(_Words):
         b.cbranch(b.icmp_signed("!=", widen, _I64(0)), inside, after)
         b.position_at_end(inside)
         for k, total in enumerate(totals):
-            low, high = (b.zext(emit.half(total, first, 16), cls.wide) for first in (0, 16))
+            low, high = (b.zext(emit.half(total, first, 16), self.wide) for first in (0, 16))
             at = emit.at(sums, 32 * k)
-            emit.store(b.add(emit.load(cls.wide, at), b.add(low, high)), at)
+            emit.store(b.add(emit.load(self.wide, at), b.add(low, high)), at)
         b.branch(after)
         b.position_at_end(after)
         joined = []
         for total in totals:
-            joined.append(b.phi(cls.vector))
+            joined.append(b.phi(self.vector))
             joined[-1].add_incoming(total, before)
-            joined[-1].add_incoming(ir.Constant(cls.vector, None), inside)
+            joined[-1].add_incoming(ir.Constant(self.vector, None), inside)
         return joined
 
-    @staticmethod
-    def end(emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+    def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
         """Nothing: the last run has widened."""
 
 
@@ -343,25 +355,27 @@ _TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32
 
 @intrinsic
 def _finish(
-    typing, weights, constants, constant, total, parts, params, flip, residual, numbers, bits
+    typing, weights, constants, flips, constant, total, parts, params, flip, residual, numbers, bits
 ):
-    """The epilogue for 32 filters of one pixel.
+    """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
 
     The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
     constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
-    (``x = constant + total``). Addresses: ``constant`` and ``total`` of 32 values each; ``params``
-    of `_ROWS` x 32 floats; ``residual`` and ``numbers`` of 32 floats; ``bits`` of a word.
+    (``x = constant + total``). Addresses, for so many filters: ``constant``, ``total``,
+    ``params`` of `_ROWS` rows, ``residual``, ``numbers``; ``bits`` of a word.
     ``parts``: which parts to do; ``flip``: a word of bits to negate.
     """
     counted = constants.dtype == types.int32
-    vector = ir.VectorType(_F32, LANES)
+    lanes = flips.dtype.bitwidth
+    word = ir.IntType(lanes)
+    vector = ir.VectorType(_F32, lanes)
 
     def body(context, builder, signature, args):
-        _, _, constant, total, parts, params, flip, residual, numbers, bits = args
+        _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
 
         def row(index: int) -> ir.Value:
-            return emit.load(vector, emit.at(params, 4 * LANES * index))
+            return emit.load(vector, emit.at(params, 4 * lanes * index))
 
         def asked(part: int) -> ir.Value:
             return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
@@ -382,15 +396,15 @@ def _finish(
         def store_bits(x: ir.Value) -> ir.Value:
             above = b.fcmp_ordered(">=", x, row(_LOW))
             below = b.fcmp_ordered("<=", x, row(_HIGH))
-            word = b.bitcast(b.and_(above, below), _I32)
-            emit.store(b.xor(word, b.trunc(flip, _I32)), bits)
+            within = b.bitcast(b.and_(above, below), word)
+            emit.store(b.xor(within, b.trunc(flip, word)), bits, lanes // 8)
             return x
 
         if counted:
-            whole = ir.VectorType(_I32, LANES)
+            whole = ir.VectorType(_I32, lanes)
             start = emit.load(whole, constant)
             if weights.dtype == types.uint8:
-                minus = b.zext(emit.load(ir.VectorType(_I16, LANES), total), whole)
+                minus = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
             else:
                 minus = emit.load(whole, total)
             x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
@@ -403,7 +417,7 @@ def _finish(
         emit.when(asked(_BITS), x, store_bits)
         return context.get_dummy_value()
 
-    return types.void(weights, constants, *[types.int64] * 8), body
+    return types.void(weights, constants, flips, *[types.int64] * 8), body
 
 
 # ---- kernels ----------------------------------------------------------------------------------
@@ -420,7 +434,7 @@ def _convolve(
         x: the input, any shape.
         strip: bytes of one image of it.
         images: B.
-        weights: flat, see `_tile`; one block of 32 filters after the other, `stretch` numbers each.
+        weights: flat, see `_tile`; one block of filters after the other, `stretch` numbers each.
         table: the 256 tables of `_Nibbles`.
         runs: int64 (n,4), see `_tile`.
         spans: int64 (classes,2): the runs of a border class, first and number.
@@ -428,15 +442,16 @@ def _convolve(
         classes: int64 (positions,): its border class.
         constants: (classes, filters), see `_finish`.
         by_image: whether a tile is one position of P images, or P positions as they come.
-        parts, params, flips: the epilogue's; params (blocks, `_ROWS`, 32), flips (blocks,).
-        residual, numbers: float32 (B, positions, 32 * blocks); bits: uint32 (B, positions, blocks).
+        parts, params, flips: the epilogue's; params (blocks, `_ROWS`, lanes), flips (blocks,).
+        residual, numbers: float32 (B, positions, lanes * blocks); bits: (B, positions, blocks).
     """
     positions = len(starts)
     blocks = len(params)
     pixels = np.empty(P, np.int64)
     places = np.empty(P, np.int64)
     kinds = np.empty(P, np.int64)
-    sums = np.empty(P * LANES + 16, np.int32)
+    lanes = flips.itemsize * 8
+    sums = np.empty(P * lanes + 16, np.int32)
     sums_at = (sums.ctypes.data + 63) // 64 * 64
     x_at, table_at, runs_at = x.ctypes.data, table.ctypes.data, runs.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
@@ -446,8 +461,8 @@ def _convolve(
     inner = positions if by_image else (total + P - 1) // P
     for block in range(blocks):
         part = weights[block * stretch :]
-        constants_at = constants.ctypes.data + block * LANES * 4
-        params_at = params.ctypes.data + block * _ROWS * LANES * 4
+        constants_at = constants.ctypes.data + block * lanes * 4
+        params_at = params.ctypes.data + block * _ROWS * lanes * 4
         flip = np.int64(flips[block])
         for i in range(outer):
             for k in range(inner):
@@ -464,41 +479,46 @@ def _convolve(
                     places[j] = (image * positions + position) * blocks + block
                     kinds[j] = classes[position]
                 begin = runs_at + spans[kinds[0], 0] * 32
-                _tile(part, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at)  # type: ignore[call-arg]
+                _tile(
+                    x, part, flips, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at
+                )  # type: ignore[call-arg]
                 for j in range(P):
                     _finish(
                         weights,
                         constants,
-                        constants_at + kinds[j] * blocks * LANES * 4,
-                        sums_at + j * LANES * wide,
+                        flips,
+                        constants_at + kinds[j] * blocks * lanes * 4,
+                        sums_at + j * lanes * wide,
                         parts,
                         params_at,
                         flip,
-                        residual_at + places[j] * LANES * 4,
-                        numbers_at + places[j] * LANES * 4,
-                        bits_at + places[j] * 4,
+                        residual_at + places[j] * lanes * 4,
+                        numbers_at + places[j] * lanes * 4,
+                        bits_at + places[j] * lanes // 8,
                     )
 
 
 @njit(cache=True, nogil=True)
 def _map(x, zeros, parts, params, flips, residual, numbers, bits):
-    """The epilogue alone, on stored numbers: x float32 (B, positions, 32 * blocks)."""
+    """The epilogue alone, on stored numbers: x float32 (B, positions, lanes * blocks)."""
     blocks = len(params)
+    lanes = flips.itemsize * 8
     x_at, zeros_at = x.ctypes.data, zeros.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
-    for place in range(x.size // LANES):
+    for place in range(x.size // lanes):
         block = place % blocks
         _finish(  # type: ignore[call-arg]
             zeros,
             zeros,
+            flips,
             zeros_at,
-            x_at + place * LANES * 4,
+            x_at + place * lanes * 4,
             parts,
-            params.ctypes.data + block * _ROWS * LANES * 4,
+            params.ctypes.data + block * _ROWS * lanes * 4,
             np.int64(flips[block]),
-            residual_at + place * LANES * 4,
-            numbers_at + place * LANES * 4,
-            bits_at + place * 4,
+            residual_at + place * lanes * 4,
+            numbers_at + place * lanes * 4,
+            bits_at + place * lanes // 8,
         )
 
 
@@ -545,9 +565,14 @@ def _aligned(array: Array) -> Array:
     return copy
 
 
-def _up(count: int) -> int:
-    """Round up to whole words, or tiles, of channels."""
-    return -(-count // LANES) * LANES
+def _lanes(channels: int) -> int:
+    """Channels of a word, and filters of a tile, for a value of so many channels."""
+    return 16 if channels <= 16 else LANES
+
+
+def _up(channels: int) -> int:
+    """Round up to whole words, or tiles."""
+    return -(-channels // _lanes(channels)) * _lanes(channels)
 
 
 def _table() -> Array:
@@ -558,11 +583,15 @@ def _table() -> Array:
 
 
 def _to_words(bits: Array) -> Array:
-    """Booleans (..., C) -> uint32 (..., words)."""
+    """Booleans (..., C) -> unsigned (..., words)."""
     packed = np.packbits(bits, axis=-1, bitorder="little")
     room = np.zeros((*bits.shape[:-1], _up(bits.shape[-1]) // 8), np.uint8)
     room[..., : packed.shape[-1]] = packed
-    return room.view("<u4")
+    return room.view(_word(bits.shape[-1]))
+
+
+def _word(channels: int) -> np.dtype:
+    return np.dtype("<u4" if _lanes(channels) == 32 else "<u2")
 
 
 def _lay_out(rows: Array, dtype: np.dtype) -> Array:
@@ -570,11 +599,13 @@ def _lay_out(rows: Array, dtype: np.dtype) -> Array:
     filters = len(rows)
     whole = np.zeros((_up(filters), rows.shape[1]), rows.dtype)
     whole[:filters] = rows
-    blocks = len(whole) // LANES
+    lanes = _lanes(filters)
+    blocks = len(whole) // lanes
     if dtype != np.uint8:
-        return _aligned(whole.reshape(blocks, LANES, -1).transpose(0, 2, 1)).reshape(blocks, -1)
-    # Per block and step: two vectors of 16 low nibbles and 16 high ones of 16 filters.
-    bytes_ = whole.view(np.uint8).reshape(blocks, 2, 16, -1)
+        steps = whole.reshape(blocks, lanes, -1).transpose(0, 2, 1)
+        return _aligned(steps.astype(dtype)).reshape(blocks, -1)
+    # Per block and step: vectors of 16 low nibbles and 16 high ones of 16 filters.
+    bytes_ = whole.view(np.uint8).reshape(blocks, lanes // 16, 16, -1)
     nibbles = np.stack([bytes_ & 15, bytes_ >> 4], axis=2)
     return _aligned(nibbles.transpose(0, 4, 1, 2, 3)).reshape(blocks, -1)
 
@@ -833,16 +864,19 @@ class _Planner:
             inputs[:2],
             outputs[:2],
         )
+        lanes, word = _lanes(filters), _lanes(inputs[2])
         if dtype == np.uint8:
-            steps, unit, step, longest = stored // 8, 1, 64, _BYTE_STEPS
+            steps, unit, step, longest = stored // 8, 1, 2 * lanes, _BYTE_STEPS
+        elif binary:
+            steps, unit, step, longest = stored // word, word // 8, 4 * lanes, 0
         else:
-            steps, unit, step, longest = stored // (32 if binary else 1), 4, 4 * LANES, 0
+            steps, unit, step, longest = stored, 4, 4 * lanes, 0
         around = _geometry(window, steps, unit, step, longest, False)
         # Not worth it, nor the memory, where nearly every position is a class of its own.
         few = window.classes * len(around.runs) <= _MOST_RUNS
         inner = _geometry(window, steps, unit, step, longest, True) if few and window.pad else None
         share = window.share()
-        pixels = tile_pixels(dtype)
+        pixels = tile_pixels(dtype, lanes)
         table = self.table
 
         def lay_out(member: int) -> tuple[Array, Array, Array]:
@@ -866,7 +900,7 @@ class _Planner:
         prepared = _each_member(lay_out, slots)
 
         def run(values: Sequence[Any], member: int) -> _Both:
-            x = _numbers(values[0])
+            x = values[0] if binary else _numbers(values[0])
             images = len(x)
             weights, inside, whole = prepared(member)
             # Tiles of images leave out padding, but the last ones may be half empty.
@@ -876,8 +910,11 @@ class _Planner:
             out, residual = chain.outputs((images, *outputs[:2]), values)
             lay = inner if skip else around
             assert lay is not None
+            strip = x.shape[1] * x.shape[2] * steps * unit
+            if dtype == np.uint8:
+                x = x.view(np.uint8)  # read by the byte, whatever its words
             _convolve(
-                x, x.shape[1] * x.shape[2] * steps * unit, images, weights.reshape(-1),
+                x, strip, images, weights.reshape(-1),
                 weights.shape[1], table, lay.runs, lay.spans, lay.starts, lay.classes,
                 inside if skip else whole, skip, pixels, *chain.params(member), residual,
                 out.numbers, out.bits,
@@ -909,7 +946,7 @@ class _Planner:
 
     def joins(self, node: Node) -> bool:
         """Whether the parts of a concatenation end where words do."""
-        return not any(self.shapes[number].dims[-1] % LANES for number in node.inputs[:-1])
+        return not any(self.shapes[number].dims[-1] % LANES for number in node.inputs)
 
     def through_numpy(self, index: int, node: Node) -> Callable[..., Array]:
         """Any operator, by `bnncore.ops`."""
@@ -949,7 +986,7 @@ def _from_plain(value: Array, shape: Shape, stride: int) -> Array:
     if shape.kind == "bits":
         room = np.zeros((*value.shape[:3], stride // 8), np.uint8)
         room[..., : value.shape[3]] = value
-        return room.view("<u4")
+        return room.view(_word(shape.dims[-1]))
     room = np.zeros((*value.shape[:3], stride), np.float32)
     room[..., : value.shape[3]] = value
     return room
@@ -985,10 +1022,10 @@ def _plain(tensor: Tensor, member: int) -> Array:
 
 
 def _words(tensor: Tensor, member: int) -> Array:
-    """One member's copy of binary weights (O,kh,kw,C), as uint32 (O,kh,kw,words)."""
+    """One member's copy of binary weights (O,kh,kw,C), as (O,kh,kw,words)."""
     tensor = _copy(tensor, member)
-    if tensor.shape[-1] % LANES == 0:
-        return tensor.data.view("<u4").reshape(*tensor.shape[:-1], -1)
+    if tensor.shape[-1] % _lanes(tensor.shape[-1]) == 0:
+        return tensor.data.view(_word(tensor.shape[-1])).reshape(*tensor.shape[:-1], -1)
     return _to_words(unpack_bits(tensor))
 
 
@@ -1060,7 +1097,7 @@ class _Chain:
         self.parts |= _RESIDUAL * (self.residual is not None)
         for row in self.rows:
             self.parts |= _FIRST if row < _GROUP else _SECOND
-        if numbers and self.channels % LANES:
+        if numbers and self.channels % _lanes(self.channels):
             self.parts |= _FIRST  # makes the channels beyond the last 0
         nodes = [*self.rows.values(), *([self.level] if self.level else [])]
         names = [name for node in nodes for name in node.tensors.values()]
@@ -1102,17 +1139,18 @@ class _Chain:
                 rows[_LOW, :count], rows[_HIGH, :count] = get(node, "low"), get(node, "high")
                 keep = get(node, "inside")
                 flips[:count] = False if keep is None else ~keep
-        params = np.ascontiguousarray(rows.reshape(_ROWS, -1, LANES).transpose(1, 0, 2))
+        params = np.ascontiguousarray(rows.reshape(_ROWS, -1, _lanes(count)).transpose(1, 0, 2))
         return self.parts, _aligned(params), _to_words(flips)
 
     def outputs(self, shape: tuple[int, ...], values: Sequence[Any]) -> tuple[_Both, Array]:
         """Room for the results, and the residual."""
-        blocks = _up(self.channels) // LANES
+        lanes = _lanes(self.channels)
+        blocks = _up(self.channels) // lanes
         none = (0, 0, 0, 0)
-        numbers = (*shape, blocks * LANES) if self.parts & _NUMBERS else none
+        numbers = (*shape, blocks * lanes) if self.parts & _NUMBERS else none
         bits = (*shape, blocks) if self.parts & _BITS else none
         residual = _numbers(values[-1]) if self.parts & _RESIDUAL else np.empty(none, np.float32)
-        return _Both(np.empty(numbers, np.float32), np.empty(bits, np.uint32)), residual
+        return _Both(np.empty(numbers, np.float32), np.empty(bits, _word(self.channels))), residual
 
 
 _BITS_OF = ("sign", "threshold", "interval")

@@ -210,6 +210,12 @@ def _blank(kind: str, role: str, shape: tuple[int, ...], own: bool) -> P.Tensor:
     return replace(tensor, data=_zeros(P.stored_shape(tensor, 1), P.KINDS[kind]))
 
 
+def forget() -> None:
+    """Drop all drawings, for when what a backbone's name means has changed."""
+    for kept in (_operations, _draw, _walk, _sizes):
+        kept.cache_clear()
+
+
 def _blank_binary(module: BinaryConv2d) -> None:
     """Let `binary` give blank signs, and a scale where the binarizer has one."""
     outputs = module.out_channels
@@ -242,7 +248,8 @@ def file_range(
         known = tuple(classes) if classes is not None else None
         facts = tuple(info.items()) if info is not None else None
         shared, own, overhead = _sizes(program, pack, known, facts, end)
-        weights = 4 * spec.members if end == "most" and spec.combine != "mean" else 0
+        votes = end == "most" and _votes(spec.combine, spec.classifier is not None)
+        weights = 4 * spec.members if votes else 0
         sizes.append(shared + spec.members * own + overhead + weights)
     return sizes[0], sizes[1]
 
@@ -256,8 +263,7 @@ def _sizes(program, pack, classes, facts, end: _End) -> tuple[int, int, int]:
     if facts is None:
         facts = tuple(INFO.items()) if end == "most" else ()
     labelled = replace(program, classes=classes, info=dict(facts))
-    if end == "most" and program.combine != "mean":
-        # Votes of equal weight are not stored.
+    if end == "most" and _votes(program.combine, bool(program.combine_tensors)):
         tensors = dict(program.tensors)
         tensors["c.weight"] = P.Tensor("float32", "combine", (1,), False, np.ones(1, np.float32))
         extra = {"weight": "c.weight", **program.combine_tensors}
@@ -274,6 +280,11 @@ def _sizes(program, pack, classes, facts, end: _End) -> tuple[int, int, int]:
     shared = sum(t.data.nbytes for t in tensors if not t.own)
     own = sum(t.data.nbytes for t in tensors if t.own)
     return shared, own, overhead
+
+
+def _votes(combine: str, classifier: bool) -> bool:
+    """Whether the file may hold a weight for each member; weights of 1 are not stored."""
+    return combine != "mean" and not classifier
 
 
 def _unlike(index: int, length: int) -> str:

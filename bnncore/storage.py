@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from bnncore.ensemble import EnsembleSpec
     from bnncore.params import PackParams
 
-EXPECTED = Path(__file__).parent.parent / "tests" / "data" / "paper_figures.yaml"
 FOLDED = "folded"  # the kind of a bias that only a threshold remembers: no bits in the file
 COUNTED_ROLES = ("weight", "bias")
 
@@ -359,11 +358,34 @@ def print_count(counts: Count, layout: list[dict[str, Any]], write=print) -> Non
     )
 
 
-def _params(path: Path) -> int:
-    from bnncore import blueprint, data, params, schemes
+# Images and classes of the data sets that come with their own; nothing has to be read for them.
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "fer2013": ((48, 48, 1), 7),
+}
+
+
+def _shape(data_params, root: Path) -> tuple[tuple[int, int, int], int, tuple[str, ...] | None]:
+    """(H, W, C), the number of classes, and their names where the images had to be read."""
+    from bnncore import data
+
+    if data_params.name in SHAPES:
+        (h, w, c), classes = SHAPES[data_params.name]
+        if data_params.size:
+            h = w = data_params.size
+        return (h, w, c), classes, None
+    found = data.load(data_params, root)
+    return found.image, len(found.classes), found.classes
+
+
+def _print_params(path: Path) -> int:
+    """Everything that a parameter file asks for, counted without training."""
+    from bnncore import blueprint, params, schemes
 
     p = params.load(path)
-    image, classes = data.described(p.data) if hasattr(data, "described") else _shape(p.data, path)
+    image, classes, names = _shape(p.data, path.parent)
     schemes.check(p, image, classes)
     specs = {
         "fp32": schemes.single_spec(p, image, classes, binary=False),
@@ -372,14 +394,52 @@ def _params(path: Path) -> int:
     }
     summary = []
     for name, spec in specs.items():
-        counts = count(spec, p.pack)
+        counts = count(spec, p.pack, names)
         print(f"== {name} ==")
         print_count(counts, layout_table(blueprint.draw(spec).most, spec.members))
         print()
         summary.append((name, counts))
-    print(f"{'model':<24} {'members':>7} {'KiB (TentacleNet)':>18} {'bits (Kim et al.)':>18} "
+    wide = max(len(name) for name in specs)
+    print(f"{'model':<{wide}} {'members':>7} {'KiB (TentacleNet)':>18} {'bits (Kim et al.)':>18} "
           f"{'file bytes, at most':>20} {'binary MMAC':>12} {'float MMAC':>11}")  # fmt: skip
     for name, c in summary:
-        print(f"{name:<24} {c.members:>7} {c.kib:>18,} {c.filter_sharing:>18,} {c.file:>20,} "
+        print(f"{name:<{wide}} {c.members:>7} {c.kib:>18,} {c.filter_sharing:>18,} {c.file:>20,} "
               f"{c.binary_macs / 1e6:>12,.2f} {c.float_macs / 1e6:>11,.2f}")  # fmt: skip
     return 0
+
+
+def _print_file(path: Path) -> int:
+    program = packfile.load(path)
+    for key, fact in program.info.items():
+        print(f"{key}: {fact}")
+    print_count(counted(program, path.stat().st_size), layout_table(program))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bnncore.storage", description="What ensembles take to store."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--papers", action="store_true",
+                      help="every storage figure of both papers beside ours")  # fmt: skip
+    what.add_argument("--params", type=Path, metavar="FILE",
+                      help="count what a parameter file asks for, without training")  # fmt: skip
+    what.add_argument("--file", type=Path, metavar="PACKED", help="count a packed file")
+    parser.add_argument("--expected", type=Path, metavar="FILE",
+                        help="the published figures (default: those of the tests)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        if options.papers:
+            from bnncore import paper
+
+            return paper.storage_report(options.expected or paper.FIGURES)
+        return _print_params(options.params) if options.params else _print_file(options.file)
+    except (ValueError, OSError) as error:
+        print(f"storage: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

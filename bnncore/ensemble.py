@@ -380,6 +380,26 @@ def tree_sum(values: list[Tensor]) -> Tensor:
     return values[0]
 
 
+class TreeSum:
+    """`tree_sum` of values that come one by one: the same bits, log2 of them kept."""
+
+    def __init__(self):
+        self._blocks: list[tuple[int, Tensor]] = []  # (number of values, their sum)
+
+    def add(self, value: Tensor) -> None:
+        count = 1
+        while self._blocks and self._blocks[-1][0] == count:
+            value = self._blocks.pop()[1] + value
+            count *= 2
+        self._blocks.append((count, value))
+
+    def value(self) -> Tensor:
+        total = self._blocks[-1][1]
+        for _, block in reversed(self._blocks[:-1]):
+            total = block + total
+        return total
+
+
 def combine(how: str, outputs: list[Tensor], weights: Tensor, bias: Tensor | None) -> Tensor:
     """Join member outputs z_i (B, C) to scores (B, C), as `program` defines; differentiable for
     ``mean``, ``sum`` and ``soft_vote``."""

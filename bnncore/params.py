@@ -207,14 +207,15 @@ class RayParams:
         address: ``local`` starts one on this machine; else that of a running cluster. The
             environment variable RAY_ADDRESS goes first.
         actors: at most so many at once; None for as many as the cluster's CPUs or GPUs allow.
-        cpus_per_actor, gpus_per_actor: what one actor takes; fractions of a GPU are allowed.
+        cpus_per_actor: what one actor takes, and how many threads it runs.
+        gpus_per_actor: fractions are allowed; None for 1 where the cluster has GPUs, else 0.
         wait_s: how long to wait for resources that are asked for and not there.
     """
 
     address: str = "local"
     actors: Count | None = None
     cpus_per_actor: Count = 1
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     wait_s: Annotated[float, Field(ge=0)] = 60.0
 
 

@@ -25,11 +25,12 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnncore.backbones import Backbone
 from bnncore.data import Dataset, Split, normalization
-from bnncore.ensemble import Ensemble, EnsembleSpec, draws, generator, tree_sum
+from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -112,10 +114,17 @@ def _code() -> str:
 
 
 class Exchange(Protocol):
-    """How the processes that train one job together add up: `rank` of `size`."""
+    """How the processes that train one job together add up: `rank` of `size`.
+
+    Attributes:
+        sent: bytes this rank has sent.
+        seconds: time spent in sums, waiting for slower ranks included.
+    """
 
     rank: int
     size: int
+    sent: int
+    seconds: float
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over the processes, in the order of their ranks; equal on all."""
@@ -126,6 +135,8 @@ class Alone:
 
     rank = 0
     size = 1
+    sent = 0
+    seconds = 0.0
 
     def sum(self, value: Tensor) -> Tensor:
         return value
@@ -159,7 +170,12 @@ class Trainer:
         self.replay = replay
         self.ensemble = Ensemble(job.spec, hold or job.ids)
         self.ensemble.to(self.device)
+        self.members = cast(list[Backbone], list(self.ensemble.members))
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
+        # The bias of the classifier block is left out: its gradient is the same everywhere.
+        self.shared = [
+            p for n, p in self.trained.items() if n.startswith("shared.") and n != "shared.bias"
+        ]
         recipe = job.recipe
         self.optimizer = torch.optim.Adam(
             self.trained.values(),
@@ -174,6 +190,7 @@ class Trainer:
         self.images = self.uploaded(data.train)
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
+        self._reset_watch()
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
@@ -185,18 +202,21 @@ class Trainer:
         """Train the epoch that follows `history`.
 
         Returns:
-            Sums over the epoch (``loss``, ``correct``, ``images``, ``seconds``), and the outputs of
-            the held members on the validation images, (m, N, C) float32.
+            Sums over the epoch (``loss``, ``correct``, ``images``, ``steps``, ``seconds``, and the
+            exchange's ``sent`` bytes and ``waited`` seconds), and the outputs of the held members
+            on the validation images, (m, N, C) float32.
 
         Raises:
             TrainingError: the loss is not finite; names the job, the epoch and the step.
         """
         started = time.perf_counter()
+        sent, waited = self.exchange.sent, self.exchange.seconds
         number, recipe = len(history), self.job.recipe
         batches = self._batches(number)
         augment = generator("augment", self.job.seed, number, device=self.device)
         self._seed_dropout(number)
         self.ensemble.train()
+        self._reset_watch()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for step, at in enumerate(batches):
@@ -211,13 +231,18 @@ class Trainer:
             correct += (logits.argmax(1) == self.labels[at]).sum()
         total = float(loss_sum)
         if not math.isfinite(total):
-            raise TrainingError(
-                f"{self.job.name}: the loss of epoch {number + 1} is {total}; expected a finite "
-                f"number. The last good epoch is kept; try a lower lr than {recipe.lr}"
-            )
+            raise self._not_finite(total, number + 1)
         outputs = self.validation_outputs()
-        sums = {"loss": total, "correct": float(correct), "images": float(sum(map(len, batches)))}
-        return {**sums, "seconds": time.perf_counter() - started}, outputs
+        sums = {
+            "loss": total,
+            "correct": float(correct),
+            "images": float(sum(map(len, batches))),
+            "steps": float(len(batches)),
+            "sent": float(self.exchange.sent - sent),
+            "waited": self.exchange.seconds - waited,
+            "seconds": time.perf_counter() - started,
+        }
+        return sums, outputs
 
     def step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C)."""
@@ -226,23 +251,35 @@ class Trainer:
         h = x
         for module in ensemble.prefix():
             h = module(h)
-        # Members push their gradients into this leaf; the shared block is run back once.
+        # Members push their gradients into this leaf.
         leaf = h.detach().requires_grad_(h.requires_grad)
         scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / count
         if self.replay:
             with torch.no_grad(), _undisturbed(ensemble):
-                outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
+                outputs = [ensemble.rest(member, leaf) for member in self.members]
         else:
-            outputs = [ensemble.rest(member, leaf) for member in ensemble.members]
-        grads, loss, logits = self._objective([z.detach() for z in outputs], y, extra, scale)
-        for member, z, grad in zip(ensemble.members, outputs, grads, strict=True):
+            outputs = [ensemble.rest(member, leaf) for member in self.members]
+        detached = [z.detach() for z in outputs]
+        self._watch(detached)
+        grads, loss, logits = self._objective(detached, y, extra, scale)
+        shared = TreeSum()
+        for member, z, grad in zip(self.members, outputs, grads, strict=True):
             if self.replay:
                 z = ensemble.rest(member, leaf)
             z.backward(grad)
-        if h.requires_grad:
-            h.backward(leaf.grad)
-        if self.exchange.size > 1:
-            self._sum_shared_gradients()
+            if leaf.grad is not None:
+                h.backward(leaf.grad, retain_graph=True)
+                leaf.grad = None
+            if self.shared:
+                # A tree of one gradient a member: bits do not depend on who holds whom.
+                shared.add(torch.cat([p.grad.flatten() for p in self.shared]))  # type: ignore[union-attr]
+                for p in self.shared:
+                    p.grad = None
+        if self.shared:
+            flat = self.exchange.sum(shared.value())
+            parts = flat.split([p.numel() for p in self.shared])
+            for p, part in zip(self.shared, parts, strict=True):
+                p.grad = part.view_as(p)
         return loss, logits
 
     def _objective(self, outputs: list[Tensor], y, extra, scale: float):
@@ -283,18 +320,29 @@ class Trainer:
             losses = F.cross_entropy(logits, y, reduction="none")
         return (losses * extra["weights"] if "weights" in extra else losses).mean()
 
-    def _sum_shared_gradients(self) -> None:
-        grads = [
-            p.grad
-            for name, p in self.trained.items()
-            # The bias of the classifier block has the same gradient everywhere already.
-            if name.startswith("shared.") and name != "shared.bias" and p.grad is not None
-        ]
-        if not grads:
-            return
-        flat = self.exchange.sum(torch.cat([g.flatten() for g in grads]))
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+    def _reset_watch(self) -> None:
+        held = len(self.ensemble.ids)
+        self._finite = torch.ones(held, dtype=torch.bool, device=self.device)
+        self._finite_steps = torch.zeros(held, dtype=torch.int64, device=self.device)
+
+    def _watch(self, outputs: list[Tensor]) -> None:
+        """Count, for each held member, the steps before its outputs were first not finite."""
+        self._finite &= torch.stack(outputs).isfinite().all(2).all(1)
+        self._finite_steps += self._finite
+
+    def _not_finite(self, total: float, epoch: int) -> TrainingError:
+        steps = torch.zeros(len(self.job.ids), device=self.device)
+        for i, n in zip(self.ensemble.ids, self._finite_steps, strict=True):
+            steps[self.job.ids.index(i)] = n
+        steps = self.exchange.sum(steps)
+        first = steps.min()
+        members = [i for i, n in zip(self.job.ids, steps, strict=True) if n == first]
+        return TrainingError(
+            f"{self.job.name}: the loss of epoch {epoch} is {total}; expected a finite number. "
+            f"Outputs were first not finite after step {int(first)}, of member(s) "
+            f"{', '.join(map(str, members))}. The last good epoch is kept; try a lower lr than "
+            f"{self.job.recipe.lr}"
+        )
 
     # -- data and randomness ---------------------------------------------------------------
 
@@ -311,8 +359,8 @@ class Trainer:
             batches[-2:] = [torch.cat(batches[-2:])]
         if job.resample:
             rng = generator("resample", job.seed, job.ids, epoch)
-            draws = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
-            batches = [b[draw] for b, draw in zip(batches, draws, strict=True)]
+            picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
+            batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
         return [b.to(self.device) for b in batches]
 
     def _seed_dropout(self, epoch: int) -> None:
@@ -323,12 +371,16 @@ class Trainer:
                     module.generator = generator(*keys, device=self.device)
 
     def uploaded(self, split: Split) -> Tensor:
-        """The images of a split on the device: uint8 (N, C, H, W)."""
-        images = torch.from_numpy(np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)))
-        return images.to(self.device)
+        """The images of a split on the device, uint8 (N, C, H, W); on the CPU a view, no copy."""
+        with warnings.catch_warnings():
+            # Arrays in an object store are read-only, and nothing here writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            images = torch.from_numpy(split.images)
+        return images.to(self.device).permute(0, 3, 1, 2)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        return images.float() * self.scale + self.shift
+        # NCHW: stock CPU batch norm is far less accurate in channels-last.
+        return images.float().contiguous() * self.scale + self.shift
 
     @torch.no_grad()
     def outputs(self, images: Tensor, batch: int = 512) -> np.ndarray:
@@ -409,10 +461,10 @@ class _undisturbed:
 
 
 def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
-    """Pad with zeros, crop at random and flip at random: a whole batch (B, C, H, W), on its device."""
+    """Pad with zeros, crop and flip at random: a whole batch (B, C, H, W), on its device."""
     if recipe.augment == "none":
         return images
-    b, c, h, w = images.shape
+    b, _, h, w = images.shape
     pad = recipe.pad
     padded = F.pad(images, (pad, pad, pad, pad))
     top, left = torch.randint(2 * pad + 1, (2, b, 1), generator=rng, device=images.device)
@@ -476,7 +528,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115: held as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -495,8 +547,8 @@ class Checkpoint:
                 return {name: file.get_tensor(name) for name in file.keys()}, history  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(
-                f"{self.path}: expected a checkpoint, got an unreadable file ({error}); nothing was "
-                "overwritten: move it away to start this job anew"
+                f"{self.path}: expected a checkpoint, got an unreadable file ({error}); nothing "
+                "was overwritten: move it away to start this job anew"
             ) from error
 
     def save(self, state: State, history: list[dict[str, Any]]) -> None:
@@ -536,7 +588,9 @@ def drive(
     Args:
         trainer: a `Trainer`, or anything with its `epoch`, `state` and `load`.
         on_epoch: called with each finished epoch: ``epoch, lr, train_loss, train_top1, val_loss,
-            val_top1`` (top1 in percent), ``seconds``, ``images_per_s``.
+            val_top1`` (top1 in percent), ``seconds``, ``images_per_s``; where several processes
+            train the job, also ``actors``, ``exchange_share`` (of the time, waiting for slower ones
+            included) and ``sent_per_step`` (bytes, one actor's).
     """
     history: list[dict[str, Any]] = []
     found = checkpoint.load() if checkpoint else None
@@ -562,6 +616,10 @@ def drive(
             "seconds": sums["seconds"],
             "images_per_s": sums["images"] / sums["seconds"],
         }
+        if sums["sent"]:
+            epoch["actors"] = sums.get("actors", 1)
+            epoch["exchange_share"] = sums["waited"] / sums["seconds"]
+            epoch["sent_per_step"] = sums["sent"] / sums["steps"]
         history.append(epoch)
         if checkpoint:
             checkpoint.save(trainer.state(), history)
@@ -576,7 +634,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """(mean cross entropy, top-1 in percent) of the job's members together on the validation part."""
+    """Mean cross entropy and top-1 in percent of the job's members together on the validation part."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)
@@ -591,8 +649,14 @@ def train_many(
     data: Dataset,
     checkpoints: Path | None = None,
     on_epoch: Callable[[Job, dict[str, Any]], None] | None = None,
+    threads: int = 1,
 ) -> list[Trained]:
-    """Train jobs one after another in this process; `actors.train_many` spreads them out."""
+    """Train jobs one after another in this process; `actors.Cluster` spreads them out.
+
+    One thread is the default because small layers gain nothing from a second one, lose much beside
+    other busy processes, and give bits that do not depend on the machine's number of cores.
+    """
+    torch.set_num_threads(threads)
     results = []
     for job in jobs:
         checkpoint = (

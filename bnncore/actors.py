@@ -1,0 +1,540 @@
+"""Training on a Ray cluster: jobs side by side, and one job's members split over actors.
+
+`Cluster.train_many` gives what `train.train_many` gives. The loop over epochs and the checkpoints
+stay in the driver: a thread a running job runs `train.drive` around a `_Group` of actors, each of
+which holds a `train.Trainer` with a block of the job's members. Actors of one group exchange
+partial logits (B x C) and the gradients of shared trained parameters through torch.distributed,
+gloo between CPUs and NCCL between GPUs, and nothing else.
+
+A group is one generation: when one of its actors dies, all of it is given up and the job goes on
+from its last finished epoch with a new group on what the cluster has left.
+
+Only this module needs Ray.
+
+Legend: `B` images of a batch, `C` classes, `M` members, `R` actors of a group (ranks).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from torch import Tensor
+from torch import distributed as dist
+
+from bnncore.data import Dataset
+from bnncore.ensemble import tree_sum
+from bnncore.params import RayParams
+from bnncore.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
+
+log = logging.getLogger(__name__)
+# Give up on a job after so many lost groups without a finished epoch between them: a job that
+# kills its actors (for want of memory, say) would otherwise be tried for ever.
+ATTEMPTS = 3
+Epochs = Callable[[Job, dict[str, Any]], None]
+
+
+class ClusterError(RuntimeError):
+    """The cluster lacks what was asked for, or lost it too often; says what."""
+
+
+class _GroupLost(RuntimeError):
+    """An actor of a group died; the group is of no further use."""
+
+
+def blocks(ids: tuple[int, ...], actors: int) -> list[tuple[int, ...]]:
+    """Members of a job in equal consecutive blocks, one an actor, the last one may be shorter.
+
+    Where the size of a block is a power of two, the sum of all members' logits has the same bits
+    as in one process (`ensemble.tree_sum`).
+    """
+    size = math.ceil(len(ids) / actors)
+    return [ids[k : k + size] for k in range(0, len(ids), size)]
+
+
+# -- inside an actor ---------------------------------------------------------------------------
+
+
+class Collective:
+    """Sums over the ranks of a torch.distributed group; the order of additions is our own.
+
+    Every rank adds up its own part of the tensor, in the order of a binary tree over the ranks, and
+    hands it to all: bits depend neither on the backend nor on timing. A rank sends 2 (R-1)/R times
+    the tensor.
+
+    Attributes:
+        sent: bytes this rank has sent.
+        seconds: time spent in sums, waiting for slower ranks included.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, backend: str):
+        self.rank, self.size, self.backend = rank, size, backend
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        self.sent = 0
+        self.seconds = 0.0
+
+    def sum(self, value: Tensor) -> Tensor:
+        started = time.perf_counter()
+        device = torch.device("cpu") if self.backend == "gloo" else value.device
+        flat = value.detach().to(device).flatten()
+        chunk = math.ceil(flat.numel() / self.size)
+        padded = flat.new_zeros(self.size * chunk)
+        padded[: flat.numel()] = flat
+        if self.size == 2:  # as many bytes in one round
+            parts = torch.empty(2 * len(padded), dtype=flat.dtype, device=device)
+            dist.all_gather_into_tensor(parts, padded)
+            total = tree_sum(list(parts.split(len(padded))))
+        else:
+            parts = torch.empty_like(padded)
+            dist.all_to_all_single(parts, padded)
+            total = torch.empty_like(padded)
+            dist.all_gather_into_tensor(total, tree_sum(list(parts.split(chunk))))
+        self.sent += 2 * (self.size - 1) * chunk * flat.element_size()
+        result = total[: flat.numel()].view_as(value).to(value.device)
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+class _Actor:
+    """Holds a trainer for one rank of one group at a time."""
+
+    def __init__(self, threads: int, device: str):
+        torch.set_num_threads(threads)
+        self.device = device
+        self.trainer: Trainer | None = None
+        self.exchange: Collective | None = None
+        self.store: dist.TCPStore | None = None
+
+    def where(self) -> dict[str, Any]:
+        context = ray.get_runtime_context()
+        return {"node": context.get_node_id(), "pid": os.getpid()}
+
+    def host(self) -> tuple[str, int]:
+        """Open the meeting place of a group; returns its address."""
+        address = ray.util.get_node_ip_address()
+        self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return address, self.store.port
+
+    def start(self, job: Job, data: Dataset, hold, rank: int, size: int, meet, backend: str):
+        self.close()
+        if size > 1:
+            if backend == "gloo" and meet[0].startswith("127."):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            store = self.store if rank == 0 else dist.TCPStore(meet[0], meet[1], is_master=False)
+            assert store is not None
+            self.exchange = Collective(rank, size, store, backend)
+        self.trainer = Trainer(job, data, hold, self.exchange, self.device)
+
+    def call(self, name: str, *args):
+        """A method of the trainer, by name."""
+        return getattr(self.trainer, name)(*args)
+
+    def close(self) -> None:
+        self.trainer = None
+        if self.exchange is not None:
+            self.exchange.close()
+        self.exchange = None
+
+
+# -- in the driver -----------------------------------------------------------------------------
+
+
+class _Group:
+    """The actors that train one job together, with the interface of a `Trainer`."""
+
+    def __init__(self, job: Job, data: ray.ObjectRef, actors: list, backend: str):
+        self.job, self.actors = job, actors
+        held = blocks(job.ids, len(actors))
+        size = len(actors)
+        meet = self._get([actors[0].host.remote()])[0] if size > 1 else None
+        # One copy of the start in the object store, however many actors read it.
+        sent = ray.put(job)
+        self._get(
+            [
+                actor.start.remote(sent, data, hold, rank, size, meet, backend)
+                for rank, (actor, hold) in enumerate(zip(actors, held, strict=True))
+            ]
+        )
+
+    def _get(self, refs: list) -> list:
+        """Results of all, or the first failure: the others of a broken group may wait for ever."""
+        waiting = list(refs)
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=1)
+                ray.get(done)
+            return ray.get(refs)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, TrainingError):
+                raise TrainingError(str(cause)) from None
+            if isinstance(cause, dist.DistError) or (
+                len(self.actors) > 1 and isinstance(cause, RuntimeError) and self._peer_died()
+            ):
+                raise _GroupLost(f"{self.job.name}: {cause}") from error
+            raise
+        except (RayActorError, WorkerCrashedError) as error:
+            raise _GroupLost(f"{self.job.name}: {error}") from error
+
+    def _peer_died(self) -> bool:
+        # gloo reports a dead peer as a plain RuntimeError, often before Ray knows of the death.
+        try:
+            ray.get([actor.where.remote() for actor in self.actors], timeout=10)
+        except (RayActorError, WorkerCrashedError, GetTimeoutError):
+            return True
+        return False
+
+    def _call(self, name: str, *args) -> list:
+        return self._get([actor.call.remote(name, *args) for actor in self.actors])
+
+    def epoch(self, history: list[dict[str, Any]]) -> tuple[dict[str, float], np.ndarray]:
+        results = self._call("epoch", history)
+        sums = results[0][0] | {"actors": len(self.actors)}
+        return sums, np.concatenate([outputs for _, outputs in results])
+
+    def validation_outputs(self) -> np.ndarray:
+        return np.concatenate(self._call("validation_outputs"))
+
+    def bias(self) -> Tensor | None:
+        return self._get([self.actors[0].call.remote("bias")])[0]
+
+    def state(self) -> State:
+        merged: State = {}
+        for state in self._call("state"):
+            merged |= state
+        return merged
+
+    def load(self, state: State) -> None:
+        self._call("load", ray.put(state))
+
+    def close(self) -> None:
+        """Leave the actors ready for another job."""
+        self._get([actor.close.remote() for actor in self.actors])
+
+
+class _Memory:
+    """A checkpoint that lives as long as the driver."""
+
+    def __init__(self):
+        self.saved: tuple[State, list[dict[str, Any]]] | None = None
+
+    def load(self):
+        return self.saved and (self.saved[0], list(self.saved[1]))
+
+    def save(self, state: State, history: list[dict[str, Any]]) -> None:
+        self.saved = (state, list(history))
+
+    def close(self) -> None:
+        pass
+
+
+class Cluster:
+    """A handle on a Ray cluster: ``with Cluster(params) as cluster: cluster.train_many(...)``.
+
+    Starts one on this machine (``address: local``) or joins a running one, whose nodes must have
+    this package. Entering compares what is asked with what the cluster has.
+
+    Args:
+        params: the ``ray`` section of the parameters.
+
+    Attributes:
+        lost: how many groups of actors were lost and replaced.
+
+    Raises:
+        ClusterError: what one actor takes is nowhere to be had within ``wait_s``; says what is
+            missing.
+    """
+
+    def __init__(self, params: RayParams | None = None):
+        self.params = params or RayParams()
+        self.lost = 0
+        self._owner = False
+        self._idle: list = []
+        self._busy = 0
+        self._free = threading.Condition()
+        self._data: tuple[Dataset, ray.ObjectRef] | None = None
+
+    def __enter__(self) -> Cluster:
+        if not ray.is_initialized():
+            connect(self.params)
+            self._owner = True
+        try:
+            self._wait_for_resources()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        for actor in self._idle:
+            ray.kill(actor)
+        self._idle.clear()
+        self._data = None
+        if self._owner:
+            ray.shutdown()
+            self._owner = False
+
+    # -- resources -------------------------------------------------------------------------
+
+    @property
+    def gpus_per_actor(self) -> float:
+        if self.params.gpus_per_actor is None:
+            return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        return self.params.gpus_per_actor
+
+    def slots(self) -> int:
+        """How many actors the nodes that are alive can hold, at most ``actors``."""
+        cpus, gpus = self.params.cpus_per_actor, self.gpus_per_actor
+        total = 0
+        for node in ray.nodes():
+            if node["Alive"]:
+                has = node["Resources"]
+                fit = int(has.get("CPU", 0) // cpus)
+                if gpus >= 1:
+                    fit = min(fit, int(has.get("GPU", 0) // math.ceil(gpus)))
+                elif gpus > 0:  # a fraction does not straddle two GPUs
+                    fit = min(fit, int(has.get("GPU", 0)) * int(1 / gpus + 1e-9))
+                total += fit
+        return min(total, self.params.actors or total)
+
+    def _wait_for_resources(self) -> None:
+        wanted = self.params.actors or 1
+        asks = {"CPU": self.params.cpus_per_actor, "GPU": self.gpus_per_actor}
+        deadline = time.monotonic() + self.params.wait_s
+        if self.slots() < wanted and not self._owner:
+            # An autoscaler adds nodes for what is asked of it, not for what is waited for.
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[{k: v for k, v in asks.items() if v}] * wanted)
+        # A cluster that was started here does not grow.
+        local = self._owner and _address(self.params) == "local"
+        while self.slots() < wanted and not local and time.monotonic() < deadline:
+            time.sleep(0.5)
+        slots = self.slots()
+        if slots >= wanted:
+            return
+        found = ray.cluster_resources()
+        have = ", ".join(f"{found.get(k, 0):g} {k}" for k in asks)
+        need = " and ".join(f"{v:g} {k}" for k, v in asks.items() if v)
+        message = (
+            f"ray: {wanted} actor(s) of {need} each were asked for; the cluster has {have} in all "
+            f"(after waiting {0 if local else self.params.wait_s:g} s): room for {slots}"
+        )
+        if not slots:
+            raise ClusterError(
+                f"{message}; expected room for at least 1: lower ray.cpus_per_actor or "
+                "ray.gpus_per_actor, or add nodes"
+            )
+        log.warning("%s; going on with those", message)
+
+    def _take(self, members: int) -> list:
+        """Actors for a job of so many members: as many as are of use and the cluster holds."""
+        with self._free:
+            while True:
+                slots = self.slots()
+                if slots == 0:
+                    raise ClusterError("ray: expected room for at least 1 actor, found none left")
+                size = math.ceil(members / math.ceil(members / slots))
+                if self._busy + size <= slots:
+                    break
+                self._free.wait(timeout=5)
+            self._busy += size
+            actors = [self._idle.pop() for _ in range(min(size, len(self._idle)))]
+        try:
+            actors += [self._new_actor() for _ in range(size - len(actors))]
+            alive = [actor.where.remote() for actor in actors]
+            ready, late = ray.wait(alive, num_returns=len(alive), timeout=self.params.wait_s + 30)
+            if late:
+                raise ClusterError(
+                    f"ray: {len(late)} of {size} actors did not start within "
+                    f"{self.params.wait_s + 30:g} s: is the cluster busy with other work? "
+                    f"Free now: {ray.available_resources()}"
+                )
+            ray.get(ready)
+        except (RayActorError, WorkerCrashedError) as error:
+            self._discard(actors)
+            raise _GroupLost(str(error)) from error
+        except BaseException:
+            self._discard(actors)
+            raise
+        return actors
+
+    def _new_actor(self):
+        gpus = self.gpus_per_actor
+        options = {"num_cpus": self.params.cpus_per_actor, "num_gpus": gpus, "max_restarts": 0}
+        device = "cuda" if gpus else "cpu"
+        return ray.remote(_Actor).options(**options).remote(self.params.cpus_per_actor, device)
+
+    def _give_back(self, actors: list) -> None:
+        with self._free:
+            self._idle += actors
+            self._busy -= len(actors)
+            self._free.notify_all()
+
+    def _discard(self, actors: list) -> None:
+        for actor in actors:
+            ray.kill(actor)
+        with self._free:
+            self._busy -= len(actors)
+            self._free.notify_all()
+
+    def _put(self, data: Dataset) -> ray.ObjectRef:
+        """The data set's one copy in the object store."""
+        with self._free:
+            if self._data is None or self._data[0] is not data:
+                self._data = (data, ray.put(data))
+            return self._data[1]
+
+    # -- training --------------------------------------------------------------------------
+
+    def train_many(
+        self,
+        jobs: list[Job],
+        data: Dataset,
+        checkpoints: Path | None = None,
+        on_epoch: Epochs | None = None,
+    ) -> list[Trained]:
+        """Train jobs, as many at once as there is room for, members of one job over actors.
+
+        Args:
+            jobs: what to train; results come in this order.
+            data: put into the object store once; actors of a node read one copy.
+            checkpoints: folder of the checkpoints; without it a lost actor is survived all the
+                same, the driver's end is not.
+            on_epoch: called with each finished epoch, from one thread at a time.
+
+        Raises:
+            TrainingError: from the first job that fails; the others are stopped and keep their
+                checkpoints.
+            ClusterError: the cluster has no room left, or a job lost its actors too often.
+        """
+        if not jobs:
+            return []
+        run = _Run(self, data, checkpoints, on_epoch)
+        threads = min(len(jobs), max(1, self.slots()))
+        with ThreadPoolExecutor(threads) as pool:
+            futures = [pool.submit(run.train, job) for job in jobs]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                failed = [f for f in done if f.exception()]
+            except BaseException:
+                run.stop(futures)
+                raise
+            if failed:
+                run.stop(futures)
+        if failed:
+            raise failed[0].exception()  # type: ignore[misc]
+        return [future.result() for future in futures]
+
+
+class _Run:
+    """One call of `Cluster.train_many`: what its threads share."""
+
+    def __init__(self, cluster: Cluster, data: Dataset, checkpoints, on_epoch):
+        self.cluster, self.data, self.checkpoints = cluster, data, checkpoints
+        self.on_epoch = on_epoch
+        self.ref = cluster._put(data)
+        self.running: dict[str, list] = {}
+        self.lock = threading.RLock()
+        self.stopped = False
+
+    def stop(self, futures: list) -> None:
+        """Jobs that have not begun never will; those that run lose their actors."""
+        with self.lock:
+            self.stopped = True
+            for future in futures:
+                future.cancel()
+            for actors in self.running.values():
+                for actor in actors:
+                    ray.kill(actor)
+
+    def train(self, job: Job) -> Trained:
+        checkpoint: Any = _Memory()
+        if self.checkpoints:
+            checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
+        seen, lost = 0, 0
+
+        def finished(job: Job, epoch: dict[str, Any]) -> None:
+            nonlocal seen, lost
+            if epoch["epoch"] <= seen:  # a new group tells the old epochs again
+                return
+            seen, lost = epoch["epoch"], 0
+            with self.lock:
+                if self.on_epoch:
+                    self.on_epoch(job, epoch)
+
+        try:
+            while True:
+                try:
+                    return self._attempt(job, checkpoint, finished)
+                except _GroupLost as error:
+                    lost += 1
+                    if self.stopped:
+                        raise
+                    if lost >= ATTEMPTS:
+                        raise ClusterError(
+                            f"{job.name}: lost its actors {lost} times without finishing an epoch "
+                            f"(last: {error}); is there enough memory?"
+                        ) from error
+                    self.cluster.lost += 1
+                    log.warning(
+                        "%s: lost an actor after epoch %d, going on from there (%s)",
+                        job.name,
+                        seen,
+                        str(error).splitlines()[0],
+                    )
+        finally:
+            checkpoint.close()
+
+    def _attempt(self, job: Job, checkpoint, finished: Epochs) -> Trained:
+        actors = self.cluster._take(len(job.ids))
+        with self.lock:
+            self.running[job.name] = actors
+        try:
+            if self.stopped:
+                raise _GroupLost(f"{job.name}: stopped")
+            backend = "nccl" if self.cluster.gpus_per_actor >= 1 else "gloo"
+            group = _Group(job, self.ref, actors, backend)
+            trained = drive(job, self.data, group, checkpoint, finished)
+            group.close()
+        except BaseException:
+            self.cluster._discard(actors)
+            raise
+        finally:
+            with self.lock:
+                del self.running[job.name]
+        self.cluster._give_back(actors)
+        return trained
+
+
+def _address(params: RayParams) -> str:
+    return os.environ.get("RAY_ADDRESS") or params.address
+
+
+def connect(params: RayParams) -> None:
+    """`ray.init` as the parameters and RAY_ADDRESS say."""
+    address = _address(params)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address == "local":
+        # Nothing but this machine needs to reach it.
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        ray.init(address, **options)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"ray.address: expected a running Ray cluster at {address!r}: {error}"
+        ) from error

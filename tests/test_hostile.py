@@ -199,7 +199,7 @@ def storm(count, seed):
             hostile = put_together(changed, held)
         else:
             hostile = put_together(changed, held, damage_header(rng))
-        program = attempt(hostile, trace=number % 2 == 0)
+        program = attempt(hostile, trace=number % 3 == 0)
         results[sort][program is not None] += 1
         if program is None:
             continue

@@ -15,11 +15,11 @@ import zlib
 
 import numpy as np
 import pytest
+from graphs import random_images, random_program
+from test_packfile import same
 
 from bnncore import execute, packfile
 from bnncore.program import MAX_NODES, PackedFormatError
-from tests.graphs import random_images, random_program
-from tests.test_packfile import same
 
 ODD = (
     *(0, 1, -1, 2, 3, 7, 8, 255, 256, 1023, 1024, 1025, 2**16, 2**24, 2**24 + 1, 2**31, 2**32),

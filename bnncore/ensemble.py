@@ -15,11 +15,20 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.backbones import Backbone, Dropout, ModelSpec, ResidualBlock, ShortcutLayer, build
+from bnncore.backbones import (
+    Backbone,
+    DenseHead,
+    Dropout,
+    ModelSpec,
+    ResidualBlock,
+    ShortcutLayer,
+    build,
+)
 from bnncore.binarize import BinaryConv2d, Shift, pseudo_hadamard_
 
 # Layers are named by pattern over their dotted names, or by one of these groups.
@@ -180,6 +189,8 @@ class Ensemble(nn.Module):
         seed: for fresh weights: those of member i depend on `seed` and i only.
     """
 
+    weights: Tensor
+
     def __init__(self, spec: EnsembleSpec, ids: Iterable[int] | None = None, seed: int = 0):
         super().__init__()
         self.spec = spec
@@ -211,8 +222,8 @@ class Ensemble(nn.Module):
             member = build(spec.model)
             classes = spec.model.classes
             if spec.classifier == "features":
-                dense = member.head.dense  # type: ignore[union-attr]
-                member.head.dense = nn.Linear(dense.in_features, classes, bias=False)
+                head = cast(DenseHead, member.head)
+                head.dense = nn.Linear(head.dense.in_features, classes, bias=False)
             elif spec.classifier == "logits":
                 member.mix = nn.Linear(classes, classes, bias=False)
             for name, module in member.named_modules():
@@ -220,11 +231,16 @@ class Ensemble(nn.Module):
                     module.generator = generator("dropout", seed, i, name)
         return member
 
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The held members, typed."""
+        return cast(list[Backbone], list(self.members))
+
     def prefix(self) -> list[nn.Module]:
         """The leading modules of the stem that are one object in all members: run them once."""
-        stems = [list(member.stem.children()) for member in self.members]
+        stems = [list(member.stem.children()) for member in self.backbones]
         if self.spec.sharing.block or len(self.ids) == 1:
-            return [self.members[0].stem]
+            return [self.backbones[0].stem]
         shared = []
         for modules in zip(*stems, strict=True):
             if any(m is not modules[0] for m in modules):
@@ -245,7 +261,7 @@ class Ensemble(nn.Module):
         """Each held member's output z_i (B, C), without the block's bias."""
         for module in self.prefix():
             x = module(x)
-        return [self.rest(member, x) for member in self.members]
+        return [self.rest(member, x) for member in self.backbones]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, C) of the held members, by ``spec.combine``."""
@@ -266,7 +282,8 @@ class Ensemble(nn.Module):
     def _entries(self) -> Iterator[tuple[str, Tensor]]:
         shared = tuple(f"{name}." for name in self.shared)
         for k, (i, member) in enumerate(zip(self.ids, self.members, strict=True)):
-            for name, value in member.state_dict(keep_vars=True).items():
+            tensors: dict[str, Tensor] = member.state_dict(keep_vars=True)
+            for name, value in tensors.items():
                 if name.startswith(shared) and shared:
                     if k == 0:
                         yield f"shared.{name}", value
@@ -343,7 +360,7 @@ class Ensemble(nn.Module):
         plus ``jitter * n``, n standard normal) and, if asked, every member that owns its classifier
         a freshly initialised one.
         """
-        for i, member in zip(self.ids, self.members, strict=True):
+        for i, member in zip(self.ids, self.backbones, strict=True):
             if fresh_classifier:
                 fresh = self._member(self.spec, seed, i)
                 for name, groups in layer_groups(member, self.spec.classifier).items():

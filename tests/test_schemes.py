@@ -8,7 +8,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -18,6 +17,7 @@ from bnncore.ensemble import Ensemble, EnsembleSpec
 from bnncore.params import ParamsError
 from bnncore.schemes import SCHEMES, samme_vote
 from bnncore.train import Trained, Trainer, TrainingError, learning_rate, train_many
+from tests import tiny
 
 DATA = tiny.dataset(classes=3, train=60)
 IMAGE, CLASSES = DATA.image, len(DATA.classes)

@@ -246,7 +246,7 @@ def _doubled_shortcut(cin: int, cout: int, stride: int, binarizer: Binarizer | N
     if stride == 1 and cin == cout:
         return nn.Identity()
     shortcut = nn.Sequential()
-    shortcut.add_module("pool", nn.AvgPool2d(stride, stride))
+    shortcut.add_module("pool", nn.AvgPool2d(stride, stride, ceil_mode=True))
     shortcut.add_module("doubled", _Doubling())
     if binarizer is None:
         shortcut.add_module("conv", nn.Conv2d(cout, cout, 1, bias=False))
@@ -314,7 +314,7 @@ class ShortcutLayer(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or cin != cout:
             self.shortcut = nn.Sequential()
-            self.shortcut.add_module("pool", nn.AvgPool2d(stride, stride))
+            self.shortcut.add_module("pool", nn.AvgPool2d(stride, stride, ceil_mode=True))
             if react and binarizer is not None:
                 # Kim et al. 2022 say that ReActNet-10's downsampling 1x1 convolutions are binary.
                 self.shortcut.add_module("sign", nn.Sequential(Shift(cin), _activation(binarizer)))

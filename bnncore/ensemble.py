@@ -310,7 +310,7 @@ class Ensemble(nn.Module):
         Returns:
             Names of member parameters that found no equal in `source`.
         """
-        missing = []
+        missing: list[str] = []
         for member in self.members:
             missing = []
             for name, value in member.state_dict(keep_vars=True).items():
@@ -320,9 +320,10 @@ class Ensemble(nn.Module):
                     value.copy_(source[name])
                 else:
                     missing.append(name)
-            for module in member.modules():
-                if isinstance(module, BinaryConv2d) and module.scale is not None:
-                    module.scale.copy_(module.weight.abs().mean(dim=(1, 2, 3)))
+            for name, module in member.named_modules():
+                # An FP32 source has no learned scales: they follow from its weights.
+                if isinstance(module, BinaryConv2d) and f"{name}.scale" in missing:
+                    module.scale.copy_(module.weight.abs().mean(dim=(1, 2, 3)))  # type: ignore[union-attr]
         return missing
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ of ``(low <= x <= high) ^ flip`` as a word of 32 bits, or both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -53,6 +53,7 @@ Array = np.ndarray
 
 LANES = 32  # filters of a tile, channels of a word
 _LONGEST = (1 << 16) - 1  # products of which a sum of `_Nibbles` can count the differing ones
+_MOST_RUNS = 1 << 16
 _BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue, in order.
@@ -172,12 +173,8 @@ class _Emit:
         return joined
 
 
-def _zeros(kind: ir.Type, count: int) -> list[ir.Value]:
-    return [ir.Constant(kind, None)] * count
-
-
 @intrinsic
-def _tile(typing, weights, pixels, table, runs, count, sums):  # type: ignore[no-untyped-def]
+def _tile(typing, weights, pixels, table, runs, count, sums):
     """Add up `count` runs for one tile.
 
     ``weights``: array whose type picks the tile. Addresses: ``pixels`` of P addresses, where the
@@ -188,12 +185,12 @@ def _tile(typing, weights, pixels, table, runs, count, sums):  # type: ignore[no
     kind = np.dtype(str(weights.dtype))
     P = tile_pixels(kind)
 
-    def body(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def body(context, builder, signature, args):
         array, pixels, table, runs, count, sums = args
         emit = _Emit(builder)
         data = context.make_array(weights)(context, builder, array).data
         base = builder.ptrtoint(data, _I64)
-        emitter = {"uint8": _Nibbles, "uint32": _Words, "float32": _Floats}[kind.name]
+        emitter = _TILES[kind.name]
 
         def one_run(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             record = emit.at(runs, index, 32)
@@ -214,20 +211,92 @@ def _tile(typing, weights, pixels, table, runs, count, sums):  # type: ignore[no
     return types.void(weights, *[types.int64] * 5), body
 
 
-class _Nibbles:
-    """Sums are bytes: lanes 0-15 count the low nibbles of 16 filters, lanes 16-31 the high ones."""
+class _Words:
+    """Sums are lanes of 32 bits, in registers until the end; 32 channels a step."""
+
+    vector = ir.VectorType(_I32, 16)
+    scalar: ir.Type = _I32
+
+    @classmethod
+    def start(cls, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
+        """The totals to begin with: two vectors of 16 filters a pixel."""
+        return [ir.Constant(cls.vector, None)] * (2 * pixels)
+
+    @classmethod
+    def run(
+        cls,
+        emit: _Emit,
+        starts: list[ir.Value],
+        weights: ir.Value,
+        table: ir.Value,
+        steps: ir.Value,
+        totals: list[ir.Value],
+        widen: ir.Value,
+        sums: ir.Value,
+    ) -> list[ir.Value]:
+        """Add up one run: `steps` from the address `starts` of each pixel and from `weights`."""
+
+        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            at = emit.at(weights, index, 128)
+            w = [emit.load(cls.vector, emit.at(at, 64 * v)) for v in range(2)]
+            new = []
+            for j, start in enumerate(starts):
+                a = emit.splat(emit.load(cls.scalar, emit.at(start, index, 4)), 16)
+                new += [cls.add(emit, totals[2 * j + v], a, w[v]) for v in range(2)]
+            return new
+
+        return emit.loop(steps, totals, step)
+
+    @staticmethod
+    def add(emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
+        counted = emit.call("llvm.ctpop.v16i32", total.type, emit.b.xor(a, w))
+        return emit.b.add(total, counted)
+
+    @staticmethod
+    def end(emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+        """Store the totals."""
+        for k, total in enumerate(totals):
+            emit.store(total, emit.at(sums, 64 * k))
+
+
+class _Floats(_Words):
+    """The same with products of floats; one channel a step."""
+
+    vector = ir.VectorType(_F32, 16)
+    scalar = _F32
+
+    @staticmethod
+    def add(emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
+        return emit.call("llvm.fmuladd.v16f32", total.type, a, w, total)
+
+
+class _Nibbles(_Words):
+    """Totals are bytes: lanes 0-15 count the low nibbles of 16 filters, lanes 16-31 the high ones.
+
+    They are widened to sums of 16 bits in memory. Eight channels a step.
+    """
 
     vector = ir.VectorType(_I8, 32)
     wide = ir.VectorType(_I16, 16)
 
     @classmethod
-    def start(cls, emit: _Emit, P: int, sums: ir.Value) -> list[ir.Value]:
-        for k in range(2 * P):
+    def start(cls, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
+        for k in range(2 * pixels):
             emit.store(ir.Constant(cls.wide, None), emit.at(sums, 32 * k))
-        return _zeros(cls.vector, 2 * P)
+        return super().start(emit, pixels, sums)
 
     @classmethod
-    def run(cls, emit, starts, weights, table, steps, totals, widen, sums):  # type: ignore[no-untyped-def]
+    def run(
+        cls,
+        emit: _Emit,
+        starts: list[ir.Value],
+        weights: ir.Value,
+        table: ir.Value,
+        steps: ir.Value,
+        totals: list[ir.Value],
+        widen: ir.Value,
+        sums: ir.Value,
+    ) -> list[ir.Value]:
         b = emit.b
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
@@ -266,65 +335,28 @@ class _Nibbles:
 
     @staticmethod
     def end(emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
-        """The last run has widened."""
+        """Nothing: the last run has widened."""
 
 
-class _Words:
-    vector = ir.VectorType(_I32, 16)
-    scalar = _I32
-
-    @classmethod
-    def start(cls, emit: _Emit, P: int, sums: ir.Value) -> list[ir.Value]:
-        return _zeros(cls.vector, 2 * P)
-
-    @classmethod
-    def run(cls, emit, starts, weights, table, steps, totals, widen, sums):  # type: ignore[no-untyped-def]
-        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            at = emit.at(weights, index, 128)
-            w = [emit.load(cls.vector, emit.at(at, 64 * v)) for v in range(2)]
-            new = []
-            for j, start in enumerate(starts):
-                a = emit.splat(emit.load(cls.scalar, emit.at(start, index, 4)), 16)
-                new += [cls.add(emit, totals[2 * j + v], a, w[v]) for v in range(2)]
-            return new
-
-        return emit.loop(steps, totals, step)
-
-    @staticmethod
-    def add(emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
-        counted = emit.call("llvm.ctpop.v16i32", total.type, emit.b.xor(a, w))
-        return emit.b.add(total, counted)
-
-    @staticmethod
-    def end(emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
-        for k, total in enumerate(totals):
-            emit.store(total, emit.at(sums, 64 * k))
-
-
-class _Floats(_Words):
-    vector = ir.VectorType(_F32, 16)
-    scalar = _F32
-
-    @staticmethod
-    def add(emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
-        return emit.call("llvm.fmuladd.v16f32", total.type, a, w, total)
+_TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32": _Floats}
 
 
 @intrinsic
 def _finish(
     typing, weights, constants, constant, total, parts, params, flip, residual, numbers, bits
-):  # type: ignore[no-untyped-def]
+):
     """The epilogue for 32 filters of one pixel.
 
     The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
     constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
-    (``x = constant + total``). Addresses: ``constant`` and ``total`` of 32 values each; ``params`` of `_ROWS` x 32 floats; ``residual`` and ``numbers`` of 32 floats;
-    ``bits`` of a word. ``parts``: which parts to do; ``flip``: a word of bits to negate.
+    (``x = constant + total``). Addresses: ``constant`` and ``total`` of 32 values each; ``params``
+    of `_ROWS` x 32 floats; ``residual`` and ``numbers`` of 32 floats; ``bits`` of a word.
+    ``parts``: which parts to do; ``flip``: a word of bits to negate.
     """
     counted = constants.dtype == types.int32
     vector = ir.VectorType(_F32, LANES)
 
-    def body(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def body(context, builder, signature, args):
         _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
 
@@ -432,7 +464,7 @@ def _convolve(
                     places[j] = (image * positions + position) * blocks + block
                     kinds[j] = classes[position]
                 begin = runs_at + spans[kinds[0], 0] * 32
-                _tile(part, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at)
+                _tile(part, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at)  # type: ignore[call-arg]
                 for j in range(P):
                     _finish(
                         weights,
@@ -456,7 +488,7 @@ def _map(x, zeros, parts, params, flips, residual, numbers, bits):
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
     for place in range(x.size // LANES):
         block = place % blocks
-        _finish(
+        _finish(  # type: ignore[call-arg]
             zeros,
             zeros,
             zeros_at,
@@ -468,6 +500,37 @@ def _map(x, zeros, parts, params, flips, residual, numbers, bits):
             numbers_at + place * LANES * 4,
             bits_at + place * 4,
         )
+
+
+@njit(cache=True, nogil=True)
+def _pool(x, kernel, stride, pad, divisor, maximum, out):
+    """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo)."""
+    images, high, wide, channels = out.shape
+    for n in range(images):
+        for i in range(high):
+            for j in range(wide):
+                room = out[n, i, j]
+                first = True
+                for y in range(
+                    max(0, i * stride - pad), min(x.shape[1], i * stride - pad + kernel)
+                ):
+                    for z in range(
+                        max(0, j * stride - pad), min(x.shape[2], j * stride - pad + kernel)
+                    ):
+                        tap = x[n, y, z]
+                        if first:
+                            for c in range(channels):
+                                room[c] = tap[c]
+                        elif maximum:
+                            for c in range(channels):
+                                room[c] = tap[c] if tap[c] > room[c] else room[c]
+                        else:
+                            for c in range(channels):
+                                room[c] += tap[c]
+                        first = False
+                if not maximum:
+                    for c in range(channels):
+                        room[c] /= divisor[i, j]
 
 
 # ---- layouts ----------------------------------------------------------------------------------
@@ -502,18 +565,9 @@ def _to_words(bits: Array) -> Array:
     return room.view("<u4")
 
 
-def _lay_out(weights: Array, dtype: np.dtype, stride: int) -> Array:
-    """Weights (O,kh,kw,C), booleans or floats, for `_tile`: (blocks, numbers of a block).
-
-    `stride` is how many channels the input is stored with.
-    """
-    filters, _, _, channels = weights.shape
-    if weights.dtype == bool:
-        rows = _to_words(weights).reshape(filters, -1)
-    else:
-        room = np.zeros((*weights.shape[:3], stride), np.float32)
-        room[..., :channels] = weights
-        rows = room.reshape(filters, -1)
+def _lay_out(rows: Array, dtype: np.dtype) -> Array:
+    """Weights for `_tile`: words of bits, or floats, (O, n) -> (blocks, numbers of a block)."""
+    filters = len(rows)
     whole = np.zeros((_up(filters), rows.shape[1]), rows.dtype)
     whole[:filters] = rows
     blocks = len(whole) // LANES
@@ -532,15 +586,54 @@ class _Geometry(NamedTuple):
     spans: Array
     starts: Array
     classes: Array
-    inside: Array  # booleans (classes, kh * kw)
 
 
 class _Window(NamedTuple):
+    """Size, stride and padding of a convolution, and which of its taps lie in the map.
+
+    A border class is a pattern of rows with a pattern of columns; few different ones exist along an
+    axis: near the start, in the middle, near the end.
+    """
+
     kernel: tuple[int, int]
     stride: int
     pad: int
     inputs: tuple[int, int]
-    outputs: tuple[int, int]
+    rows: Array  # booleans (patterns, kh)
+    row_of: Array  # (Ho,)
+    columns: Array  # booleans (patterns, kw)
+    column_of: Array  # (Wo,)
+
+    @classmethod
+    def of(
+        cls,
+        kernel: tuple[int, int],
+        stride: int,
+        pad: int,
+        inputs: tuple[int, int],
+        outputs: tuple[int, int],
+    ) -> _Window:
+        found = []
+        for size, taps, out in zip(inputs, kernel, outputs, strict=True):
+            where = np.arange(out)[:, None] * stride - pad + np.arange(taps)[None, :]
+            inside = (where >= 0) & (where < size)
+            patterns, which = np.unique(inside, axis=0, return_inverse=True)
+            found += [patterns, which.reshape(-1)]
+        return cls(kernel, stride, pad, inputs, *found)
+
+    @property
+    def classes(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    def per_class(self, taps: Array) -> Array:
+        """Sums over the taps in the map: (..., kh, kw) -> (classes, ...)."""
+        rows, columns = self.rows.astype(np.int32), self.columns.astype(np.int32)
+        sums = np.moveaxis(rows @ taps @ columns.T, (-2, -1), (0, 1))
+        return sums.reshape(self.classes, *taps.shape[:-2])
+
+    def share(self) -> float:
+        """Of all products, those with a tap in the map."""
+        return float(self.rows[self.row_of].mean() * self.columns[self.column_of].mean())
 
 
 def _geometry(
@@ -555,18 +648,15 @@ def _geometry(
         longest: steps until the sums have to be widened (0: never).
         skip: leave out taps in the padding; else the input comes with its padding around it.
     """
-    (kh, kw), stride, pad, (high, wide), (rows, columns) = window
-    row_inside, row_class = _patterns(high, kh, stride, pad, rows)
-    column_inside, column_class = _patterns(wide, kw, stride, pad, columns)
-    inside = row_inside[:, None, :, None] & column_inside[None, :, None, :]
-    if not skip:
-        wide += 2 * pad
+    kh, kw = window.kernel
+    wide = window.inputs[1] + (0 if skip else 2 * window.pad)
     runs: list[tuple[int, int, int, int]] = []
     spans = []
-    for pattern in inside.reshape(-1, kh, kw) if skip else np.ones((1, kh, kw), bool):
+    every = [(r, c) for r in window.rows for c in window.columns]
+    for r, c in every if skip else [(np.ones(kh, bool), np.ones(kw, bool))]:
         begin, since = len(runs), 0
-        for i in np.flatnonzero(pattern.any(1)):
-            taps = np.flatnonzero(pattern[i])
+        taps = np.flatnonzero(c)
+        for i in np.flatnonzero(r):
             done, count = 0, len(taps) * steps
             while done < count:
                 more = min(count - done, longest or count)
@@ -578,25 +668,18 @@ def _geometry(
                 done, since = done + more, since + more
         runs[-1] = (*runs[-1][:3], 1)
         spans.append((begin, len(runs) - begin))
-    classes = (row_class[:, None] * len(column_inside) + column_class[None, :]).reshape(-1)
-    edge = pad if skip else 0
-    down, right = np.arange(rows) * stride - edge, np.arange(columns) * stride - edge
-    starts = ((down[:, None] * wide + right[None, :]) * steps * unit).reshape(-1)
-    count = len(row_inside) * len(column_inside)
+    classes = window.row_of[:, None] * len(window.columns) + window.column_of[None, :]
+    edge = window.pad if skip else 0
+    down, right = (
+        np.arange(len(axis)) * window.stride - edge for axis in (window.row_of, window.column_of)
+    )
+    starts = (down[:, None] * wide + right[None, :]) * steps * unit
     return _Geometry(
         np.array(runs, np.int64),
-        np.array(spans if skip else spans * count, np.int64),
-        np.ascontiguousarray(starts, np.int64),
-        np.ascontiguousarray(classes, np.int64),
-        inside.reshape(count, kh * kw),
+        np.array(spans if skip else spans * window.classes, np.int64),
+        starts.astype(np.int64).reshape(-1),
+        classes.astype(np.int64).reshape(-1),
     )
-
-
-def _patterns(size: int, kernel: int, stride: int, pad: int, out: int) -> tuple[Array, Array]:
-    """Along one axis: the distinct patterns of taps inside the map, and which one a place has."""
-    where = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None, :]
-    patterns, which = np.unique((where >= 0) & (where < size), axis=0, return_inverse=True)
-    return patterns, which.reshape(-1)
 
 
 # ---- the plan ---------------------------------------------------------------------------------
@@ -660,14 +743,19 @@ class _Planner:
     def anchor(self, index: int, node: Node) -> list[tuple[int, Step]]:
         """The steps of a node and of those after it that can be fused into it."""
         if node.op not in _ANCHORS:
-            return [(index, self.through_numpy(index, node))]
+            single: Callable[..., Array] = self.through_numpy(index, node)
+            if index + 1 != self.last and node.op in _POOLS:
+                single = self.pool(index, node)
+            elif index + 1 != self.last and node.op == "concat" and self.joins(node):
+                single = _join
+            return [(index, Step(node.inputs, index + 1, self.shapes[index + 1].own, single))]
         chain = _Chain(self.program, self.shapes[index + 1].dims[-1])
         own = self.shapes[index + 1].own
         if node.op in _SUMS:
-            value, inputs = index + 1, (node.inputs[0],)
+            value = index + 1
         else:
             # An epilogue without sums: it begins with this node, on a stored value.
-            value, inputs = node.inputs[0], (node.inputs[0],)
+            value = node.inputs[0]
             chain.take(index, node, value)
             if node.op not in _BITS_OF:
                 value = index + 1
@@ -691,8 +779,7 @@ class _Planner:
         numbers = node.op not in _BITS_OF and len(self.users[value]) > (bits is not None)
         numbers = numbers or bits is None  # a value that nobody uses, or the last one
         chain.finish(numbers)
-        if chain.residual is not None:
-            inputs += (chain.residual,)
+        inputs = (node.inputs[0], *([] if chain.residual is None else [chain.residual]))
         if node.op in _SUMS:
             run = self.sums(node, index, chain)
         else:
@@ -732,67 +819,99 @@ class _Planner:
         binary = node.op == "bconv"
         slots = {slot: self.program.tensors[name] for slot, name in node.tensors.items()}
         filters = slots["weight"].shape[0]
-        kernel = tuple(slots["weight"].shape[1:3]) if node.op != "dense" else (1, 1)
+        shape = slots["weight"].shape
+        kernel = (shape[1], shape[2]) if len(shape) == 4 else (1, 1)
         inputs, outputs = self.dims(node.inputs[0]), self.dims(index + 1)
         stored = self.stride(node.inputs[0])
         dtype = self.binary if binary else np.dtype("f4")
         if kernel[0] * kernel[1] * stored > _LONGEST:
             dtype = np.dtype("u4") if binary else dtype
-        window = _Window(
-            kernel,  # type: ignore[arg-type]
+        window = _Window.of(
+            kernel,
             int(node.attrs.get("stride", 1)),
             int(node.attrs.get("pad", 0)),
             inputs[:2],
             outputs[:2],
         )
         if dtype == np.uint8:
-            geometry = (stored // 8, 1, 64, _BYTE_STEPS)
+            steps, unit, step, longest = stored // 8, 1, 64, _BYTE_STEPS
         else:
-            geometry = (stored // 32 if binary else stored, 4, 4 * LANES, 0)
-        layout = {
-            True: _geometry(window, *geometry, True),
-            False: _geometry(window, *geometry, False),
-        }
-        pixel = geometry[0] * geometry[1]
-        P = tile_pixels(dtype)
+            steps, unit, step, longest = stored // (32 if binary else 1), 4, 4 * LANES, 0
+        around = _geometry(window, steps, unit, step, longest, False)
+        # Not worth it, nor the memory, where nearly every position is a class of its own.
+        few = window.classes * len(around.runs) <= _MOST_RUNS
+        inner = _geometry(window, steps, unit, step, longest, True) if few and window.pad else None
+        share = window.share()
+        pixels = tile_pixels(dtype)
         table = self.table
 
-        def lay_out(member: int) -> tuple[Array, dict[bool, Array]]:
-            weights = _weights(slots, member, binary).reshape(filters, *kernel, -1)
-            rows = np.zeros((2, len(layout[True].inside), _up(filters)), np.float32)
-            if binary:
-                ones = weights.reshape(filters, kernel[0] * kernel[1], -1).sum(2, dtype=np.int32)
-                inside = layout[True].inside.astype(np.int32)
-                rows = rows.astype(np.int32)
-                rows[:, :, :filters] = inside.sum(1)[:, None] * inputs[2]
-                rows[0, :, :filters] += 2 * (1 - inside) @ ones.T
-            elif "bias" in slots:
-                rows[:, :, :filters] = _plain(slots["bias"], member)
-            return _lay_out(weights, dtype, stored), {False: rows[0], True: rows[1]}
+        def lay_out(member: int) -> tuple[Array, Array, Array]:
+            """Weights, and the constants without taps in the padding and with them."""
+            if not binary:
+                weights = _float_weights(slots, member).reshape(filters, *kernel, -1)
+                room = np.zeros((*weights.shape[:3], stored), np.float32)
+                room[..., : weights.shape[3]] = weights
+                bias = np.zeros((window.classes, _up(filters)), np.float32)
+                if "bias" in slots:
+                    bias[:, :filters] = _plain(slots["bias"], member)
+                return _lay_out(room.reshape(filters, -1), dtype), bias, bias
+            words = _words(slots["weight"], member)
+            inside = np.zeros((window.classes, _up(filters)), np.int32)
+            inside[:, :filters] = window.per_class(np.full((1, *kernel), inputs[2], np.int32))
+            ones = np.bitwise_count(words).sum(3, dtype=np.int32)
+            whole = inside.copy()
+            whole[:, :filters] += 2 * (ones.sum((1, 2)) - window.per_class(ones))
+            return _lay_out(words.reshape(filters, -1), dtype), inside, whole
 
         prepared = _each_member(lay_out, slots)
-        inside = layout[True].inside[layout[True].classes].mean()
 
         def run(values: Sequence[Any], member: int) -> _Both:
             x = _numbers(values[0])
             images = len(x)
-            weights, constants = prepared(member)
+            weights, inside, whole = prepared(member)
             # Tiles of images leave out padding, but the last ones may be half empty.
-            skip = window.pad > 0 and -(-images // P) * P * inside < images
+            skip = inner is not None and -(-images // pixels) * pixels * share < images
             if window.pad and not skip:
                 x = _pad(x, window.pad)
             out, residual = chain.outputs((images, *outputs[:2]), values)
-            lay = layout[skip]
+            lay = inner if skip else around
+            assert lay is not None
             _convolve(
-                x, x.shape[1] * x.shape[2] * pixel, images, weights.reshape(-1), weights.shape[1],
-                table, lay.runs, lay.spans, lay.starts, lay.classes, constants[skip],
-                skip, P, *chain.params(member), residual, out.numbers, out.bits,
+                x, x.shape[1] * x.shape[2] * steps * unit, images, weights.reshape(-1),
+                weights.shape[1], table, lay.runs, lay.spans, lay.starts, lay.classes,
+                inside if skip else whole, skip, pixels, *chain.params(member), residual,
+                out.numbers, out.bits,
             )  # fmt: skip
             return out
 
         return run
 
-    def through_numpy(self, index: int, node: Node) -> Step:
+    def pool(self, index: int, node: Node) -> Callable[..., Array]:
+        inputs, outputs = self.dims(node.inputs[0]), self.dims(index + 1)
+        stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
+        reach = pad if node.attrs.get("include_pad") else 0
+        sizes, kernel = inputs[:2], int(node.attrs.get("kernel", 0))
+        counts = []
+        for size, out in zip(sizes, outputs[:2], strict=True):
+            where = np.arange(out)[:, None] * stride - pad + np.arange(kernel or size)[None, :]
+            counts.append(((where >= -reach) & (where < size + reach)).sum(1))
+        divisor = (counts[0][:, None] * counts[1][None, :]).astype(np.float32)
+        kernel = kernel or max(sizes)  # all of the map
+        maximum = node.op == "maxpool"
+
+        def run(values: Sequence[Any], member: int) -> Array:
+            x = _numbers(values[0])
+            out = np.empty((len(x), *divisor.shape, x.shape[3]), np.float32)
+            _pool(x, kernel, stride, pad, divisor, maximum, out)
+            return out
+
+        return run
+
+    def joins(self, node: Node) -> bool:
+        """Whether the parts of a concatenation end where words do."""
+        return not any(self.shapes[number].dims[-1] % LANES for number in node.inputs[:-1])
+
+    def through_numpy(self, index: int, node: Node) -> Callable[..., Array]:
         """Any operator, by `bnncore.ops`."""
         shapes = [self.shapes[number] for number in node.inputs]
         shape = self.shapes[index + 1]
@@ -805,7 +924,11 @@ class _Planner:
             out = plain([_to_plain(v, s) for v, s in zip(values, shapes, strict=True)], member)
             return np.ascontiguousarray(out) if last else _from_plain(out, shape, stride)
 
-        return Step(node.inputs, index + 1, shape.own, run)
+        return run
+
+
+def _join(values: Sequence[Any], member: int) -> Array:
+    return np.concatenate([_numbers(value) for value in values], axis=3)
 
 
 def _to_plain(value: Any, shape: Shape) -> Array:
@@ -843,24 +966,35 @@ def _pad(x: Array, pad: int) -> Array:
     return room
 
 
+def _copy(tensor: Tensor, member: int) -> Tensor:
+    """One member's copy."""
+    return replace(tensor, own=False, data=tensor.data[member]) if tensor.own else tensor
+
+
 def _plain(tensor: Tensor, member: int) -> Array:
-    """One member's copy: booleans, or float32."""
-    data = unpack_bits(tensor) if tensor.kind == "binary" else tensor.data
-    data = data[member] if tensor.own else data
+    """One member's copy as booleans, or float32."""
+    tensor = _copy(tensor, member)
     if tensor.kind == "binary":
-        return data
-    plain = data.astype(np.float32)
+        return unpack_bits(tensor)
+    plain = tensor.data.astype(np.float32)
     if tensor.kind == "int32":
         # A level that no sum reaches becomes infinite, so that rounding it does not matter.
-        plain[data > MAX_TAPS] = np.inf
-        plain[data < -MAX_TAPS] = -np.inf
+        plain[tensor.data > MAX_TAPS] = np.inf
+        plain[tensor.data < -MAX_TAPS] = -np.inf
     return plain
 
 
-def _weights(slots: dict[str, Tensor], member: int, binary: bool) -> Array:
-    """Booleans for a binary layer, float32 for others."""
+def _words(tensor: Tensor, member: int) -> Array:
+    """One member's copy of binary weights (O,kh,kw,C), as uint32 (O,kh,kw,words)."""
+    tensor = _copy(tensor, member)
+    if tensor.shape[-1] % LANES == 0:
+        return tensor.data.view("<u4").reshape(*tensor.shape[:-1], -1)
+    return _to_words(unpack_bits(tensor))
+
+
+def _float_weights(slots: dict[str, Tensor], member: int) -> Array:
     weight = _plain(slots["weight"], member)
-    if weight.dtype == bool and not binary:
+    if weight.dtype == bool:
         return np.where(weight, np.float32(1), np.float32(-1))
     if "weight_scale" in slots:
         scale = _plain(slots["weight_scale"], member)
@@ -889,8 +1023,10 @@ class _Chain:
     """What an epilogue does."""
 
     # The order of the parts, and the row of parameters where each begins.
-    ORDER = (("affine", 0), ("prelu", 2), ("affine", 3), ("add", -1))
-    ORDER += tuple((op, row + _GROUP) for op, row in ORDER[:3])
+    ORDER = (
+        ("affine", 0), ("prelu", 2), ("affine", 3), ("add", -1),
+        ("affine", _GROUP), ("prelu", _GROUP + 2), ("affine", _GROUP + 3),
+    )  # fmt: skip
 
     def __init__(self, program: Program, channels: int) -> None:
         self.program, self.channels = program, channels
@@ -958,6 +1094,7 @@ class _Chain:
                 rows[_LOW, :count] = 0
             elif node.op == "threshold":
                 level, up = get(node, "threshold"), get(node, "direction")
+                assert level is not None
                 up = np.ones(count, bool) if up is None else up
                 rows[_LOW, :count] = np.where(up, level, -np.inf)
                 rows[_HIGH, :count] = np.where(up, np.inf, level)
@@ -980,4 +1117,5 @@ class _Chain:
 
 _BITS_OF = ("sign", "threshold", "interval")
 _SUMS = ("bconv", "conv", "dense")
+_POOLS = ("maxpool", "avgpool", "global_avg")
 _ANCHORS = (*_SUMS, *_BITS_OF, "affine", "prelu", "relu", "add")

@@ -416,6 +416,16 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
             f"must be trained together; expected a sharing that freezes what it shares for scheme "
             f"{ensemble.scheme!r}"
         )
+    if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} would share the rows of the classifier block; "
+            "expected 'mixing' among what members own, as in tentaclenet"
+        )
+    if ensemble.scheme != "tentaclenet" and "mixing" in sharing.own:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} names 'mixing', a tentacle's rows of the "
+            f"classifier block, which only scheme tentaclenet has; got scheme {ensemble.scheme!r}"
+        )
     model = model_spec(params, image, classes, binary=True)
     classifier = None
     if ensemble.scheme == "tentaclenet":

@@ -649,8 +649,14 @@ def train_many(
     data: Dataset,
     checkpoints: Path | None = None,
     on_epoch: Callable[[Job, dict[str, Any]], None] | None = None,
+    threads: int = 1,
 ) -> list[Trained]:
-    """Train jobs one after another in this process; `actors.train_many` spreads them out."""
+    """Train jobs one after another in this process; `actors.Cluster` spreads them out.
+
+    One thread is the default because small layers gain nothing from a second one, lose much beside
+    other busy processes, and give bits that do not depend on the machine's number of cores.
+    """
+    torch.set_num_threads(threads)
     results = []
     for job in jobs:
         checkpoint = (

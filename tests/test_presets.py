@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ PAPERS = [name for name in NAMES if name != "digits"]
 FIGURES = paper.published()
 
 
-@lru_cache(maxsize=None)
+@cache
 def composed(name: str) -> params.Params:
     return params.parse(preset.compose(name))
 
@@ -151,7 +151,7 @@ def test_dvc_composes_the_same(tmp_path):
 # -- packed and run ------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def packed_against_torch(of: EnsembleSpec, votes: bool) -> tuple[np.ndarray, bool]:
     """Largest difference of member outputs from torch's for each image, relative to the largest
     output; and whether the file has a size that was foreseen."""

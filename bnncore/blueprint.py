@@ -105,8 +105,8 @@ def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Valu
     with torch.device("meta"):
         ensemble = Ensemble(spec).eval()
     for module in ensemble.modules():
-        for name, value in list(module.named_parameters(recurse=False)):
-            blank = nn.Parameter(torch.zeros(()).expand(value.shape), requires_grad=False)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            blank = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
             module.register_parameter(name, blank)
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))

@@ -115,9 +115,9 @@ def layer_groups(member: Backbone, classifier: str | None = None) -> dict[str, s
             groups[name].add("mixing" if classifier == "features" else "classifier")
         elif name.startswith("stem."):
             groups[name].add("first_conv")
-        elif ".shortcut." in name:
+        elif ".shortcut." in name or name in member.shortcuts:
             groups[name].add("shortcut")
-        else:
+        elif isinstance(module, nn.Conv2d):
             body.append(name)
             if isinstance(module, BinaryConv2d):
                 groups[name].add("binary_conv")

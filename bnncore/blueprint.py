@@ -26,6 +26,7 @@ from bnncore.backbones import Backbone, ModelSpec
 from bnncore.binarize import BinaryConv2d
 from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec, Sharing, own_layers, weight_layers
 from bnncore.lower import _Value as Value
+from bnncore.narrow import narrowed
 from bnncore.params import PackParams
 
 # What a file says of itself, where the caller does not know yet: about as long as real ones.
@@ -295,10 +296,3 @@ def _unlike(index: int, length: int) -> str:
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
         text += letters[(state >> 16) % len(letters)]
     return text
-
-
-def narrowed(program: P.Program, pack: PackParams) -> P.Program:
-    """`program` with the kinds of tensors that `pack` asks for."""
-    if pack == PackParams():
-        return program
-    raise NotImplementedError("narrowing")

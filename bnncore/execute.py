@@ -1,8 +1,8 @@
 """Run a `Program` on images: one executor for every set of kernels, votes, and anytime inference.
 
 A set of kernels is a module with ``plan(program) -> list[Step]``: `bnncore.ops` (numpy, readable,
-the reference) and `bnncore.kernel` (compiled, the default). Legend as in `bnncore.program`; m of
-the M members are in use.
+the reference) and `bnncore.kernel` (compiled, the default); `bnncore.eager` (torch, floats all
+through) is there to compare with. Legend as in `bnncore.program`; m of the M members are in use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from . import metrics
 from .program import Program, Shape, validate
 
-OPS = {"numpy": "bnncore.ops", "compiled": "bnncore.kernel"}
+OPS = {"numpy": "bnncore.ops", "compiled": "bnncore.kernel", "torch": "bnncore.eager"}
 
 
 @dataclass(frozen=True)

@@ -406,13 +406,13 @@ def write(
     """Writes the tables and plots into out_dir; returns their paths.
 
     results.json, histories.json, table.md, table.csv, accuracy_bytes.png, accuracy_members.png,
-    curves.png, and with anytime also anytime.json and anytime.png.
+    curves.png, and unless anytime is None also anytime.json and anytime.png.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     rows = complete(results)
     files = {"results.json": rows, "histories.json": _plain(histories)}
-    if anytime:
+    if anytime is not None:
         files["anytime.json"] = _plain(anytime)
     for name, content in files.items():
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -424,7 +424,7 @@ def write(
     plot_curves(histories, out / "curves.png")
     names = [*files, "table.md", "table.csv", "accuracy_bytes.png", "accuracy_members.png"]
     names.append("curves.png")
-    if anytime:
+    if anytime is not None:
         plot_anytime(anytime, out / "anytime.png")
         names.append("anytime.png")
     return [out / name for name in names]

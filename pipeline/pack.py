@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, execute, lower, packfile, params, parity, schemes, train
+from bnncore import data, execute, lower, narrow, packfile, params, parity, schemes, train
 from bnncore.ensemble import Ensemble
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
@@ -34,6 +34,7 @@ def main() -> None:
             program = lower.lower(
                 ensemble, images.mean, images.std, images.classes, facts(s.params, name, section)
             )
+            program = narrow.narrowed(program, s.params.pack)
             size = packfile.save(program, PACKED / f"{name}.bnn")
             theirs = torch_outputs(ensemble, images)
             np.savez(PACKED / "torch" / f"{name}.npz", **theirs)

@@ -1,6 +1,5 @@
 """The executor: members, votes, early exit, sharing at run time, and that torch stays away."""
 
-import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -17,7 +16,7 @@ import bnncore
 from bnncore import execute, metrics, packfile
 from bnncore.program import Tensor, pack_bits, validate
 
-OPS = [name for name, module in execute.OPS.items() if importlib.util.find_spec(module)]
+OPS = ["numpy", "compiled"]
 every_ops = pytest.mark.parametrize("ops", OPS)
 
 
@@ -66,6 +65,17 @@ def test_outputs_are_the_naive_ones(program, seed):
             bound = 1e-4 * (1 + np.abs(expected).max())
             close.append(np.abs(got[member, index] - expected).max() <= bound)
     assert np.mean(close) >= 0.75
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs(), st.integers(0, 2**31))
+def test_torch_agrees(program, seed):
+    """End to end through torch's own operators; again rounding may flip a sign."""
+    images = random_images(program, 4, seed)
+    ours = execute.Model(program, "numpy").outputs(images)
+    theirs = execute.Model(program, "torch").outputs(images)
+    bound = 1e-4 * (1 + np.abs(theirs).max(2))
+    assert np.mean(np.abs(ours - theirs).max(2) <= bound) >= 0.75
 
 
 @every_ops
@@ -268,7 +278,7 @@ def test_a_clear_vote_needs_few_members():
     assert (used == 3).all()  # five equal members: after three the other two cannot win
 
 
-@every_ops
+@pytest.mark.parametrize("ops", [*OPS, "torch"])
 @pytest.mark.parametrize("combine", ["mean", "sum", "soft_vote", "hard_vote"])
 def test_thresholds(ops, combine):
     program = ensemble(6, combine)

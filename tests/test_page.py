@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_report import a_run
 
 from bnncore import report
+from tests.test_report import a_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder: leave pictures there, to be looked at

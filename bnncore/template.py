@@ -63,13 +63,14 @@ def binarized(model: nn.Module, spec: ModelSpec) -> Backbone:
     _check_layers(traced, layers, spec)
     stem, cut = _stem(traced, layers[0])
     last = layers[-1]
-    source = last.args[0]
+    (source,) = last.all_input_nodes
+    (end,) = _output(traced).all_input_nodes
     shortcuts = {f"body.{name}" for name in _shortcuts(traced)}
     if spec.binarizer is not None:
         for node in layers[1:-1]:
             _binarize(traced, node, spec.binarizer)
     body = _part(traced, cut, source, "Body")
-    head = _part(traced, source, _output(traced).args[0], "Head")
+    head = _part(traced, source, end, "Head")
     kind = "dense" if isinstance(traced.get_submodule(str(last.target)), nn.Linear) else "conv"
     _rename(head, str(last.target), kind, spec.dropout)
     backbone = Backbone(stem, body, head)
@@ -164,7 +165,7 @@ def _canonical(traced: fx.GraphModule, spec: ModelSpec) -> None:
         # Sizes that were read off a tensor are constants for one image size.
         values = fx.map_arg(node.args, lambda n: n.meta.get("value", n))
         named = fx.map_arg(node.kwargs, lambda n: n.meta.get("value", n))
-        node.args, node.kwargs = values, named  # type: ignore[assignment]
+        node.args, node.kwargs = values, named
         module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
         for attribute in ("inplace",):
             if getattr(module, attribute, False):
@@ -198,8 +199,10 @@ def _replacement(node: fx.Node, module: nn.Module | None, spec: ModelSpec) -> An
         return _KEEP
     before, after = node.args[0].meta.get("shape"), node.meta.get("shape")
     target, arguments = node.target, _arguments(node)
-    if isinstance(module, nn.Dropout) or target is F.dropout:
-        return Dropout(module.p if module is not None else arguments(("p", 0.5)))
+    if isinstance(module, nn.Dropout):
+        return Dropout(module.p)
+    if target is F.dropout:
+        return Dropout(arguments(("p", 0.5)))
     if isinstance(module, nn.AdaptiveAvgPool2d) or target is F.adaptive_avg_pool2d:
         return _pooled(node, before, after, spec)
     if target is F.max_pool2d:
@@ -303,8 +306,8 @@ def _binarize(traced: fx.GraphModule, node: fx.Node, binarizer: Binarizer) -> No
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         return
     binary = BinaryConv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride, layer.padding, layer.dilation, bias=layer.bias is not None,  # type: ignore[arg-type]
+        layer.in_channels, layer.out_channels, layer.kernel_size,
+        layer.stride, layer.padding, layer.dilation, bias=layer.bias is not None,
         padding_mode=layer.padding_mode,
         binarizer=binarizer.weight, stochastic=binarizer.stochastic,
     )  # fmt: skip
@@ -314,8 +317,9 @@ def _binarize(traced: fx.GraphModule, node: fx.Node, binarizer: Binarizer) -> No
             binary.scale.copy_(binary.weight.abs().mean(dim=(1, 2, 3)))
     traced.set_submodule(name, binary)
     if binarizer.activation != "float":
+        (source,) = node.all_input_nodes
         with traced.graph.inserting_before(node):
-            norm = _insert(traced, f"{name}_norm", nn.BatchNorm2d(layer.in_channels), node.args[0])  # type: ignore[arg-type]
+            norm = _insert(traced, f"{name}_norm", nn.BatchNorm2d(layer.in_channels), source)
             sign = _insert(traced, f"{name}_sign", BinaryActivation(binarizer.activation), norm)
         node.args = (sign,)
 
@@ -362,5 +366,5 @@ def _rename(head: fx.GraphModule, name: str, to: str, dropout: float) -> None:
     node.target = to
     if dropout > 0:
         with head.graph.inserting_before(node):
-            node.args = (_insert(head, "dropout", Dropout(dropout), node.args[0]),)  # type: ignore[arg-type]
+            node.args = (_insert(head, "dropout", Dropout(dropout), node.args[0]),)
     head.recompile()

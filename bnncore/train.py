@@ -459,9 +459,9 @@ class _undisturbed:
     def __enter__(self):
         self.buffers = [(b, b.clone()) for m in self.ensemble.members for b in m.buffers()]
         self.generators = [
-            (m.generator, m.generator.get_state())
+            (rng, rng.get_state())
             for m in self.ensemble.modules()
-            if draws(m) and m.generator is not None
+            if draws(m) and isinstance(rng := m.generator, torch.Generator)
         ]
 
     def __exit__(self, *error):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnncore.backbones import Backbone
+from bnncore.binarize import imported
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
@@ -99,7 +101,7 @@ class Job:
             self.resample,
             self.keep_optimizer,
         ]
-        return digest(plain, parts, data.digest, _code())
+        return digest(plain, parts, data.digest, _code(), _users_code(self.spec))
 
 
 def _hash(array: np.ndarray) -> str:
@@ -111,6 +113,15 @@ def _code() -> str:
     here = Path(__file__).parent
     names = ("binarize", "backbones", "ensemble", "train", "template")
     return digest([(here / f"{n}.py").read_text() for n in names if (here / f"{n}.py").exists()])
+
+
+def _users_code(spec: EnsembleSpec) -> list[str]:
+    """The modules behind what parameters name as ``module:function``."""
+    binarizer = spec.model.binarizer
+    names = [spec.model.backbone]
+    names += [binarizer.weight, binarizer.activation] if binarizer else []
+    functions = [imported(name, "model") for name in names if ":" in name]
+    return [Path(inspect.getfile(function)).read_text() for function in functions]
 
 
 class Exchange(Protocol):

@@ -12,14 +12,27 @@ Legend: `M` members, `B` images, `C` classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+<<<<<<< HEAD
+from typing import cast
+=======
+from typing import Any
+>>>>>>> schemes
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.backbones import Backbone, Dropout, ModelSpec, ResidualBlock, ShortcutLayer, build
+from bnncore.backbones import (
+    Backbone,
+    DenseHead,
+    Dropout,
+    ModelSpec,
+    ResidualBlock,
+    ShortcutLayer,
+    build,
+)
 from bnncore.binarize import BinaryConv2d, Shift, pseudo_hadamard_
 
 # Layers are named by pattern over their dotted names, or by one of these groups.
@@ -115,9 +128,9 @@ def layer_groups(member: Backbone, classifier: str | None = None) -> dict[str, s
             groups[name].add("mixing" if classifier == "features" else "classifier")
         elif name.startswith("stem."):
             groups[name].add("first_conv")
-        elif ".shortcut." in name:
+        elif ".shortcut." in name or name in member.shortcuts:
             groups[name].add("shortcut")
-        else:
+        elif isinstance(module, nn.Conv2d):
             body.append(name)
             if isinstance(module, BinaryConv2d):
                 groups[name].add("binary_conv")
@@ -165,7 +178,9 @@ def draws(module: nn.Module) -> bool:
     return isinstance(module, Dropout) or (isinstance(module, BinaryConv2d) and module.stochastic)
 
 
-def generator(*keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+def generator(
+    *keys: int | str | tuple[int, ...], device: str | torch.device = "cpu"
+) -> torch.Generator:
     """A torch generator seeded by all of `keys`: the same keys, the same numbers."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -180,12 +195,18 @@ class Ensemble(nn.Module):
         seed: for fresh weights: those of member i depend on `seed` and i only.
     """
 
+<<<<<<< HEAD
+=======
+    members: Sequence[Backbone]  # a ModuleList
+>>>>>>> schemes
+    weights: Tensor
+
     def __init__(self, spec: EnsembleSpec, ids: Iterable[int] | None = None, seed: int = 0):
         super().__init__()
         self.spec = spec
         self.ids = tuple(range(spec.members) if ids is None else ids)
         members = [self._member(spec, seed, i) for i in self.ids]
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleList(members)  # type: ignore[assignment]
         self.own = own_layers(members[0], spec.sharing, spec.classifier)
         self.shared = [n for n in weight_layers(members[0]) if n not in self.own]
         if spec.sharing.block:
@@ -211,8 +232,12 @@ class Ensemble(nn.Module):
             member = build(spec.model)
             classes = spec.model.classes
             if spec.classifier == "features":
-                dense = member.head.dense  # type: ignore[union-attr]
-                member.head.dense = nn.Linear(dense.in_features, classes, bias=False)
+<<<<<<< HEAD
+                head = cast(DenseHead, member.head)
+=======
+                head: Any = member.head
+>>>>>>> schemes
+                head.dense = nn.Linear(head.dense.in_features, classes, bias=False)
             elif spec.classifier == "logits":
                 member.mix = nn.Linear(classes, classes, bias=False)
             for name, module in member.named_modules():
@@ -220,11 +245,16 @@ class Ensemble(nn.Module):
                     module.generator = generator("dropout", seed, i, name)
         return member
 
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The held members, typed."""
+        return cast(list[Backbone], list(self.members))
+
     def prefix(self) -> list[nn.Module]:
         """The leading modules of the stem that are one object in all members: run them once."""
-        stems = [list(member.stem.children()) for member in self.members]
+        stems = [list(member.stem.children()) for member in self.backbones]
         if self.spec.sharing.block or len(self.ids) == 1:
-            return [self.members[0].stem]
+            return [self.backbones[0].stem]
         shared = []
         for modules in zip(*stems, strict=True):
             if any(m is not modules[0] for m in modules):
@@ -245,7 +275,7 @@ class Ensemble(nn.Module):
         """Each held member's output z_i (B, C), without the block's bias."""
         for module in self.prefix():
             x = module(x)
-        return [self.rest(member, x) for member in self.members]
+        return [self.rest(member, x) for member in self.backbones]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, C) of the held members, by ``spec.combine``."""
@@ -266,7 +296,8 @@ class Ensemble(nn.Module):
     def _entries(self) -> Iterator[tuple[str, Tensor]]:
         shared = tuple(f"{name}." for name in self.shared)
         for k, (i, member) in enumerate(zip(self.ids, self.members, strict=True)):
-            for name, value in member.state_dict(keep_vars=True).items():
+            tensors: dict[str, Tensor] = member.state_dict(keep_vars=True)
+            for name, value in tensors.items():
                 if name.startswith(shared) and shared:
                     if k == 0:
                         yield f"shared.{name}", value
@@ -343,7 +374,7 @@ class Ensemble(nn.Module):
         plus ``jitter * n``, n standard normal) and, if asked, every member that owns its classifier
         a freshly initialised one.
         """
-        for i, member in zip(self.ids, self.members, strict=True):
+        for i, member in zip(self.ids, self.backbones, strict=True):
             if fresh_classifier:
                 fresh = self._member(self.spec, seed, i)
                 for name, groups in layer_groups(member, self.spec.classifier).items():

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from bnncore.train import (
     learning_rate,
     train_many,
 )
+from tests import tiny
 
 DATA = tiny.dataset()
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.01, schedule="constant")

@@ -15,24 +15,12 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-<<<<<<< HEAD
-from typing import cast
-=======
 from typing import Any
->>>>>>> schemes
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.backbones import (
-    Backbone,
-    DenseHead,
-    Dropout,
-    ModelSpec,
-    ResidualBlock,
-    ShortcutLayer,
-    build,
-)
+from bnncore.backbones import Backbone, Dropout, ModelSpec, ResidualBlock, ShortcutLayer, build
 from bnncore.binarize import BinaryConv2d, Shift, pseudo_hadamard_
 
 # Layers are named by pattern over their dotted names, or by one of these groups.
@@ -195,10 +183,7 @@ class Ensemble(nn.Module):
         seed: for fresh weights: those of member i depend on `seed` and i only.
     """
 
-<<<<<<< HEAD
-=======
     members: Sequence[Backbone]  # a ModuleList
->>>>>>> schemes
     weights: Tensor
 
     def __init__(self, spec: EnsembleSpec, ids: Iterable[int] | None = None, seed: int = 0):
@@ -232,11 +217,7 @@ class Ensemble(nn.Module):
             member = build(spec.model)
             classes = spec.model.classes
             if spec.classifier == "features":
-<<<<<<< HEAD
-                head = cast(DenseHead, member.head)
-=======
                 head: Any = member.head
->>>>>>> schemes
                 head.dense = nn.Linear(head.dense.in_features, classes, bias=False)
             elif spec.classifier == "logits":
                 member.mix = nn.Linear(classes, classes, bias=False)
@@ -245,16 +226,11 @@ class Ensemble(nn.Module):
                     module.generator = generator("dropout", seed, i, name)
         return member
 
-    @property
-    def backbones(self) -> list[Backbone]:
-        """The held members, typed."""
-        return cast(list[Backbone], list(self.members))
-
     def prefix(self) -> list[nn.Module]:
         """The leading modules of the stem that are one object in all members: run them once."""
-        stems = [list(member.stem.children()) for member in self.backbones]
+        stems = [list(member.stem.children()) for member in self.members]
         if self.spec.sharing.block or len(self.ids) == 1:
-            return [self.backbones[0].stem]
+            return [self.members[0].stem]
         shared = []
         for modules in zip(*stems, strict=True):
             if any(m is not modules[0] for m in modules):
@@ -275,7 +251,7 @@ class Ensemble(nn.Module):
         """Each held member's output z_i (B, C), without the block's bias."""
         for module in self.prefix():
             x = module(x)
-        return [self.rest(member, x) for member in self.backbones]
+        return [self.rest(member, x) for member in self.members]
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, C) of the held members, by ``spec.combine``."""
@@ -296,8 +272,7 @@ class Ensemble(nn.Module):
     def _entries(self) -> Iterator[tuple[str, Tensor]]:
         shared = tuple(f"{name}." for name in self.shared)
         for k, (i, member) in enumerate(zip(self.ids, self.members, strict=True)):
-            tensors: dict[str, Tensor] = member.state_dict(keep_vars=True)
-            for name, value in tensors.items():
+            for name, value in member.state_dict(keep_vars=True).items():
                 if name.startswith(shared) and shared:
                     if k == 0:
                         yield f"shared.{name}", value
@@ -374,7 +349,7 @@ class Ensemble(nn.Module):
         plus ``jitter * n``, n standard normal) and, if asked, every member that owns its classifier
         a freshly initialised one.
         """
-        for i, member in zip(self.ids, self.backbones, strict=True):
+        for i, member in zip(self.ids, self.members, strict=True):
             if fresh_classifier:
                 fresh = self._member(self.spec, seed, i)
                 for name, groups in layer_groups(member, self.spec.classifier).items():

@@ -51,7 +51,7 @@ def processor() -> tuple[str, set[str]]:
 Row = dict[str, Any]
 BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"})  # without, torch takes many times longer
 BATCH = 64
-CHUNK = 16  # images in work at once: their maps stay in the second-level cache
+CHUNK = 8  # images in work at once: their maps stay in the second-level cache
 
 # (filters in, filters out, kernel, side), as in the networks of both papers
 LAYERS = (

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,3 +346,23 @@ def test_backbones(backbone: str) -> None:
         program = lower(whole, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
         for tile in TILES:
             check(program, random_images(program, 5), tile)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("x86" not in platform.machine(), reason="names x86 processors")
+def test_other_processors(tmp_path: Path) -> None:
+    """An x86 processor without AVX, in a process of its own: same tests, other code."""
+    env = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "nehalem",
+        "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-m", "not slow"]
+    names = "grid and (33 or 64) or integer or sums"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, "-k", names], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout, done.stdout  # the uint8 tile is not there

@@ -328,8 +328,8 @@ def layers(bench: Bench) -> None:
     for name, share in shares:
         print(f"| {name} | {100 * share:.0f} % |")
     print(
-        "Channels are stored by 32, so 16 of them fill half of every word and of every tile; a "
-        "1x1 layer has\ntoo few products to hide what begins and ends each tile."
+        "With few channels, and in 1x1 layers, a tile has too few products to hide what begins and "
+        "ends it;\n16 filters also share what is read of the input less well than 32."
     )
 
 
@@ -407,10 +407,10 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
 
 def popcount_peak(clock: Callable[[], float]) -> float:
     """Words of 64 bits that one tile XORs, counts and adds a second, on data in the cache."""
-    from bnncore import kernel
+    from bnncore import kernel, tiles
 
-    dtype = kernel.binary_tile()
-    pixels = kernel.tile_pixels(dtype)
+    dtype = tiles.binary_tile()
+    pixels = tiles.tile_pixels(dtype)
     steps, repeats = 60, 50
     runs = np.array([[0, 0, steps, 1]] * repeats, np.int64)
     count = 256 * pixels
@@ -421,7 +421,7 @@ def popcount_peak(clock: Callable[[], float]) -> float:
     starts = np.zeros(count, np.int64)
 
     def work() -> None:
-        kernel._convolve(
+        tiles.convolve(
             x, 0, 1, weights, len(weights), kernel._table(), runs,
             np.array([[0, repeats]], np.int64), starts, starts, constants, False, pixels, 0, params,
             flips, none, none, none.astype(np.uint32),
@@ -535,7 +535,7 @@ def describe() -> str:
     """The processor, what the kernels are compiled for, versions."""
     import torch
 
-    from bnncore import kernel
+    from bnncore import tiles
 
     model, flags = processor()
     named = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vpopcntdq", "avx512_vnni", "amx_bf16")
@@ -543,7 +543,7 @@ def describe() -> str:
     for package in ("numba", "torch", "onnxruntime"):
         with contextlib.suppress(ImportError):
             versions.append(f"{package} {__import__(package).__version__}")
-    tile = {"uint8": "byte shuffle", "uint32": "vector popcount"}[kernel.binary_tile().name]
+    tile = {"uint8": "byte shuffle", "uint32": "vector popcount"}[tiles.binary_tile().name]
     return "\n".join(
         (
             f"processor: {model}, {os.cpu_count()} cores; "

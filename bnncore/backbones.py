@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift, imported
+from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift, despite_torchvision, imported
 from bnncore.params import Binarizer
 
 
@@ -24,7 +24,10 @@ class Backbone(nn.Module):
     """``mix(head(body(stem(x))))``: images (B, C, H, W), float, to logits (B, classes).
 
     `mix` is the identity, but for a tentacle whose logits are concatenated (`ensemble`).
+    `shortcuts` names the layers on shortcuts that are not below a module called ``shortcut``.
     """
+
+    shortcuts: frozenset[str] = frozenset()
 
     def __init__(self, stem: nn.Module, body: nn.Module, head: nn.Module):
         super().__init__()
@@ -390,7 +393,8 @@ def build(spec: ModelSpec) -> Backbone:
             f"model.backbone: expected one of {', '.join(BACKBONES)} or 'module:function', "
             f"got {spec.backbone!r}"
         )
-    model = imported(spec.backbone, "model.backbone")(spec.image[2], spec.classes)
+    function = imported(spec.backbone, "model.backbone")
+    model = despite_torchvision(function, spec.image[2], spec.classes)
     from bnncore.template import binarized  # only a user's own network needs tracing
 
     return binarized(model, spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +115,22 @@ def imported(name: str, key: str):
     """The object that ``module:function`` names; ValueError naming `key` where there is none."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(despite_torchvision(importlib.import_module, module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{key}: cannot import {name!r}: {error}") from error
+
+
+def despite_torchvision(call: Callable, *args: Any) -> Any:
+    """``call(*args)``, also where it imports a torchvision of another build than torch."""
+    try:
+        return call(*args)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    from bnncore.data import _torchvision_datasets
+
+    _torchvision_datasets()
+    return call(*args)
 
 
 class BinaryConv2d(nn.Conv2d):

@@ -115,7 +115,7 @@ def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Valu
     channels = model.image[2]
     with torch.no_grad():
         values, output = _Blank(ensemble, (0.0,) * channels, (1.0,) * channels).run()
-    return ensemble.members[0], values, output  # type: ignore[return-value]
+    return ensemble.members[0], values, output
 
 
 class _Blank(lower._Lowering):

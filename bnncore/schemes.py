@@ -22,7 +22,8 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bnncore.backbones import ConvHead, ModelSpec, build
+from bnncore import blueprint
+from bnncore.backbones import ModelSpec, build
 from bnncore.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
 from bnncore.data import Dataset
 from bnncore.ensemble import (
@@ -35,6 +36,7 @@ from bnncore.ensemble import (
     weight_layers,
 )
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
+from bnncore.program import validate
 from bnncore.train import Job, State, Trained, Trainer, TrainingError
 
 TrainMany = Callable[[list[Job]], list[Trained]]
@@ -431,7 +433,7 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
     if ensemble.scheme == "tentaclenet":
         classifier = ensemble.classifier
         with torch.device("meta"):
-            no_dense = isinstance(build(model).head, ConvHead)
+            no_dense = not hasattr(build(model).head, "dense")
         if classifier == "auto":
             classifier = "logits" if no_dense else "features"
         elif classifier == "features" and no_dense:
@@ -453,9 +455,12 @@ def check(params: Params, image, classes: int) -> None:
     """
     named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
     named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
-    with torch.device("meta"):
-        build(model_spec(params, image, classes, binary=False))
-        member = build(model_spec(params, image, classes, binary=True))
+    try:
+        with torch.device("meta"):
+            build(model_spec(params, image, classes, binary=False))
+            member = build(model_spec(params, image, classes, binary=True))
+    except ValueError as error:
+        raise ParamsError(f"model.backbone: {error}") from None
     for ensemble in params.ensembles.train:
         where = f"ensembles.train.{ensemble.name}"
         spec = ensemble_spec(params, ensemble, image, classes)
@@ -463,6 +468,7 @@ def check(params: Params, image, classes: int) -> None:
         try:
             with torch.device("meta"):
                 own = Ensemble(spec, ids=(0,)).own
+            validate(blueprint.draw(spec).most)
         except ValueError as error:
             raise ParamsError(f"{where}: {error}") from None
         if ensemble.scheme == "snapshot":

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnncore.backbones import Backbone
+from bnncore.binarize import imported
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
@@ -99,7 +101,7 @@ class Job:
             self.resample,
             self.keep_optimizer,
         ]
-        return digest(plain, parts, data.digest, _code())
+        return digest(plain, parts, data.digest, _code(), _users_code(self.spec))
 
 
 def _hash(array: np.ndarray) -> str:
@@ -111,6 +113,15 @@ def _code() -> str:
     here = Path(__file__).parent
     names = ("binarize", "backbones", "ensemble", "train", "template")
     return digest([(here / f"{n}.py").read_text() for n in names if (here / f"{n}.py").exists()])
+
+
+def _users_code(spec: EnsembleSpec) -> list[str]:
+    """The modules behind what parameters name as ``module:function``."""
+    binarizer = spec.model.binarizer
+    names = [spec.model.backbone]
+    names += [binarizer.weight, binarizer.activation] if binarizer else []
+    functions = [imported(name, "model") for name in names if ":" in name]
+    return [Path(inspect.getfile(function)).read_text() for function in functions]
 
 
 class Exchange(Protocol):
@@ -358,7 +369,7 @@ class Trainer:
             # Batch norm cannot normalise over one value: a single last image joins the others.
             batches[-2:] = [torch.cat(batches[-2:])]
         if job.resample:
-            rng = generator("resample", job.seed, job.ids, epoch)
+            rng = generator("resample", job.seed, *job.ids, epoch)
             picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
             batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
         return [b.to(self.device) for b in batches]
@@ -448,9 +459,9 @@ class _undisturbed:
     def __enter__(self):
         self.buffers = [(b, b.clone()) for m in self.ensemble.members for b in m.buffers()]
         self.generators = [
-            (m.generator, m.generator.get_state())
+            (rng, rng.get_state())
             for m in self.ensemble.modules()
-            if draws(m) and m.generator is not None
+            if draws(m) and isinstance(rng := m.generator, torch.Generator)
         ]
 
     def __exit__(self, *error):
@@ -528,7 +539,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115: held as long as this object
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  held as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -634,7 +645,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """Mean cross entropy and top-1 in percent of the job's members together on the validation part."""
+    """Mean cross entropy and top-1 (percent) of the job's members together, on validation."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)

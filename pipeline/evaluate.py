@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,14 @@ import numpy as np
 from bnncore import data, execute, metrics, narrow, packfile, params, report, storage
 from bnncore.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
+
+
+OPTIONS = (
+    params.PackParams(),
+    params.PackParams(affine="float16"),
+    params.PackParams(weights="int8"),
+    params.PackParams(affine="float16", weights="int8"),
+)
 
 
 def main() -> None:
@@ -70,6 +77,8 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
             f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
             f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
         )
+    if program.members > 1:
+        row |= early_exit(model, images)
     narrower = []
     if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
         narrower = options(program, images, p)
@@ -109,14 +118,29 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
 def options(program: Program, images: data.Dataset, p: params.EvaluateParams) -> list[dict]:
     """What each narrowing that `pack` offers would do to bytes and validation accuracy."""
     rows = []
-    for affine, weights in product(("float32", "float16"), ("float32", "int8")):
-        smaller = narrow.narrowed(program, params.PackParams(affine, weights))
+    for pack in OPTIONS:
+        smaller = narrow.narrowed(program, pack)
         model = execute.Model(smaller, p.ops, p.threads)
         predicted = model.predict(images.val.images, batch=p.batch)
         top1 = 100 * metrics.accuracy(predicted, images.val.labels)
         size = len(packfile.encode(smaller))
-        rows.append({"affine": affine, "weights": weights, "bytes": size, "val_top1": top1})
+        rows.append({**params.plain(pack), "bytes": size, "val_top1": top1})
     return rows
+
+
+def early_exit(model: execute.Model, images: data.Dataset) -> dict:
+    """Test accuracy and mean members used when each image stops as early as it may.
+
+    The threshold on the margin is the smallest that costs nothing on the validation part; votes
+    also stop when they are decided.
+    """
+    threshold = execute.choose_threshold(model, images.val.images, images.val.labels)
+    (reached,) = execute.exit_curve(model, images.test.images, images.test.labels, [threshold])
+    return {
+        "exit_threshold": threshold,
+        "exit_top1": 100 * (reached["accuracy"] or 0.0),
+        "exit_members": reached["mean_members"],
+    }
 
 
 def anytime(model: execute.Model, split: data.Split) -> list[dict]:

@@ -20,7 +20,7 @@ BOTH = PackParams("float16", "int8")
 
 
 def trained(seed: int = 0, members: int = 2, width: int = 8) -> Ensemble:
-    """An ensemble of ResNet-20 with the statistics that training could leave, slopes negative too."""
+    """ResNet-20s with statistics that training could leave, negative slopes among them."""
     model = ModelSpec("resnet20", (16, 16, 3), 5, width, 0.0, Binarizer())
     ensemble = Ensemble(EnsembleSpec(model, members, SHARING["shared_conv"]), seed=seed)
     g = torch.Generator().manual_seed(seed)
@@ -123,7 +123,7 @@ def test_float16_rounds_to_nearest_and_names_what_does_not_fit():
     small = narrow._float16(tensor, "layer 'a'")
     np.testing.assert_array_equal(small.data, np.array([1 / 3, -2.0], np.float16))
     huge = Tensor("float32", "scale", (1,), False, np.array([1e6], np.float32))
-    with pytest.raises(ValueError, match="layer 'a'.*65504"):
+    with pytest.raises(ValueError, match=r"layer 'a'.*65504"):
         narrow._float16(huge, "layer 'a'")
 
 

@@ -12,7 +12,6 @@ from bnncore import data, execute, metrics, narrow, packfile, params, report, st
 from bnncore.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
-
 OPTIONS = (
     params.PackParams(),
     params.PackParams(affine="float16"),

@@ -183,10 +183,12 @@ def float_twin(ensemble: Any, onnx: bool = False) -> Any:
         if isinstance(module, BinaryActivation):
             return Sign()
         if isinstance(module, BinaryConv2d):
-            shape = (module.in_channels, module.out_channels, module.kernel_size)
-            plain = torch.nn.Conv2d(
-                *shape, module.stride, module.padding, bias=module.bias is not None
+            size, stride, pad = (
+                (first, first)
+                for first in (module.kernel_size[0], module.stride[0], int(module.padding[0]))
             )
+            channels = (module.in_channels, module.out_channels)
+            plain = torch.nn.Conv2d(*channels, size, stride, pad, bias=module.bias is not None)
             signs, alpha = module.binary()
             plain.weight.data = (signs * (1 if alpha is None else alpha.view(-1, 1, 1, 1))).detach()
             if module.bias is not None:
@@ -219,7 +221,7 @@ def onnx_session(twin: Any, x: Any, threads: int) -> Callable[[], object]:
     file = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        torch.onnx.export(twin, (x,), file, dynamo=False, opset_version=17)
+        torch.onnx.export(twin, (x,), file, dynamo=False, opset_version=17)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(
@@ -258,7 +260,7 @@ def resnet18(bench: Bench, quick: bool) -> None:
         torch.set_num_threads(threads)
         torch._dynamo.reset()
         model = Model(program, threads=threads)
-        peers = {
+        peers: dict[str, Callable[[], object]] = {
             "torch fp32 eager, NCHW": partial(twin, x),
             "torch fp32 eager, channels last": partial(last, lasting),
             "onnxruntime fp32": onnx_session(float_twin(ensemble, onnx=True), x, threads),
@@ -312,7 +314,7 @@ def layers(bench: Bench) -> None:
         )
         layouts = [(x, w), tuple(t.to(memory_format=torch.channels_last) for t in (x, w))]
         works = [partial(torch.nn.functional.conv2d, *pair, padding=pad) for pair in layouts]
-        peers = {"torch fp32, best layout": min(works, key=once)}
+        peers: dict[str, Callable[[], object]] = {"torch fp32, best layout": min(works, key=once)}
         if BF16:
             half = (t.bfloat16() for t in layouts[1])
             peers["torch bf16"] = partial(torch.nn.functional.conv2d, *half, padding=pad)

@@ -58,10 +58,13 @@ def binary_tile() -> np.dtype:
 
 def tile_pixels(weights: np.dtype, lanes: int = LANES) -> int:
     """Pixels of a tile: as many as leave their sums, and what is added, in registers."""
+    have = features()
     if weights == np.uint8:
         pixels = 4
+    elif "avx512f" in have:
+        pixels = 8
     else:
-        pixels = 8 if "avx512f" in features() else 2
+        pixels = 3 if weights == np.float32 and "avx2" in have else 2
     return pixels * LANES // lanes
 
 
@@ -112,6 +115,7 @@ class _Emit:
         count: ir.Value,
         carried: list[ir.Value],
         body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+        unroll: bool = True,
     ) -> list[ir.Value]:
         """``for i in range(count): carried = body(i, carried)``; count >= 1."""
         before = self.b.block
@@ -129,7 +133,13 @@ class _Emit:
         index.add_incoming(following, self.b.block)
         for phi, value in zip(held, new, strict=True):
             phi.add_incoming(value, self.b.block)
-        self.b.cbranch(self.b.icmp_signed("<", following, count), inside, after)
+        again = self.b.cbranch(self.b.icmp_signed("<", following, count), inside, after)
+        if not unroll:
+            module = self.b.module
+            disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+            loop = module.add_metadata([disable, ir.Constant(_I32, len(module.metadata))])
+            loop.operands = (loop, disable)  # a loop's mark refers to itself, so as to be unique
+            again.set_metadata("llvm.loop", loop)
         self.b.position_at_end(after)
         return new
 
@@ -250,15 +260,47 @@ class _Words:
 
 
 class _Floats(_Words):
-    """The same with products of floats; one channel a step."""
+    """The same with products of floats; one channel a step.
 
-    vector = ir.VectorType(_F32, 16)
+    The order, and vectors of 8 where there are no longer ones, let the sums of three pixels, their
+    inputs and one vector of weights fill the 16 registers of AVX2 and not one more.
+    """
 
-    def read(self, emit: _Emit, start: ir.Value, index: ir.Value) -> ir.Value:
-        return emit.load(_F32, emit.at(start, index, 4))
+    def __init__(self, vectors: int, unit: ir.Type) -> None:
+        self.width = 16 if "avx512f" in features() else 8
+        self.vector = ir.VectorType(_F32, self.width)
+        super().__init__(vectors * 16 // self.width, unit)
 
-    def add(self, emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
-        return emit.call("llvm.fmuladd.v16f32", total.type, a, w, total)
+    def run(
+        self,
+        emit: _Emit,
+        starts: list[ir.Value],
+        weights: ir.Value,
+        table: ir.Value,
+        steps: ir.Value,
+        totals: list[ir.Value],
+        widen: ir.Value,
+        sums: ir.Value,
+    ) -> list[ir.Value]:
+        n, size = self.vectors, 4 * self.width
+
+        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            values = [emit.load(_F32, emit.at(start, index, 4)) for start in starts]
+            spread = [emit.splat(value, self.width) for value in values]
+            at = emit.at(weights, index, n * size)
+            new = list(totals)
+            for v in range(n):
+                w = emit.load(self.vector, emit.at(at, size * v))
+                for j, a in enumerate(spread):
+                    name = f"llvm.fmuladd.v{self.width}f32"
+                    new[n * j + v] = emit.call(name, self.vector, a, w, totals[n * j + v])
+            return new
+
+        return emit.loop(steps, totals, step, unroll=False)
+
+    def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+        for k, total in enumerate(totals):
+            emit.store(total, emit.at(sums, 4 * self.width * k))
 
 
 class _Nibbles(_Words):

@@ -167,6 +167,7 @@ def test_packed_equals_torch_for_every_binarizer(binarizer):
 TORCHVISION = "examples.own_cnn:torchvision_resnet18"
 
 
+@pytest.mark.slow
 def test_torchvisions_resnet18_unmodified():
     pytest.importorskip("PIL")
     model = ModelSpec(TORCHVISION, RGB.image, 5, binarizer=Binarizer())

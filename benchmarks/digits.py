@@ -102,8 +102,15 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def markdown(table: list[dict]) -> str:
-    lines = ["| model | members | test accuracy, % (mean ± sd) | lowest to highest | bytes | seeds |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    head = (
+        "model",
+        "members",
+        "test accuracy, % (mean ± sd)",
+        "lowest to highest",
+        "bytes",
+        "seeds",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for r in table:
         lines.append(
             f"| {r['name']} | {r['members']} | {r['mean']:.1f} ± {r['sd']:.1f} | "
@@ -123,7 +130,9 @@ def plot(table: list[dict], path: Path) -> None:
         if mine:
             ax.errorbar([r["bytes"] / 1024 for r in mine], [r["mean"] for r in mine],
                         [r["sd"] for r in mine], fmt=mark, capsize=3, label=kind)  # fmt: skip
-    ax.set(xscale="log", xlabel="packed file, KiB", ylabel="test accuracy, % (mean ± sd over seeds)")
+    ax.set(
+        xscale="log", xlabel="packed file, KiB", ylabel="test accuracy, % (mean ± sd over seeds)"
+    )
     ax.grid(alpha=0.3)
     ax.legend(title="model")
     figure.savefig(path)

@@ -7,6 +7,7 @@ through) is there to compare with. Legend as in `bnncore.program`; m of the M me
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,6 +219,7 @@ def _last_uses(steps: list[Step], keep: set[int]) -> list[tuple[int, ...]]:
     return dead[::-1]
 
 
+@functools.cache
 def _one_thread() -> Callable[[], AbstractContextManager[Any]]:
     """A context in which BLAS uses one thread: here chunks of images are what runs in parallel."""
     try:

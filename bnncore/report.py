@@ -292,7 +292,7 @@ def members_curves(results: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
             if row.get(k) is None or (k in ("backbone", "width") and str(row[k]) == usual[k]):
                 continue
             words.append(f"{k} {row[k]}" if k == "width" else str(row[k]))
-        return ", ".join(dict.fromkeys(words)) or "all"
+        return ", ".join(dict.fromkeys(words)) or KINDS[row["kind"]][0]
 
     rows.sort(key=lambda r: (family(r), r["members"]))
     return {name: list(group) for name, group in groupby(rows, family)}

@@ -369,7 +369,7 @@ class Trainer:
             # Batch norm cannot normalise over one value: a single last image joins the others.
             batches[-2:] = [torch.cat(batches[-2:])]
         if job.resample:
-            rng = generator("resample", job.seed, job.ids, epoch)
+            rng = generator("resample", job.seed, *job.ids, epoch)
             picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
             batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
         return [b.to(self.device) for b in batches]
@@ -539,7 +539,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115: held as long as this object
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  held as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -645,7 +645,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """Mean cross entropy and top-1 in percent of the job's members together on the validation part."""
+    """Mean cross entropy and top-1 (percent) of the job's members together, on validation."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)

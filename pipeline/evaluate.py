@@ -17,7 +17,7 @@ def main() -> None:
         images = data.load(s.params.data, ROOT)
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
         results = report.complete([evaluated(s, name, images) for name in names])
-        histories = {}
+        histories: dict[str, list[dict]] = {}
         for name in names:
             histories |= curves(name)
         prefixes = {r["name"]: r.pop("anytime") for r in results}
@@ -44,7 +44,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     for part, split in (("val", images.val), ("test", images.test)):
         outputs = model.outputs(split.images, batch=p.batch)
         scores, predicted = execute.combine(program, outputs)
-        torch_scores, torch_predicted = execute.combine(program, theirs[part])
+        _, torch_predicted = execute.combine(program, theirs[part])
         compared += len(split)
         different += int((predicted != torch_predicted).sum())
         largest = max(largest, float(np.abs(outputs - theirs[part]).max(initial=0)))
@@ -62,8 +62,8 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
     for flip in flips:
         print(
-            f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} flipped, "
-            f"margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
+            f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
+            f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
         )
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"

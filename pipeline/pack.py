@@ -37,7 +37,7 @@ def main() -> None:
             program = narrow.narrowed(program, s.params.pack)
             size = packfile.save(program, PACKED / f"{name}.bnn")
             theirs = torch_outputs(ensemble, images)
-            np.savez(PACKED / "torch" / f"{name}.npz", **theirs)
+            np.savez(PACKED / "torch" / f"{name}.npz", val=theirs["val"], test=theirs["test"])
             flips = differences(ensemble, program, images, theirs["test"])
             (PACKED / "torch" / f"{name}.flips.json").write_text(json.dumps(flips))
             print(f"{name:>16}: {size:8,} bytes", flush=True)

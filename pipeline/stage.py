@@ -56,11 +56,11 @@ class Stage:
         if done == epochs:
             bar.close()
 
-    def close(self) -> None:
+    def close(self, status: str = "FINISHED") -> None:
         for bar in self.bars.values():
             bar.close()
         for run in self.runs.values():
-            run.finish()
+            run.finish(status)
 
 
 @contextmanager
@@ -73,8 +73,10 @@ def stage() -> Iterator[Stage]:
         running = Stage(params, tracker)
         try:
             yield running
-        finally:
-            running.close()
+        except BaseException as error:
+            running.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        running.close()
 
 
 def run(main: Callable[[], None]) -> None:

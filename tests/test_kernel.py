@@ -7,14 +7,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from graphs import programs, random_images, random_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bnncore import execute, kernel, ops
+from bnncore import execute, kernel, ops, tiles
 from bnncore.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate
+from tests.graphs import programs, random_images, random_program
 
-TILES: list[np.dtype] = [np.dtype("u4"), *([np.dtype("u1")] if "avx2" in kernel.features() else [])]
+TILES: list[np.dtype] = [np.dtype("u4"), *([np.dtype("u1")] if "avx2" in tiles.features() else [])]
 ROUNDED = ("conv", "dense", "global_avg")  # sums whose order, and so rounding, is not fixed
 LEVELS = ("sign", "threshold", "interval")
 

@@ -202,6 +202,8 @@ class Trainer:
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
         self._reset_watch()
+        layers = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.Conv2d)]
+        self._narrow = any(m.out_channels < 8 for m in layers)
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
@@ -257,6 +259,17 @@ class Trainer:
 
     def step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C)."""
+        enabled = torch.backends.mkldnn.enabled
+        if self._narrow:
+            # oneDNN's AVX2 convolutions (torch 2.13) write past a buffer's end when they are
+            # trained with fewer than 8 channels: the heap is corrupted some steps later.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return self._step(x, y, extra)
+        finally:
+            torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+
+    def _step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         ensemble, count = self.ensemble, len(self.job.ids)
         h = x
@@ -457,7 +470,10 @@ class _undisturbed:
         self.ensemble = ensemble
 
     def __enter__(self):
-        self.buffers = [(b, b.clone()) for m in self.ensemble.members for b in m.buffers()]
+        # What is shared in front of the members runs once, outside, and is left alone.
+        prefix = {id(b) for module in self.ensemble.prefix() for b in module.buffers()}
+        buffers = [b for m in self.ensemble.members for b in m.buffers() if id(b) not in prefix]
+        self.buffers = [(b, b.clone()) for b in buffers]
         self.generators = [
             (rng, rng.get_state())
             for m in self.ensemble.modules()
@@ -539,7 +555,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  held as long as this object
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -645,7 +661,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """Mean cross entropy and top-1 (percent) of the job's members together, on validation."""
+    """Mean cross entropy and top-1 in percent of the members together on the validation part."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)

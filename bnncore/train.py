@@ -267,7 +267,7 @@ class Trainer:
         try:
             return self._step(x, y, extra)
         finally:
-            torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = enabled
 
     def _step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)

@@ -500,7 +500,9 @@ def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
     spec = single_spec(params, data.image, len(data.classes), binary)
     network = Ensemble(spec, seed=params.seed)
     if fp32 is not None:
-        network.start_from(single_state(fp32))
+        # Not the norms of the body: in the two twins they stand at different places.
+        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
+        network.start_from(single_state(fp32), kept)
     name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
     return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
 

@@ -20,8 +20,11 @@ instead, reads zero bits from a padded copy, and the constant of its class takes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from sys import getrefcount
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -201,6 +204,33 @@ def _geometry(
 # ---- the plan ---------------------------------------------------------------------------------
 
 
+class _Rooms:
+    """Memory for values, taken again as soon as no array refers to it any more.
+
+    Fresh memory costs a page fault every 4 KiB, and what was just let go is still in the cache.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.held: list[Array] = []  # smallest first
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """An array of anything, aligned to a cache line."""
+        size = math.prod(shape) * dtype.itemsize
+        with self.lock:
+            # Referred to by the list, the loop and the call, so by no array that looks into it.
+            free = [room for room in self.held if getrefcount(room) <= 3]
+            fitting = [room for room in free if room.nbytes >= size + 64]
+            if fitting:
+                room = fitting[0]
+            else:
+                room = np.empty(size + 64, np.uint8)
+                kept = [old for old in self.held if not free or old is not free[-1]]
+                self.held = sorted([*kept, room], key=lambda room: room.nbytes)
+            start = -room.ctypes.data % 64
+            return room[start : start + size].view(dtype).reshape(shape)
+
+
 @dataclass(frozen=True)
 class _Both:
     """A value with the bits that a threshold makes of it."""
@@ -239,6 +269,7 @@ class _Planner:
                 self.users[number].append(index)
         self.fused: set[int] = set()  # nodes
         self.table = _table()
+        self.rooms = _Rooms()
 
     def steps(self) -> list[Step]:
         placed: list[tuple[int, Step]] = []  # by the last node that a step does
@@ -265,7 +296,7 @@ class _Planner:
             elif index + 1 != self.last and node.op == "concat" and self.joins(node):
                 single = _join
             return [(index, Step(node.inputs, index + 1, self.shapes[index + 1].own, single))]
-        chain = _Chain(self.program, self.shapes[index + 1].dims[-1])
+        chain = _Chain(self.program, self.shapes[index + 1].dims[-1], self.rooms)
         own = self.shapes[index + 1].own
         if node.op in _SUMS:
             value = index + 1
@@ -420,10 +451,11 @@ class _Planner:
         divisor = (counts[0][:, None] * counts[1][None, :]).astype(np.float32)
         kernel = kernel or max(sizes)  # all of the map
         maximum = node.op == "maxpool"
+        rooms = self.rooms
 
         def run(values: Sequence[Any], member: int) -> Array:
             x = _numbers(values[0])
-            out = np.empty((len(x), *divisor.shape, x.shape[3]), np.float32)
+            out = rooms.take((len(x), *divisor.shape, x.shape[3]), x.dtype)
             tiles.pool(x, kernel, stride, pad, divisor, maximum, out)
             return out
 
@@ -547,8 +579,8 @@ class _Chain:
         ("affine", tiles.GROUP), ("prelu", tiles.GROUP + 2), ("affine", tiles.GROUP + 3),
     )  # fmt: skip
 
-    def __init__(self, program: Program, channels: int) -> None:
-        self.program, self.channels = program, channels
+    def __init__(self, program: Program, channels: int, rooms: _Rooms) -> None:
+        self.program, self.channels, self.rooms = program, channels, rooms
         self.place = 0  # in ORDER
         self.rows: dict[int, Node] = {}
         self.residual: int | None = None
@@ -639,7 +671,10 @@ class _Chain:
         residual = (
             _numbers(values[-1]) if self.parts & tiles.RESIDUAL else np.empty(none, np.float32)
         )
-        return _Both(np.empty(numbers, np.float32), np.empty(bits, _word(self.channels))), residual
+        both = _Both(
+            self.rooms.take(numbers, np.dtype("f4")), self.rooms.take(bits, _word(self.channels))
+        )
+        return both, residual
 
 
 _BITS_OF = ("sign", "threshold", "interval")

@@ -35,134 +35,36 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
 import ray
-import torch
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.exceptions import RayError, RayTaskError
 
-from bnncore import blueprint, execute, lower, metrics, packfile, schemes, space, train
 from bnncore import params as P
+from bnncore import schemes, space, tasks, train
 from bnncore.actors import Cluster
 from bnncore.data import Dataset
 from bnncore.ensemble import SHARING
-from bnncore.params import PackParams, Params
-from bnncore.program import Program
+from bnncore.params import Params
 from bnncore.schemes import Ensembled
 from bnncore.space import Config, Cost, Space, described, identity, preset
 from bnncore.tracking import Tracker
 
 # Asks in a row that give nothing to train, after which the space counts as used up.
-IDLE = 2000
+IDLE = 1000
+PROPOSALS = 20  # of a sampler, before something untried is taken at random
 # A configuration's fate, in the trial's user attribute of that name.
 TRAINED, STOPPED, FAILED, REJECTED = "trained", "stopped", "failed", "rejected"
 INTERRUPTED = "interrupted"
 COUNTED = (TRAINED, STOPPED, FAILED)
-
-
-# -- inside a worker ---------------------------------------------------------------------------
-
-
-def _alone(threads: int) -> Callable[[Dataset], schemes.TrainMany]:
-    return lambda data: partial(train.train_many, data=data, threads=threads)
-
-
-def _base(threads: int, data: Dataset, params: Params, fp32: Ensembled | None = None) -> Ensembled:
-    """The pretrained FP32 network or, from its weights, the BNN."""
-    job = schemes.first_job(params, data, fp32.state if fp32 else None)
-    (trained,) = train.train_many([job], data, threads=threads)
-    return Ensembled(job.spec, trained.state, {job.name: trained.history})
-
-
-def _trial(
-    threads: int,
-    data: Dataset,
-    params: Params,
-    rungs: list[tuple[float, float | None]],
-    base: Ensembled | None = None,
-) -> dict[str, Any]:
-    """Train the only ensemble of `params`, rung by rung.
-
-    Args:
-        rungs: (fraction of the epochs, validation accuracy in percent below which to stop there).
-        base: the BNN or the FP32 network that members start from.
-    """
-    started, found = time.process_time(), {}
-    values: list[float] = []
-    for fraction, floor in rungs:
-        p = space.at_rung(params, fraction)
-        state = base.state if base else {}
-        plan = schemes.plan(p, p.ensembles.train[0], data, state, state)
-        found = assess(schemes.train(plan, _alone(threads)(data)), p, data)
-        values.append(found["val_top1"])
-        if floor is not None and values[-1] < floor:
-            break
-    stopped = len(values) < len(rungs)
-    return {**found, "rungs": values, "stopped": stopped, "cpu_s": time.process_time() - started}
-
-
-def _int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
-    """Train the FP32 network as long as an ensemble in all, and round its weights to 8 bits."""
-    started = time.process_time()
-    epochs = [r.epochs for r in (params.pretrain, params.binarize, params.ensembles.recipe)]
-    p = replace(params, pretrain=replace(params.pretrain, epochs=sum(epochs)))
-    # oneDNN (torch 2.13, CPU) corrupts memory in gradients of FP32 ResNets of 4 to 6 channels.
-    with torch.backends.mkldnn.flags(enabled=(params.model.width or 8) >= 8):
-        trained = _base(threads, data, p)
-    state = {k: rounded(v) if v.ndim in (2, 4) else v for k, v in trained.state.items()}
-    found = assess(replace(trained, state=state), replace(p, pack=PackParams()), data)
-    return {**found, "cpu_s": time.process_time() - started}
-
-
-def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (O, ..) rounded to ``scale * (-127 .. 127)``, scale = max|w| / 127 of each filter."""
-    scale = weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
-    scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return (weight / scale).round() * scale
-
-
-def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
-    """Scores on the validation part and the real size of the packed file."""
-    program = packed(trained, params, data)
-    outputs = torch_outputs(trained, data)
-    scores, predicted = execute.combine(program, outputs)
-    labels = data.val.labels
-    return {
-        "val_top1": 100 * metrics.accuracy(predicted, labels),
-        "val_loss": metrics.nll(execute.probabilities(program, scores), labels),
-        "file_bytes": len(packfile.encode(program)),
-        "history": trained.histories,
-    }
-
-
-def packed(trained: Ensembled, params: Params, data: Dataset) -> Program:
-    """The Program as the pipeline would write it."""
-    info: dict[str, str | int | float] = {
-        "name": "best", "backbone": params.model.backbone, "kind": "ensemble", "seed": params.seed,
-    }  # fmt: skip
-    if params.model.width:
-        info["width"] = params.model.width
-    if params.ensembles.train:
-        ensemble = params.ensembles.train[0]
-        info |= {"scheme": ensemble.scheme, "sharing": str(ensemble.sharing)}
-    program = lower.lower(trained.ensemble(), data.mean, data.std, data.classes, info)
-    return blueprint.narrowed(program, params.pack)
-
-
-def torch_outputs(trained: Ensembled, data: Dataset) -> np.ndarray:
-    """Member outputs on the validation part, (M, N, C) float32."""
-    ids = tuple(range(trained.spec.members))
-    job = train.Job("outputs", trained.spec, ids, P.Recipe(epochs=0), 0, trained.state)
-    return train.Trainer(job, data).validation_outputs()
 
 
 # -- work on the cluster -----------------------------------------------------------------------
@@ -264,18 +166,6 @@ class Crew:
         args = work.args if work.needs is None else (*work.args, self.kept[work.needs])
         task = ray.remote(work.run).options(**options)
         return task.remote(ray_params.cpus_per_actor, self.data, *args)
-
-
-def merged(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One curve of several members' curves: means by epoch."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for history in histories.values():
-        for row in history:
-            found.setdefault(row["epoch"], []).append(row)
-    return [
-        {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if all(k in r for r in rows)}
-        for rows in found.values()
-    ]
 
 
 def _over(over: dict[str, float]) -> str:
@@ -399,6 +289,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path = self.folder / "journal.log"
         _mend(path)
+        objectives: dict[str, Literal["maximize", "minimize"]]
         objectives = {"val_top1": "maximize", "file_bytes": "minimize"}
         if self.search.objectives == "accuracy":
             del objectives["file_bytes"]
@@ -431,19 +322,28 @@ class Search:
 
     # -- asking ----------------------------------------------------------------------------
 
-    def _sampler(self, asked: int, batch: int, tried: set[str]) -> BaseSampler:
-        digest = hashlib.sha256(f"{self.search.seed}:{asked}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "little")
-        trained = [t for t in self._trials(*COUNTED) if t.user_attrs["batch"] < batch]
-        inner: BaseSampler
-        if self.search.sampler == "random" or len(trained) < self.search.warmup:
-            inner = RandomSampler(seed=seed)
-        elif self.search.sampler == "nsga2":
-            inner = NSGAIISampler(population_size=max(4, 2 * self.search.batch), seed=seed)
-        else:
-            # Trials that run count as bad ones, so that a batch does not ask for one thing twice.
-            inner = TPESampler(n_startup_trials=0, multivariate=True, constant_liar=True, seed=seed)
-        return space.Untried(inner, self.space, tried, seed)
+    def _sampler(self, trained: int, seed: int) -> BaseSampler:
+        if self.search.sampler == "random" or trained < self.search.warmup:
+            return RandomSampler(seed=seed)
+        if self.search.sampler == "nsga2":
+            return NSGAIISampler(population_size=max(4, 2 * self.search.batch), seed=seed)
+        # Trials that run count as bad ones, so that a batch does not ask for one thing twice.
+        return TPESampler(n_startup_trials=0, multivariate=True, constant_liar=True, seed=seed)
+
+    def _history(self) -> optuna.Study:
+        """A copy of the study for the sampler, in memory, in the order in which trials were first
+        asked for: without what was interrupted, a study that goes on looks like one that never
+        stopped.
+        """
+        known = [
+            t
+            for t in self.study.get_trials(deepcopy=False)
+            if t.params and t.user_attrs.get("outcome") != INTERRUPTED
+        ]
+        history = optuna.create_study(directions=self.study.directions)
+        for t in sorted(known, key=lambda t: t.user_attrs.get("repeats", t.number)):
+            history.add_trial(t)
+        return history
 
     def ask(self, wanted: int) -> list[Trial]:
         """The next batch: configurations within the budget, none tried before.
@@ -458,34 +358,54 @@ class Search:
         if here >= self.search.batch and not waiting:
             batch, here = batch + 1, 0
         size = min(self.search.batch - here, wanted - len(counted))
+        trained = sum(t.user_attrs["batch"] < batch for t in counted)
         asked: list[Trial] = []
+        for _ in waiting[:size]:
+            trial = self._begin(self.study.ask(self.space.distributions))
+            asked += [trial] if trial else []
+        history = self._history()
         idle = 0
         while len(asked) < size and not self._stop.is_set():
-            trial = self._ask_one(batch)
-            if trial is None:
+            known = self.study.get_trials(deepcopy=False)
+            tried = {identity(t.params) for t in known if t.params}
+            if len(tried) >= self.space.size:
+                self.ended = f"all {self.space.size} configurations of the space were tried"
                 break
-            if isinstance(trial, Trial):
-                asked.append(trial)
-                idle = 0
-                continue
-            idle += 1
             if idle >= IDLE:
                 self.ended = f"{IDLE} configurations in a row did not fit"
                 break
+            number = sum("repeats" not in t.user_attrs for t in known)
+            digest = hashlib.sha256(f"{self.search.seed}:{number}".encode()).digest()
+            seed = int.from_bytes(digest[:4], "little")
+            history.sampler = self._sampler(trained, seed)
+            proposed = self._propose(history, tried, seed)
+            # Through the queue, as what is repeated.
+            self.study.enqueue_trial(proposed.params, user_attrs={"batch": batch})
+            real = self.study.ask(self.space.distributions)
+            notes = history._storage.get_trial_system_attrs(proposed._trial_id)
+            for name, value in notes.items():
+                if name.endswith("generation"):  # NSGA-II's
+                    self.study._storage.set_trial_system_attr(real._trial_id, name, value)
+            trial = self._begin(real, proposed)
+            if trial:
+                asked.append(trial)
+            else:
+                history.tell(proposed, state=TrialState.PRUNED)
+            idle = 0 if trial else idle + 1
         return asked
 
-    def _ask_one(self, batch: int) -> Trial | bool | None:
-        """A trial, or whether there may be others: False after a rejection, None at the end."""
-        known = self.study.get_trials(deepcopy=False)
-        tried = {identity(t.params) for t in known if t.params}
-        repeated = any(t.state == TrialState.WAITING for t in known)
-        if len(tried) >= self.space.size and not repeated:
-            self.ended = f"all {self.space.size} configurations of the space were tried"
-            return None
-        asked = sum("repeats" not in t.user_attrs for t in known)
-        self.study.sampler = self._sampler(asked, batch, tried)
-        trial = self.study.ask(self.space.distributions)
-        trial.set_user_attr("batch", batch)
+    def _propose(self, history: optuna.Study, tried: set[str], seed: int) -> optuna.Trial:
+        """What the sampler proposes; if that was tried each time, something at random."""
+        for _ in range(PROPOSALS):
+            proposed = history.ask(self.space.distributions)
+            if identity(proposed.params) not in tried:
+                return proposed
+            history.tell(proposed, state=TrialState.FAIL)
+        history.enqueue_trial(self.space.untried(tried, seed))
+        return history.ask(self.space.distributions)
+
+    def _begin(self, trial: optuna.Trial, proposed: optuna.Trial | None = None) -> Trial | None:
+        """Count a configuration: a trial that is to be trained, or None and it is rejected."""
         config = {name: trial.params[name] for name in self.space.values}
         started = time.thread_time()
         problem = self.space.problem(config)
@@ -495,20 +415,22 @@ class Search:
         for name, value in over.items():
             trial.set_constraint(name, value)
             trial.set_user_attr(f"constraint_{name}", value)  # optuna-dashboard shows these
+            if proposed:
+                proposed.set_constraint(name, value)
         feasible = max(over.values()) <= 0
         trial.set_user_attr("feasible", feasible)
         for name, value in (asdict(taken) if taken else {}).items():
             trial.set_user_attr(name if name != "file_bytes" else "bound_bytes", value)
         if feasible:
             assert taken is not None
-            return Trial(trial, config, taken, batch)
+            return Trial(trial, config, taken, trial.user_attrs["batch"])
         self._rejecting.append(seconds)
         trial.set_user_attr("reason", problem or _over(over))
         trial.set_user_attr("outcome", REJECTED)
         self.study.tell(trial, state=TrialState.PRUNED)
         if self.tracker:
             self._log(f"trial-{trial.number:03d}", config, taken, REJECTED, {}, over)
-        return False
+        return None
 
     # -- training --------------------------------------------------------------------------
 
@@ -557,7 +479,7 @@ class Search:
             args = (p, self._floors(trial))
             # About as long: passes of an image through the members, forward and backward.
             weight = trial.cost.megaops * p.ensembles.recipe.epochs + 1e-3 * trial.config["members"]
-            todo.append(Work(trial.name, _trial, args, needs, weight))
+            todo.append(Work(trial.name, tasks.ensemble, args, needs, weight))
 
         def done(work: Work, result: Any) -> None:
             if work.name in trials:
@@ -613,7 +535,7 @@ class Search:
                 crew.keep(name, Ensembled.read(folder))
                 break
             needs = names["fp32"] if kind == "bnn" else None
-            todo.append(Work(name, _base, (p,), needs, math.inf, keep=True))
+            todo.append(Work(name, tasks.network, (p,), needs, math.inf, keep=True))
         return names[wanted[-1]]
 
     def _save_base(self, work: Work, trained: Ensembled) -> None:
@@ -670,7 +592,7 @@ class Search:
         assert self.tracker is not None
         with self.tracker.model(name, {**config, "outcome": outcome}) as child:
             if result:
-                child.history(merged(result["history"]))
+                child.history(tasks.merged(result["history"]))
             figures = {f"constraint_{k}": v for k, v in over.items()}
             if taken:
                 figures |= {"file_bytes": taken.file_bytes, "counted_kib": taken.counted_kib}
@@ -716,10 +638,10 @@ class Search:
                 continue
             self.say(f"     rival: {rival.label}: {rival.about}")
             if rival.int8:
-                todo.append(Work(rival.label, _int8, (rival.params,)))
+                todo.append(Work(rival.label, tasks.int8, (rival.params,)))
             else:
                 needs = self._bases(crew, rival.params, todo)
-                todo.append(Work(rival.label, _trial, (rival.params, [(1.0, None)]), needs))
+                todo.append(Work(rival.label, tasks.ensemble, (rival.params, [(1.0, None)]), needs))
 
         def done(work: Work, result: Any) -> None:
             if work.name not in rivals:
@@ -735,7 +657,7 @@ class Search:
             self.study.set_user_attr(f"rival {rival.label}", row)
             if self.tracker:
                 with self.tracker.model(f"rival-{rival.label}", rival.row) as child:
-                    child.history(merged(result["history"]))
+                    child.history(tasks.merged(result["history"]))
                     child.metrics({k: row[k] for k in ("val_top1", "file_bytes")})
 
         crew.run(todo, done, stopping)
@@ -803,18 +725,3 @@ class Search:
             )
         except RuntimeError:  # all were equally good
             return {}
-
-
-# -- in full -----------------------------------------------------------------------------------
-
-
-def finish(
-    params: Params, data: Dataset, cluster: Cluster, checkpoints: Path, on_epoch=None
-) -> tuple[Ensembled, Program]:
-    """Train the only ensemble of `params` by its full recipes, members spread over the cluster."""
-    train_many = partial(cluster.train_many, data=data, checkpoints=checkpoints, on_epoch=on_epoch)
-    (fp32,) = train_many([schemes.first_job(params, data, None)])
-    (bnn,) = train_many([schemes.first_job(params, data, fp32.state)])
-    plan = schemes.plan(params, params.ensembles.train[0], data, fp32.state, bnn.state)
-    trained = schemes.train(plan, train_many)
-    return trained, packed(trained, params, data)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
-from optuna.samplers import BaseSampler
 
 from bnncore import blueprint, execute, schemes, storage
 from bnncore import params as P
@@ -179,6 +178,17 @@ class Space:
                 self._problems[key] = str(error).removeprefix("ensembles.train.best.")
         return self._problems[key]
 
+    def untried(self, tried: set[str], seed: int) -> Config:
+        """A configuration at random whose `identity` is not in `tried`; there must be one."""
+        shape = tuple(map(len, self.values.values()))
+        start = int(np.random.default_rng(seed).integers(self.size))
+        for k in range(self.size):
+            at = np.unravel_index((start + k) % self.size, shape)
+            config = {n: v[i] for (n, v), i in zip(self.values.items(), at, strict=True)}
+            if identity(config) not in tried:
+                return config
+        raise ValueError(f"expected an untried configuration, but all {self.size} were tried")
+
     def _smallest(self) -> tuple[Config, Cost]:
         """Bytes grow with the width and with the members, so the rest is tried at the least."""
         found: list[tuple[float, int, Config, Cost]] = []
@@ -222,54 +232,6 @@ def described(config: Config) -> str:
         [f"{config['backbone']} {config['width']}", config["scheme"], config["sharing"], members,
          f"start {config['start']}", *extra]
     )  # fmt: skip
-
-
-class Untried(BaseSampler):
-    """Another sampler's proposals, without those that were tried already.
-
-    After `ATTEMPTS` proposals that were, an untried configuration at random.
-    """
-
-    ATTEMPTS = 20
-
-    def __init__(self, inner: BaseSampler, space: Space, tried: set[str], seed: int):
-        self.inner, self.space, self.tried = inner, space, tried
-        self.rng = np.random.default_rng(seed)
-
-    def infer_relative_search_space(self, study, trial):
-        return self.space.distributions
-
-    def sample_relative(self, study, trial, search_space):
-        open_ = {k: d for k, d in search_space.items() if not d.single()}
-        only = {k: v[0] for k, v in self.space.values.items() if len(v) == 1}
-        for _ in range(self.ATTEMPTS if open_ else 0):
-            found = self.inner.sample_relative(study, trial, open_)
-            for name, distribution in open_.items():
-                if name not in found:
-                    found[name] = self.inner.sample_independent(study, trial, name, distribution)
-            if identity(found | only) not in self.tried:
-                return found | only
-        return self._any()
-
-    def _any(self) -> Config:
-        values = self.space.values
-        shape = tuple(map(len, values.values()))
-        start = int(self.rng.integers(self.space.size))
-        for k in range(self.space.size):
-            at = np.unravel_index((start + k) % self.space.size, shape)
-            config = {n: v[i] for (n, v), i in zip(values.items(), at, strict=True)}
-            if identity(config) not in self.tried:
-                return config
-        return config  # all were tried: the driver does not ask then
-
-    def sample_independent(self, study, trial, param_name, param_distribution):
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
-
-    def before_trial(self, study, trial):
-        self.inner.before_trial(study, trial)
-
-    def after_trial(self, study, trial, state, values):
-        self.inner.after_trial(study, trial, state, values)
 
 
 # -- rivals ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 
-from bnncore import data, execute, front, metrics, packfile, params, schemes, space, train
+from bnncore import data, execute, front, metrics, packfile, params, schemes, space, tasks, train
 from bnncore import search as searching
 from bnncore.actors import Cluster
 from bnncore.tracking import Tracker
@@ -62,7 +62,7 @@ def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Track
     """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
     best = space.preset(study.full, study.config(report.best))
     with train.resumable(CHECKPOINTS / "search-finish") as checkpoints:
-        trained, program = searching.finish(best, images, cluster, checkpoints)
+        trained, program = tasks.finish(best, images, cluster, checkpoints)
     size = packfile.save(program, OUT / "best.bnn")
     if size > report.best["bound_bytes"]:
         raise RuntimeError(
@@ -79,7 +79,7 @@ def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Track
         f"%, {size:,} bytes ({OUT / 'best.bnn'})"
     )
     with tracker.model("best", study.config(report.best)) as child:
-        child.history(searching.merged(trained.histories))
+        child.history(tasks.merged(trained.histories))
         child.metrics(scores)
     return OUT / "finished.json"
 

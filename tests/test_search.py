@@ -22,10 +22,9 @@ import pytest
 import ray
 import torch
 import yaml
-from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from bnncore import blueprint, execute, front, packfile, schemes, space, storage
+from bnncore import blueprint, execute, front, packfile, schemes, space, storage, tasks
 from bnncore import params as P
 from bnncore import search as S
 from bnncore.actors import Cluster
@@ -108,7 +107,7 @@ def test_no_file_is_larger_than_its_cost(backbone, scheme):
     ensemble = Ensemble(found.spec(config), seed=1)
     tiny.scramble(ensemble)
     trained = schemes.Ensembled(ensemble.spec, ensemble.state(), {"x": []})
-    result = S.assess(trained, space.preset(p, config), DATA)
+    result = tasks.assess(trained, space.preset(p, config), DATA)
     most = found.cost(config).file_bytes
     assert 0.7 * most < result["file_bytes"] <= most
 
@@ -152,21 +151,9 @@ def test_numbers_in_equal_steps_have_an_order():
     assert isinstance(members, optuna.distributions.CategoricalDistribution)
 
 
-def test_nothing_is_asked_for_twice_and_all_of_it_once():
-    found = space.Space(parse(space={"members": [1, 2], "width": [8]}), DATA)
-    study, tried = optuna.create_study(), set()
-    for k in range(found.size):
-        study.sampler = space.Untried(RandomSampler(seed=k), found, tried, k)
-        trial = study.ask(found.distributions)
-        study.tell(trial, float(k))
-        assert space.identity(trial.params) not in tried
-        tried.add(space.identity(trial.params))
-    assert len(tried) == found.size == 2 * 1 * 3 * 2 * 2 * 2
-
-
 def test_weights_in_eight_bits():
     weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    ours = S.rounded(weight)
+    ours = tasks.rounded(weight)
     for o in range(5):
         scale = weight[o].abs().max() / 127
         assert (ours[o] - weight[o]).abs().max() <= scale / 2 * 1.001
@@ -278,7 +265,9 @@ def test_a_space_comes_to_an_end(tmp_path):
         while batch := search.ask(1000):
             for trial in batch:
                 search._tell(trial, answer(trial.config, trial.cost.file_bytes))
-        assert len(search.rows()) == search.space.size
+        rows = search.rows()
+        keys = {space.identity({k: r[k] for k in configuration()}) for r in rows}
+        assert len(rows) == len(keys) == search.space.size
         assert "all 24 configurations" in search.ended
 
 

@@ -1,4 +1,4 @@
-"""Binarization of weights and activations, as data: two tables of functions and the layers that use them.
+"""Binarization of weights and activations, as data: two tables of functions and their layers.
 
 One rule holds everywhere, in torch and in the packed evaluator: ``sign(x) = +1 if x >= 0 else -1``
 (Kim et al. 2022, Eq. 2); `torch.sign`, which gives 0 at 0, is never used.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,16 @@ def bireal_sign(x: Tensor) -> Tensor:
     return _BiRealSign.apply(x)
 
 
+def drawn(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Stochastic rounding to +-1: +1 with probability ``(clip(w, -1, 1) + 1) / 2``.
+
+    Kim et al. 2022, Eq. 7 would round to 0 as well; this is the form of Courbariaux et al. 2015
+    (BinaryConnect, Eqs. 2, 3), which Vogel et al. 2016 sample networks by.
+    """
+    noise = torch.rand(weight.shape, generator=generator, device=weight.device)
+    return sign(weight + (2 * noise - 1).to(weight.dtype))
+
+
 def _xnor(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return clipped_sign(weight), weight.abs().mean(dim=(1, 2, 3))
 
@@ -104,9 +115,22 @@ def imported(name: str, key: str):
     """The object that ``module:function`` names; ValueError naming `key` where there is none."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(despite_torchvision(importlib.import_module, module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{key}: cannot import {name!r}: {error}") from error
+
+
+def despite_torchvision(call: Callable, *args: Any) -> Any:
+    """``call(*args)``, also where it imports a torchvision of another build than torch."""
+    try:
+        return call(*args)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    from bnncore.data import _torchvision_datasets
+
+    _torchvision_datasets()
+    return call(*args)
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -119,11 +143,15 @@ class BinaryConv2d(nn.Conv2d):
 
     Args:
         binarizer: a key of `WEIGHTS`, or ``module:function`` with the same signature.
+        stochastic: in training mode, while the filters are trained, signs are `drawn`; the
+            gradient and alpha stay those of `binarizer`.
     """
 
-    def __init__(self, *args, binarizer: str = "xnor", **kwargs):
+    def __init__(self, *args, binarizer: str = "xnor", stochastic: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.binarizer = binarizer
+        self.stochastic = stochastic
+        self.generator: torch.Generator | None = None  # see `backbones.Dropout`
         self._binarize: WeightBinarizer = named(WEIGHTS, binarizer, "binarizer.weight")
         self.scale = None
         if binarizer == "learned":
@@ -134,7 +162,12 @@ class BinaryConv2d(nn.Conv2d):
         """Signs (O, C, kh, kw) and alpha (O,) or None; kept while the filters are frozen."""
         if self.weight.requires_grad:
             self._frozen = None
-            return self._binarize(self.weight, self.scale)
+            signs, alpha = self._binarize(self.weight, self.scale)
+            if self.stochastic and self.training:
+                with torch.no_grad():
+                    change = drawn(self.weight, self.generator) - signs
+                signs = signs + change
+            return signs, alpha
         version = (self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._frozen is None or self._frozen[0] != version:
             with torch.no_grad():

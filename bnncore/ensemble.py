@@ -12,9 +12,10 @@ Legend: `M` members, `B` images, `C` classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ GROUPS = {
     "shortcut": "the convolutions on shortcuts",
     "last_conv": "the last convolution of the body",
     "block_last_conv": "the last convolution of every basic block",
-    "classifier": "the last layer: the dense layer, or the last 1x1 convolution where there is none",
+    "classifier": "the last layer: the dense layer, or the last convolution where there is none",
     "mixing": "a tentacle's rows of the shared classifier block's dense layer",
 }
 
@@ -115,9 +116,9 @@ def layer_groups(member: Backbone, classifier: str | None = None) -> dict[str, s
             groups[name].add("mixing" if classifier == "features" else "classifier")
         elif name.startswith("stem."):
             groups[name].add("first_conv")
-        elif ".shortcut." in name:
+        elif ".shortcut." in name or name in member.shortcuts:
             groups[name].add("shortcut")
-        else:
+        elif isinstance(module, nn.Conv2d):
             body.append(name)
             if isinstance(module, BinaryConv2d):
                 groups[name].add("binary_conv")
@@ -144,8 +145,8 @@ def own_layers(member: Backbone, sharing: Sharing, classifier: str | None = None
         optional = sharing.name == "tentaclenet" and pattern == "shortcut"
         if not matched and not optional:
             raise ValueError(
-                f"sharing {sharing.name!r}: {pattern!r} matches no layer of this backbone; expected "
-                f"a group ({', '.join(GROUPS)}) or a pattern over {', '.join(groups)}"
+                f"sharing {sharing.name!r}: {pattern!r} matches no layer of this backbone; "
+                f"expected a group ({', '.join(GROUPS)}) or a pattern over {', '.join(groups)}"
             )
         own |= matched
     return own
@@ -160,7 +161,14 @@ def _always_own(member: nn.Module, layer: str) -> bool:
     return isinstance(block, ShortcutLayer) and any(isinstance(m, Shift) for m in block.modules())
 
 
-def generator(*keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+def draws(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training, from a ``generator`` of its own."""
+    return isinstance(module, Dropout) or (isinstance(module, BinaryConv2d) and module.stochastic)
+
+
+def generator(
+    *keys: int | str | tuple[int, ...], device: str | torch.device = "cpu"
+) -> torch.Generator:
     """A torch generator seeded by all of `keys`: the same keys, the same numbers."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -175,12 +183,15 @@ class Ensemble(nn.Module):
         seed: for fresh weights: those of member i depend on `seed` and i only.
     """
 
+    members: Sequence[Backbone]  # a ModuleList
+    weights: Tensor
+
     def __init__(self, spec: EnsembleSpec, ids: Iterable[int] | None = None, seed: int = 0):
         super().__init__()
         self.spec = spec
         self.ids = tuple(range(spec.members) if ids is None else ids)
         members = [self._member(spec, seed, i) for i in self.ids]
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleList(members)  # type: ignore[assignment]
         self.own = own_layers(members[0], spec.sharing, spec.classifier)
         self.shared = [n for n in weight_layers(members[0]) if n not in self.own]
         if spec.sharing.block:
@@ -206,12 +217,12 @@ class Ensemble(nn.Module):
             member = build(spec.model)
             classes = spec.model.classes
             if spec.classifier == "features":
-                dense = member.head.dense  # type: ignore[union-attr]
-                member.head.dense = nn.Linear(dense.in_features, classes, bias=False)
+                head: Any = member.head
+                head.dense = nn.Linear(head.dense.in_features, classes, bias=False)
             elif spec.classifier == "logits":
                 member.mix = nn.Linear(classes, classes, bias=False)
             for name, module in member.named_modules():
-                if isinstance(module, Dropout):
+                if draws(module):
                     module.generator = generator("dropout", seed, i, name)
         return member
 
@@ -245,6 +256,12 @@ class Ensemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores (B, C) of the held members, by ``spec.combine``."""
         return combine(self.spec.combine, self.outputs(x), self.weights[list(self.ids)], self.bias)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Predicted classes (B,) of the held members together."""
+        z = self.outputs(x)
+        scores = combine(self.spec.combine, z, self.weights[list(self.ids)], self.bias)
+        return winners(self.spec.combine, z, scores)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(canonical name, parameter), each once."""
@@ -299,7 +316,7 @@ class Ensemble(nn.Module):
         Returns:
             Names of member parameters that found no equal in `source`.
         """
-        missing = []
+        missing: list[str] = []
         for member in self.members:
             missing = []
             for name, value in member.state_dict(keep_vars=True).items():
@@ -309,9 +326,10 @@ class Ensemble(nn.Module):
                     value.copy_(source[name])
                 else:
                     missing.append(name)
-            for module in member.modules():
-                if isinstance(module, BinaryConv2d) and module.scale is not None:
-                    module.scale.copy_(module.weight.abs().mean(dim=(1, 2, 3)))
+            for name, module in member.named_modules():
+                # An FP32 source has no learned scales: they follow from its weights.
+                if isinstance(module, BinaryConv2d) and f"{name}.scale" in missing:
+                    module.scale.copy_(module.weight.abs().mean(dim=(1, 2, 3)))  # type: ignore[union-attr]
         return missing
 
     @torch.no_grad()
@@ -404,3 +422,13 @@ def combine(how: str, outputs: list[Tensor], weights: Tensor, bias: Tensor | Non
         for w, z in zip(weights, outputs, strict=True)
     ]
     return tree_sum(votes)
+
+
+def winners(how: str, outputs: list[Tensor], scores: Tensor) -> Tensor:
+    """Predicted classes (B,): the largest score; a hard vote's ties go to the larger sum of
+    probabilities, then to the lower class."""
+    if how != "hard_vote":
+        return scores.argmax(1)
+    best = scores == scores.max(1, keepdim=True).values
+    doubt = tree_sum([z.double().softmax(1) for z in outputs])
+    return doubt.masked_fill(~best, -1).argmax(1)

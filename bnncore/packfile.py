@@ -20,6 +20,9 @@ import numpy as np
 
 from .program import (
     KINDS,
+    MAX_MEMBERS,
+    MAX_NODES,
+    MAX_TENSORS,
     Node,
     PackedFormatError,
     Program,
@@ -248,7 +251,8 @@ def _program(raw: Any, parts: dict[str, Any]) -> Program:
     graph = _object(raw, "graph")
     _require(graph.keys() == _GRAPH_KEYS, "graph", f"keys {sorted(_GRAPH_KEYS)}", sorted(graph))
     members = graph["members"]
-    _require(type(members) is int and members > 0, "members", "a positive integer", members)
+    good = type(members) is int and 1 <= members <= MAX_MEMBERS
+    _require(good, "members", f"1 to {MAX_MEMBERS}", members)
     _require(_integers(graph["image"]), "image", "[H, W, C]", graph["image"])
     _require(isinstance(graph["combine"], str), "combine", "a name", graph["combine"])
     _require(isinstance(graph["classes"], list), "classes", "a list", graph["classes"])
@@ -258,6 +262,8 @@ def _program(raw: Any, parts: dict[str, Any]) -> Program:
     tensors = _tensors(graph["tensors"], members, parts)
     names = list(tensors)
     nodes = []
+    count = len(graph["nodes"]) if isinstance(graph["nodes"], list) else 0
+    _require(count <= MAX_NODES, "nodes", f"at most {MAX_NODES}", count)
     for index, row in enumerate(_rows(graph["nodes"], "node", (str, str, list, dict, dict))):
         op, name, back, slots, attrs = row
         where = f"node {index} ({op} {name!r})"
@@ -293,6 +299,8 @@ def _named(slots: dict[str, Any], names: list[str], where: str) -> dict[str, str
 
 def _tensors(rows: Any, members: int, parts: dict[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    count = len(rows) if isinstance(rows, list) else 0
+    _require(count <= MAX_TENSORS, "tensors", f"at most {MAX_TENSORS}", count)
     taken = dict.fromkeys(KINDS, 0)
     for name, kind, role, shape, own in _rows(rows, "tensor", (str, str, str, list, int)):
         where = f"tensor {name!r}"

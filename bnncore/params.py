@@ -42,10 +42,13 @@ class Binarizer:
         weight: ``xnor``, ``sign``, ``learned`` (`binarize.WEIGHTS`) or ``module:function``.
         activation: ``clipped``, ``bireal``, ``float`` (`binarize.ACTIVATIONS`) or
             ``module:function``.
+        stochastic: in training, draw each weight's sign at every step with
+            P(+1) = (clip(w, -1, 1) + 1) / 2 (BinaryConnect, Eq. 2).
     """
 
     weight: str = "xnor"
     activation: str = "clipped"
+    stochastic: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -75,9 +78,10 @@ class Recipe:
         lr: learning rate at the start.
         betas: Adam's.
         weight_decay: Adam's (L2, as torch.optim.Adam).
-        schedule: ``poly``: ``lr * (1 - step / steps)``, linear to 0, by the step; ``plateau``: a
+        schedule: ``poly``: ``lr * (1 - epoch / epochs)``, changed once an epoch (the second
+            paper's formula and published code); ``linear``: the same, by the step; ``plateau``: a
             tenth after `patience` epochs without a lower validation loss; ``cosine``: one half
-            wave to 0; ``constant``.
+            wave to 0, by the step; ``constant``.
         patience: epochs, for ``plateau``.
         augment: ``none``, ``crop`` (pad and random crop), ``crop_flip`` (and horizontal flip).
         pad: pixels that are padded for the crop.
@@ -90,7 +94,7 @@ class Recipe:
     lr: Positive = 0.001
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["poly", "plateau", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "linear", "plateau", "cosine", "constant"] = "poly"
     patience: Count = 15
     augment: Literal["none", "crop", "crop_flip"] = "none"
     pad: Count = 4
@@ -127,8 +131,19 @@ class EnsembleParams:
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
-        vote: ``soft`` or ``hard``, for schemes that vote.
         recipe: fields of the section's recipe that differ here.
+
+    Options of some schemes only; None for the scheme's default (`schemes.SCHEMES`):
+        vote: ``soft`` or ``hard``, for schemes that vote.
+        sampling: what bagging gives each member: ``bootstrap`` (as many images as there are, drawn
+            with replacement), ``batch`` (a draw with replacement in each batch) or ``partition``
+            (one of M disjoint parts).
+        boost: how boosting stresses images: ``reweight`` (in the loss) or ``resample``.
+        chain: members trained in sequence go on from the weights of the one before, instead of
+            from `start`.
+        residual: what gradient boosting fits: ``squared`` (the pseudo-residual, by squared error)
+            or ``logits`` (cross entropy of the sum so far plus the new member).
+        shrinkage: by how much gradient boosting multiplies each member's outputs.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -139,8 +154,13 @@ class EnsembleParams:
     classifier: Literal["auto", "logits", "features"] = "auto"
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.1
     fresh_classifier: bool = True
-    vote: Literal["soft", "hard"] = "soft"
     recipe: dict[str, Any] = field(default_factory=dict)
+    vote: Literal["soft", "hard"] | None = None
+    sampling: Literal["bootstrap", "batch", "partition"] | None = None
+    boost: Literal["reweight", "resample"] | None = None
+    chain: bool | None = None
+    residual: Literal["squared", "logits"] | None = None
+    shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -208,9 +228,107 @@ class MlflowParams:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Scale:
+    """By how much a preset was shortened when it was composed: a record, for the recipes and
+    ``data.subset`` hold the result.
+
+    Attributes:
+        epochs: factor on the epochs of every recipe.
+        subset: fraction of the training images.
+    """
+
+    epochs: Positive = 1.0
+    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SpaceParams:
+    """What a search may choose from: a configuration takes one value of each list.
+
+    Whole numbers in equal steps (8, 16, 24) count as near one another; other lists as plain
+    choices. Combinations that cannot be built are skipped.
+
+    Attributes:
+        backbone, width: of `ModelParams`.
+        scheme, sharing, members, start: of `EnsembleParams`.
+        affine, weights: of `PackParams`.
+    """
+
+    backbone: Annotated[tuple[str, ...], Field(min_length=1)] = ("nin", "fernet", "resnet8")
+    width: Annotated[tuple[Count, ...], Field(min_length=1)] = (8, 12, 16, 20, 24, 28, 32)
+    scheme: Annotated[tuple[str, ...], Field(min_length=1)] = ("tentaclenet", "fusion", "bagging")
+    sharing: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "tentaclenet", "shared_conv", "all_frozen", "no_shared",
+    )  # fmt: skip
+    members: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7, 8)
+    start: Annotated[tuple[Literal["bnn", "hadamard", "random"], ...], Field(min_length=1)] = (
+        "bnn", "hadamard",
+    )  # fmt: skip
+    affine: Annotated[tuple[Literal["float32", "float16"], ...], Field(min_length=1)] = ("float32",)
+    weights: Annotated[tuple[Literal["float32", "int8"], ...], Field(min_length=1)] = ("float32",)
+
+    def __post_init__(self):
+        for name, values in vars(self).items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{name}: expected different values, got {value!r} twice")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SearchParams:
+    """A search for the best ensemble under a budget.
+
+    Attributes:
+        trials: how many configurations are trained; those over the budget cost nothing and do not
+            count.
+        seed: of what is asked for. Training has the run's own seed, the same in all trials.
+        sampler: ``tpe`` (multivariate), ``nsga2`` or ``random``.
+        objectives: ``accuracy`` (validation), or ``accuracy_bytes``: both at once, a Pareto front.
+        budget_kib: the most that a configuration may take.
+        count: in what: ``file`` (the most bytes its packed file can have), ``tentaclenet`` or
+            ``filter_sharing`` (either paper's count, `bnncore.storage`).
+        megaops: the most operations an image, in millions: float multiply-accumulates plus a
+            64th of the binary ones (Liu et al. 2018, section 4.2). None for no limit.
+        activation_kib: the most memory that values between layers take at once
+            (`execute.peak_memory`, bits as bits). None for no limit.
+        epochs: of every recipe in a trial, at most; None for the recipes' own.
+        rungs: fractions of the epochs; a trial trains so far first, and further only if it is not
+            hopeless.
+        keep: at a rung, of the trials before it the fraction that may be better than one that goes
+            on.
+        batch: how many configurations are asked for at once. What is asked for depends on this
+            number and not on how many workers there are, nor on their speed.
+        warmup: how many trials are drawn at random before the sampler's model is asked.
+        rivals: whether to train what the answer is compared with.
+        space: what to choose from.
+    """
+
+    trials: Count = 40
+    seed: Annotated[int, Field(ge=0)] = 0
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    objectives: Literal["accuracy", "accuracy_bytes"] = "accuracy"
+    budget_kib: Positive = 24.0
+    count: Literal["file", "tentaclenet", "filter_sharing"] = "file"
+    megaops: Positive | None = None
+    activation_kib: Positive | None = None
+    epochs: Count | None = None
+    rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25,)
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    batch: Count = 4
+    warmup: Count = 8
+    rivals: bool = True
+    space: SpaceParams = field(default_factory=SpaceParams)
+
+    def __post_init__(self):
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"rungs: expected rising fractions, got {list(self.rungs)}")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Params:
     """All of `params.yaml`."""
 
+    scale: Scale = field(default_factory=Scale)
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataParams = field(default_factory=lambda: DataParams(name="digits"))
     model: ModelParams = field(default_factory=ModelParams)
@@ -219,6 +337,7 @@ class Params:
     ensembles: EnsemblesParams = field(default_factory=EnsemblesParams)
     pack: PackParams = field(default_factory=PackParams)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
+    search: SearchParams = field(default_factory=SearchParams)
     ray: RayParams = field(default_factory=RayParams)
     mlflow: MlflowParams = field(default_factory=MlflowParams)
 

@@ -10,8 +10,9 @@ Legend: `M` members, `N` training images, `C` classes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,20 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bnncore.backbones import ConvHead, ModelSpec, build
-from bnncore.binarize import ACTIVATIONS, WEIGHTS, named
+from bnncore.backbones import ModelSpec, build
+from bnncore.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
 from bnncore.data import Dataset
 from bnncore.ensemble import (
     SHARING,
     Ensemble,
     EnsembleSpec,
     Sharing,
-    own_layers,
+    generator,
     single_state,
+    weight_layers,
 )
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
-from bnncore.train import Job, State, Trained
+from bnncore.train import Job, State, Trained, Trainer, TrainingError
 
 TrainMany = Callable[[list[Job]], list[Trained]]
 
@@ -61,8 +63,22 @@ class Plan:
     def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
         """A job that trains members `ids` from the plan's start."""
         seed = self.seed if len(ids) == self.spec.members else self.seed + 1 + ids[0]
-        values = {"recipe": self.recipe, "seed": seed, "start": self.start, **changes}
-        return Job(name=name, spec=self.spec, ids=ids, **values)
+        values = {"spec": self.spec, "recipe": self.recipe, "start": self.start, **changes}
+        return Job(name=name, ids=ids, seed=seed, **values)
+
+    def member(self, i: int, **changes: Any) -> Job:
+        """A job that trains member `i` alone."""
+        return self.job((i,), f"{self.params.name}.{i}", **changes)
+
+    def option(self, name: str) -> Any:
+        """An option of the scheme, as the section says or by default."""
+        value = getattr(self.params, name)
+        return SCHEMES[self.params.scheme].options[name] if value is None else value
+
+    def training_outputs(self, trained: Trained) -> np.ndarray:
+        """A member's outputs on the training images, not augmented: (N, C) float32."""
+        trainer = Trainer(replace(trained.job, start=trained.state), self.data)
+        return trainer.outputs(trainer.images)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +130,14 @@ class Scheme:
     Attributes:
         run: the function.
         combine: how members' outputs are joined; ``vote`` is soft or hard as the section says.
-        joint: whether members are trained together, so that shared layers may be trained.
+        joint: whether one training serves all members, so that shared layers may be trained.
+        options: fields of `EnsembleParams` that mean something to this scheme, and their defaults.
     """
 
     run: Callable[[Plan, TrainMany], Ensembled]
     combine: str
     joint: bool
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def together(plan: Plan, train_many: TrainMany) -> Ensembled:
@@ -130,13 +148,180 @@ def together(plan: Plan, train_many: TrainMany) -> Ensembled:
 
 def independently(plan: Plan, train_many: TrainMany) -> Ensembled:
     """Each member by itself, on its own loss and its own order of the data (voting)."""
+    return gathered(plan, train_many([plan.member(i) for i in range(plan.spec.members)]))
+
+
+def bagging(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Each member by itself, on images of its own.
+
+    ``bootstrap``: N of N, drawn with replacement (Breiman 1996; Zhu et al. 2019, BENN);
+    ``batch``: from each batch, of every epoch anew, as many as it has, drawn with replacement, of
+    which each is used once (the library of Kim et al. 2022 in its version of that time);
+    ``partition``: one of M disjoint parts (TentacleNet, section 2.3).
+    """
+    n, m = len(plan.data.train), plan.spec.members
+    sampling = plan.option("sampling")
+    if sampling == "batch":
+        return gathered(plan, train_many([plan.member(i, resample=True) for i in range(m)]))
+    if sampling == "bootstrap":
+        draws = [generator("bootstrap", plan.seed, i) for i in range(m)]
+        parts = [torch.randint(n, (n,), generator=rng).numpy() for rng in draws]
+    else:
+        order = torch.randperm(n, generator=generator("partition", plan.seed)).numpy()
+        parts = np.array_split(order, m)
     return gathered(
-        plan, train_many([plan.job((i,), _name(plan, i)) for i in range(plan.spec.members)])
+        plan, train_many([plan.member(i, indices=part) for i, part in enumerate(parts)])
     )
 
 
-def _name(plan: Plan, member: int) -> str:
-    return f"{plan.params.name}.{member}"
+def boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """AdaBoost for several classes: members in sequence, each on the images that were hard so far.
+
+    With image weights w that sum to 1, member i errs by ``eps = sum(w where it is wrong)``, votes
+    with ``samme_vote(eps)``, and the weights of the images it gets wrong grow by ``exp(vote)``
+    (Zhu et al. 2009, SAMME, algorithm 2). ``boost: reweight`` multiplies each image's loss by
+    ``N * w``; ``resample`` draws N images by w for each member (Zhu et al. 2019, BENN).
+
+    A member that is wrong no less often than chance gets vote 0, and the next starts from equal
+    weights. If that is the first, there is nothing to boost.
+
+    Raises:
+        TrainingError: the first member is no better than chance.
+    """
+    n, classes = len(plan.data.train), plan.spec.model.classes
+    weights = np.full(n, 1 / n)
+    results: list[Trained] = []
+    votes = np.zeros(plan.spec.members, np.float32)
+    for i in range(plan.spec.members):
+        changes: dict[str, Any] = {"start": _start(plan, results)}
+        if plan.option("boost") == "reweight":
+            changes["weights"] = (n * weights).astype(np.float32)
+        else:
+            rng = generator("boost", plan.seed, i)
+            draw = torch.multinomial(torch.from_numpy(weights), n, replacement=True, generator=rng)
+            changes["indices"] = draw.numpy()
+        results += train_many([plan.member(i, **changes)])
+        wrong = plan.training_outputs(results[-1]).argmax(1) != plan.data.train.labels
+        error = float(weights[wrong].sum())
+        votes[i] = samme_vote(error, classes, n)
+        if votes[i] > 0:
+            weights = weights * np.exp(votes[i] * wrong)
+            weights /= weights.sum()
+        elif i == 0:
+            raise TrainingError(
+                f"{plan.params.name}: expected a first member better than chance, an error below "
+                f"{1 - 1 / classes:.3f} on the training images, got {error:.3f}; train it longer"
+            )
+        else:
+            weights = np.full(n, 1 / n)
+    return gathered(plan, results, votes)
+
+
+def samme_vote(error: float, classes: int, images: int) -> float:
+    """``log((1 - eps) / eps) + log(C - 1)``, or 0 where that is negative: chance or worse.
+
+    An error below half an image's share, ``1 / (2 N)``, counts as that, so that a member without
+    errors has a large vote but not an infinite one.
+
+    Source: Zhu et al. 2009, SAMME, algorithm 2 (c).
+    """
+    error = max(error, 1 / (2 * images))
+    if error >= 1 - 1 / classes:
+        return 0.0
+    return math.log((1 - error) / error) + math.log(classes - 1)
+
+
+def gradient_boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Members in sequence, each on what the sum of those before it leaves over.
+
+    With ``F_i = shrinkage * (z_1 + .. + z_{i-1})``, member i fits, by ``residual``: ``squared``,
+    the negative gradient of the cross entropy, ``onehot(y) - softmax(F_i)``, by squared error, as
+    torchensemble's GradientBoostingClassifier does; ``logits``, the cross entropy of
+    ``F_i + z_i``.
+    The ensemble is F_{M+1}. Outputs of earlier members are taken once, in evaluation mode, on
+    images that are not augmented; torchensemble takes them on each augmented batch.
+    """
+    shrinkage = plan.option("shrinkage")
+    labels = plan.data.train.labels
+    total = np.zeros((len(labels), plan.spec.model.classes), np.float32)
+    results: list[Trained] = []
+    for i in range(plan.spec.members):
+        changes: dict[str, Any] = {"start": _start(plan, results)}
+        if plan.option("residual") == "squared":
+            onehot = np.eye(total.shape[1], dtype=np.float32)[labels]
+            changes["targets"] = onehot - torch.from_numpy(total).softmax(1).numpy()
+        else:
+            changes["offsets"] = total.copy()
+        results += train_many([plan.member(i, **changes)])
+        total += np.float32(shrinkage) * plan.training_outputs(results[-1])
+    return gathered(plan, results, np.full(plan.spec.members, shrinkage))
+
+
+def snapshot(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """One run whose learning rate falls from `lr` to 0 along half a cosine and jumps back, M times;
+    member i is the network at the end of cycle i.
+
+    A cycle is a job of ``epochs / M`` epochs that goes on from the one before it: its weights and
+    its Adam moments. The learning rate changes by the step. Source: Huang et al. 2017, Eq. 2.
+    """
+    cycle = replace(plan.recipe, epochs=plan.recipe.epochs // plan.spec.members, schedule="cosine")
+    results: list[Trained] = []
+    for i in range(plan.spec.members):
+        start = handed_on(results[-1], i) if results else plan.start
+        results += train_many([plan.member(i, recipe=cycle, start=start, keep_optimizer=True)])
+    return gathered(plan, results)
+
+
+def stochastic_rounding(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Members drawn from one network of real-valued weights (Vogel et al. 2016).
+
+    One network is trained by the recipe, its signs drawn anew at every step (`binarize.drawn`), so
+    that its weights settle where a draw does little harm; with 0 epochs it is the start itself.
+    Then each member gets signs of its own, drawn with P(+1) = (clip(w, -1, 1) + 1) / 2, at the
+    magnitudes, and so the scales alpha, of the network; and its batch-norm statistics are
+    estimated anew: the mean over one pass through the training images of those of each batch.
+    """
+    spec = plan.spec
+    binarizer = spec.model.binarizer
+    assert binarizer is not None
+    model = replace(spec.model, binarizer=replace(binarizer, stochastic=True))
+    (trained,) = train_many([plan.member(0, spec=replace(spec, model=model))])
+    state: State = {}
+    for i in range(spec.members):
+        trainer = Trainer(plan.member(i, start=handed_on(trained, i)), plan.data)
+        (member,) = trainer.ensemble.members
+        for name in sorted(trainer.ensemble.own):
+            layer = member.get_submodule(name)
+            if isinstance(layer, BinaryConv2d):
+                rounded_(layer.weight, generator("draw", plan.seed, i, name))
+        trainer.estimate_norms()
+        state |= trainer.ensemble.state()
+    return Ensembled(spec, state, {trained.job.name: trained.history})
+
+
+@torch.no_grad()
+def rounded_(weight: torch.Tensor, rng: torch.Generator) -> None:
+    """Give each weight, in place, the sign that is `drawn` for it; its magnitude stays."""
+    signs = drawn(weight.cpu(), rng).to(weight.device)
+    # A weight of exactly 0 cannot carry a minus sign: it gets the smallest magnitude that can.
+    weight.copy_(weight.abs().clamp_(min=torch.finfo(weight.dtype).tiny) * signs)
+
+
+def _start(plan: Plan, results: list[Trained]) -> State:
+    """Where the next member of a sequence starts."""
+    return handed_on(results[-1], len(results)) if results and plan.option("chain") else plan.start
+
+
+def handed_on(trained: Trained, i: int) -> State:
+    """A trained member's state, and its optimizer's if it was kept, under the names of member i."""
+    before = f"{trained.job.ids[0]}."
+    state = {}
+    for name, value in (trained.state | trained.optimizer).items():
+        kind, colon, entry = name.rpartition(":")
+        if entry.startswith(before):
+            entry = f"{i}.{entry.removeprefix(before)}"
+        state[kind + colon + entry] = value
+    return state
 
 
 def gathered(plan: Plan, results: list[Trained], weights: np.ndarray | None = None) -> Ensembled:
@@ -149,10 +334,23 @@ def gathered(plan: Plan, results: list[Trained], weights: np.ndarray | None = No
     return Ensembled(plan.spec, state, {t.job.name: t.history for t in results})
 
 
+_VOTE = {"vote": "soft"}
 SCHEMES: dict[str, Scheme] = {
     "tentaclenet": Scheme(together, "sum", joint=True),
     "fusion": Scheme(together, "mean", joint=True),
-    "voting": Scheme(independently, "vote", joint=False),
+    "voting": Scheme(independently, "vote", joint=False, options=_VOTE),
+    "bagging": Scheme(bagging, "vote", joint=False, options=_VOTE | {"sampling": "bootstrap"}),
+    "boosting": Scheme(
+        boosting, "vote", joint=False, options=_VOTE | {"boost": "reweight", "chain": True}
+    ),
+    "gradient_boosting": Scheme(
+        gradient_boosting,
+        "sum",
+        joint=False,
+        options={"residual": "squared", "shrinkage": 1.0, "chain": False},
+    ),
+    "snapshot": Scheme(snapshot, "vote", joint=False, options=_VOTE),
+    "stochastic_rounding": Scheme(stochastic_rounding, "vote", joint=True, options=_VOTE),
 }
 
 
@@ -190,6 +388,18 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
             f"{where}.scheme: expected one of {', '.join(SCHEMES)}, got {ensemble.scheme!r}"
         )
     scheme = SCHEMES[ensemble.scheme]
+    for name in sorted({name for row in SCHEMES.values() for name in row.options}):
+        if getattr(ensemble, name) is not None and name not in scheme.options:
+            owners = [key for key, row in SCHEMES.items() if name in row.options]
+            raise ParamsError(
+                f"{where}.{name}: expected only with scheme {' or '.join(owners)}, "
+                f"got it with {ensemble.scheme!r}"
+            )
+    if ensemble.classifier != "auto" and ensemble.scheme != "tentaclenet":
+        raise ParamsError(
+            f"{where}.classifier: expected only with scheme tentaclenet, got "
+            f"{ensemble.classifier!r} with {ensemble.scheme!r}"
+        )
     if isinstance(ensemble.sharing, CustomSharing):
         sharing = Sharing(**asdict(ensemble.sharing))
     elif ensemble.sharing in SHARING:
@@ -202,16 +412,26 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
     shares = sharing.block or "*" not in sharing.own
     if not scheme.joint and shares and not sharing.frozen and ensemble.members > 1:
         raise ParamsError(
-            f"{where}.sharing: {sharing.name!r} shares layers that are trained, so its members must "
-            f"be trained together; expected a sharing that freezes what it shares for scheme "
+            f"{where}.sharing: {sharing.name!r} shares layers that are trained, so its members "
+            f"must be trained together; expected a sharing that freezes what it shares for scheme "
             f"{ensemble.scheme!r}"
+        )
+    if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} would share the rows of the classifier block; "
+            "expected 'mixing' among what members own, as in tentaclenet"
+        )
+    if ensemble.scheme != "tentaclenet" and "mixing" in sharing.own:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} names 'mixing', a tentacle's rows of the "
+            f"classifier block, which only scheme tentaclenet has; got scheme {ensemble.scheme!r}"
         )
     model = model_spec(params, image, classes, binary=True)
     classifier = None
-    if scheme.combine == "sum" and ensemble.scheme == "tentaclenet":
+    if ensemble.scheme == "tentaclenet":
         classifier = ensemble.classifier
         with torch.device("meta"):
-            no_dense = isinstance(build(model).head, ConvHead)
+            no_dense = not hasattr(build(model).head, "dense")
         if classifier == "auto":
             classifier = "logits" if no_dense else "features"
         elif classifier == "features" and no_dense:
@@ -219,7 +439,9 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
                 f"{where}.classifier: {params.model.backbone} has no dense layer whose features "
                 "could be concatenated; expected 'logits' or 'auto'"
             )
-    combine = f"{ensemble.vote}_vote" if scheme.combine == "vote" else scheme.combine
+    combine = scheme.combine
+    if combine == "vote":
+        combine = f"{ensemble.vote or scheme.options['vote']}_vote"
     return EnsembleSpec(model, ensemble.members, sharing, combine, classifier)
 
 
@@ -229,16 +451,47 @@ def check(params: Params, image, classes: int) -> None:
     Raises:
         ParamsError: names the section that cannot be built, and why.
     """
+    # Imported here: what is only checked must not make DVC train again when it changes.
+    from bnncore import blueprint
+    from bnncore.program import validate
+
     named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
     named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
-    with torch.device("meta"):
-        build(model_spec(params, image, classes, binary=False))
-        member = build(model_spec(params, image, classes, binary=True))
+    try:
+        with torch.device("meta"):
+            build(model_spec(params, image, classes, binary=False))
+            member = build(model_spec(params, image, classes, binary=True))
+    except ValueError as error:
+        raise ParamsError(f"model.backbone: {error}") from None
     for ensemble in params.ensembles.train:
+        where = f"ensembles.train.{ensemble.name}"
         spec = ensemble_spec(params, ensemble, image, classes)
-        params.recipe(ensemble)
-        if spec.classifier is None:
-            own_layers(member, spec.sharing)
+        recipe = params.recipe(ensemble)
+        try:
+            with torch.device("meta"):
+                own = Ensemble(spec, ids=(0,)).own
+            validate(blueprint.draw(spec).most)
+        except ValueError as error:
+            raise ParamsError(f"{where}: {error}") from None
+        if ensemble.scheme == "snapshot":
+            if recipe.epochs % spec.members:
+                raise ParamsError(
+                    f"{where}.recipe.epochs: expected a multiple of members ({spec.members}), a "
+                    f"cycle each, got {recipe.epochs}"
+                )
+            if ensemble.recipe.get("schedule", "cosine") != "cosine":
+                raise ParamsError(
+                    f"{where}.recipe.schedule: snapshots are taken at the end of cosine cycles; "
+                    f"expected cosine or none, got {recipe.schedule!r}"
+                )
+        if ensemble.scheme == "stochastic_rounding":
+            layers = weight_layers(member)
+            if not any(isinstance(layers[name], BinaryConv2d) for name in own & layers.keys()):
+                raise ParamsError(
+                    f"{where}.sharing: {spec.sharing.name!r} shares all binary convolutions, of "
+                    "which this scheme draws one version a member; expected a sharing in which "
+                    "members own some, such as no_shared or own: [binary_conv]"
+                )
 
 
 def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
@@ -247,7 +500,9 @@ def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
     spec = single_spec(params, data.image, len(data.classes), binary)
     network = Ensemble(spec, seed=params.seed)
     if fp32 is not None:
-        network.start_from(single_state(fp32))
+        # Not the norms of the body: in the two twins they stand at different places.
+        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
+        network.start_from(single_state(fp32), kept)
     name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
     return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
 

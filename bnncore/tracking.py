@@ -15,13 +15,14 @@ rows that are equal in name, step, time and value, and runs are found again by t
 
 ``checkpoints/mlflow.json`` says which run is whose::
 
-    {key: {"uri", "experiment_id", "run_id", "children": {model: {"run_id", "epoch", "finished"}}}}
+    {key: {"uri", "experiment_id", "run_id", "children": {model: {"run_id", "first", "epoch",
+                                                                  "finished", "final"}}}}
 
-where key is a hash of the resolved parameters, DVC's experiment name and the store. A stage that
-was killed therefore goes on in the runs it had begun, and a changed parameter begins new ones. A
-model trained again from its first epoch after its run had finished (changed code, `dvc repro
--f`) gets a fresh child; the child it replaces goes to MLflow's trash, so that a comparison shows
-each model once.
+where first and epoch are the first and last epoch logged, and key is a hash of the resolved
+parameters, DVC's experiment name and the store. A stage that was killed therefore goes on in the
+runs it had begun, and a changed parameter begins new ones. A model trained again from its first
+epoch after its run had finished (changed code, `dvc repro -f`) gets a fresh child; the child it
+replaces goes to MLflow's trash, so that a comparison shows each model once.
 
 Metric names are those of `METRICS`. Needs POSIX (fcntl).
 """
@@ -548,6 +549,7 @@ class _Store:
         else:
             client.update_run(run["run_id"], status="RUNNING")
             if entry["model"] is None:  # a child keeps the tags of the stage that trained it
+                self.state[entry["key"]] = self.state.pop(entry["key"])  # the last one logged
                 _log(client, run["run_id"], tags=tags)
         self.save()
         known = old.data.params if old is not None else {}
@@ -563,7 +565,8 @@ class _Store:
     def _metrics(self, client: Any, entry: dict[str, Any]) -> None:
         run = self._run(entry)
         steps = [step for step, *_ in entry["rows"] if step is not None]
-        if steps and run.get("finished") and min(steps) <= run.get("epoch", -1):
+        # From its first epoch again, not going on from a checkpoint?
+        if steps and run.get("finished") and min(steps) <= run.get("first", -1):
             self._replace(client, entry, run)
         last = run.get("epoch")
         rows: list[tuple[str, float, int, int]] = []
@@ -576,7 +579,10 @@ class _Store:
         _log(client, run["run_id"], metrics=rows)
         if steps:
             run["epoch"] = last
-            self.save()
+            run.setdefault("first", min(steps))
+        if len(steps) < len(entry["rows"]):
+            run["final"] = True  # it is a result, not only a curve
+        self.save()
 
     def _history(self, client: Any, entry: dict[str, Any]) -> None:
         if self._run(entry).get("epoch") is None and entry["rows"]:
@@ -691,15 +697,24 @@ def _serve(root: Path, wake: IO[bytes]) -> int:
 
 
 def compare_path(root: Path | str) -> str | None:
-    """The path, in MLflow's pages, that compares all models of the run logged last."""
+    """The path, in MLflow's pages, that compares the models of the run logged last.
+
+    Those with final figures, or all where none has any (their curves can be compared).
+    """
     try:
         state = json.loads((Path(root) / "checkpoints" / STATE).read_text())
         parent = list(state.values())[-1]
-        runs = [child["run_id"] for child in parent["children"].values()]
+        children = list(parent["children"].values())
+        final = [child for child in children if child.get("final")]
+        runs = [child["run_id"] for child in final or children]
         experiment = parent["experiment_id"]
     except (OSError, ValueError, LookupError):
         return None
-    return f"/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={json.dumps([experiment])}"
+
+    def ids(values: list[str]) -> str:
+        return quote(json.dumps(values))
+
+    return f"/#/compare-runs?runs={ids(runs)}&experiments={ids([experiment])}"
 
 
 def _ui(root: Path, port: int) -> None:

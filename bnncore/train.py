@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -39,9 +40,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnncore.backbones import Backbone, Dropout
+from bnncore.backbones import Backbone
+from bnncore.binarize import imported
 from bnncore.data import Dataset, Split, normalization
-from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, generator, tree_sum
+from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
@@ -63,9 +65,13 @@ class Job:
         seed: of data order, augmentation and dropout.
         start: canonical state to start from (`Ensemble.state`).
         indices: training images to use, (n,) int64; None for all. May repeat images.
-        resample: draw each batch with replacement, a draw a member (bagging by batch).
+        resample: draw as many images from each batch with replacement, and use those drawn once
+            each (bagging by batch, as the second paper's library did).
         weights: a weight for each training image in the loss, (N,) float32; None for 1.
         offsets: logits of earlier members, (N, C) float32, that a new member adds to.
+        targets: fit these outputs, (N, C) float32, by squared error instead of the labels.
+        keep_optimizer: keep Adam's moments in `Trained.optimizer`, for a job that goes on from
+            there: its `start` may hold them.
     """
 
     name: str
@@ -78,6 +84,8 @@ class Job:
     resample: bool = False
     weights: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    keep_optimizer: bool = False
 
     def digest(self, data: Dataset) -> str:
         """Hash of everything that the result depends on: parameters, data, start, code."""
@@ -91,8 +99,9 @@ class Job:
             asdict(self.recipe),
             self.seed,
             self.resample,
+            self.keep_optimizer,
         ]
-        return digest(plain, parts, data.digest, _code())
+        return digest(plain, parts, data.digest, _code(), _users_code(self.spec))
 
 
 def _hash(array: np.ndarray) -> str:
@@ -104,6 +113,15 @@ def _code() -> str:
     here = Path(__file__).parent
     names = ("binarize", "backbones", "ensemble", "train", "template")
     return digest([(here / f"{n}.py").read_text() for n in names if (here / f"{n}.py").exists()])
+
+
+def _users_code(spec: EnsembleSpec) -> list[str]:
+    """The modules behind what parameters name as ``module:function``."""
+    binarizer = spec.model.binarizer
+    names = [spec.model.backbone]
+    names += [binarizer.weight, binarizer.activation] if binarizer else []
+    functions = [imported(name, "model") for name in names if ":" in name]
+    return [Path(inspect.getfile(function)).read_text() for function in functions]
 
 
 class Exchange(Protocol):
@@ -162,7 +180,6 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.replay = replay
         self.ensemble = Ensemble(job.spec, hold or job.ids)
-        self.ensemble.load(job.start)
         self.ensemble.to(self.device)
         self.members = cast(list[Backbone], list(self.ensemble.members))
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
@@ -177,6 +194,7 @@ class Trainer:
             betas=recipe.betas,
             weight_decay=recipe.weight_decay,
         )
+        self.load(job.start)
         scale, shift = normalization(data.mean, data.std)
         self.scale = torch.from_numpy(scale).to(self.device)[:, None, None]
         self.shift = torch.from_numpy(shift).to(self.device)[:, None, None]
@@ -186,7 +204,7 @@ class Trainer:
         self._reset_watch()
         layers = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.Conv2d)]
         self._narrow = any(m.out_channels < 8 for m in layers)
-        extra = {"weights": job.weights, "offsets": job.offsets}
+        extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
         }
@@ -207,18 +225,17 @@ class Trainer:
         started = time.perf_counter()
         sent, waited = self.exchange.sent, self.exchange.seconds
         number, recipe = len(history), self.job.recipe
-        order = self._order(number)
-        steps = math.ceil(len(order) / recipe.batch_size)
+        batches = self._batches(number)
         augment = generator("augment", self.job.seed, number, device=self.device)
         self._seed_dropout(number)
         self.ensemble.train()
         self._reset_watch()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
-        for step, at in enumerate(order.split(recipe.batch_size)):
+        for step, at in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(
-                    recipe, history, (number + step / steps) / recipe.epochs
+                    recipe, history, (number + step / len(batches)) / recipe.epochs
                 )
             x = self._normalized(augmented(self.images[at], recipe, augment))
             loss, logits = self.step(x, self.labels[at], {k: v[at] for k, v in self.extra.items()})
@@ -232,8 +249,8 @@ class Trainer:
         sums = {
             "loss": total,
             "correct": float(correct),
-            "images": float(len(order)),
-            "steps": float(steps),
+            "images": float(sum(map(len, batches))),
+            "steps": float(len(batches)),
             "sent": float(self.exchange.sent - sent),
             "waited": self.exchange.seconds - waited,
             "seconds": time.perf_counter() - started,
@@ -250,7 +267,7 @@ class Trainer:
         try:
             return self._step(x, y, extra)
         finally:
-            torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+            torch.backends.mkldnn.enabled = enabled
 
     def _step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -300,7 +317,7 @@ class Trainer:
             total = self.exchange.sum(tree_sum(outputs)).requires_grad_()
             logits = scale * total
             logits = logits if bias is None else logits + bias
-            loss = self._cross_entropy(logits, y, extra)
+            loss = self._loss(logits, y, extra)
             loss.backward()
             return [total.grad] * len(outputs), loss, logits.detach()
         # Every process needs all outputs here; each fills in its own.
@@ -313,18 +330,19 @@ class Trainer:
         if self.job.spec.combine != "sum":
             sums = sums / torch.arange(1, len(slots) + 1, device=self.device)[:, None, None]
         sums = sums if bias is None else sums + bias
-        loss = torch.stack([self._cross_entropy(z, y, extra) for z in sums]).mean()
+        loss = torch.stack([self._loss(z, y, extra) for z in sums]).mean()
         loss.backward()
         assert slots.grad is not None
         return [slots.grad[k] for k in mine], loss, sums[-1].detach()
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        if "offsets" in extra:
-            logits = logits + extra["offsets"]
-        if "weights" not in extra:
-            return F.cross_entropy(logits, y)
-        weight = extra["weights"]
-        return (F.cross_entropy(logits, y, reduction="none") * weight).sum() / weight.sum()
+    def _loss(self, logits: Tensor, y: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        """Mean over the batch of each image's loss times its weight."""
+        if "targets" in extra:
+            losses = (logits - extra["targets"]).square().sum(1)
+        else:
+            logits = logits + extra["offsets"] if "offsets" in extra else logits
+            losses = F.cross_entropy(logits, y, reduction="none")
+        return (losses * extra["weights"] if "weights" in extra else losses).mean()
 
     def _reset_watch(self) -> None:
         held = len(self.ensemble.ids)
@@ -352,22 +370,27 @@ class Trainer:
 
     # -- data and randomness ---------------------------------------------------------------
 
-    def _order(self, epoch: int) -> Tensor:
-        rng = generator("order", self.job.seed, epoch)
-        n = len(self.images) if self.job.indices is None else len(self.job.indices)
-        if self.job.resample:
-            rng = generator("resample", self.job.seed, *self.job.ids, epoch)
-            order = torch.randint(n, (n,), generator=rng)
-        else:
-            order = torch.randperm(n, generator=rng)
-        if self.job.indices is not None:
-            order = torch.from_numpy(self.job.indices)[order]
-        return order.to(self.device)
+    def _batches(self, epoch: int) -> list[Tensor]:
+        """Numbers of the training images of each step."""
+        job, size = self.job, self.job.recipe.batch_size
+        n = len(self.images) if job.indices is None else len(job.indices)
+        order = torch.randperm(n, generator=generator("order", job.seed, epoch))
+        if job.indices is not None:
+            order = torch.from_numpy(job.indices)[order]
+        batches = list(order.split(size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot normalise over one value: a single last image joins the others.
+            batches[-2:] = [torch.cat(batches[-2:])]
+        if job.resample:
+            rng = generator("resample", job.seed, *job.ids, epoch)
+            picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
+            batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
+        return [b.to(self.device) for b in batches]
 
     def _seed_dropout(self, epoch: int) -> None:
         for i, member in zip(self.ensemble.ids, self.ensemble.members, strict=True):
             for name, module in member.named_modules():
-                if isinstance(module, Dropout):
+                if draws(module):
                     keys = ("dropout", self.job.seed, i, name, epoch)
                     module.generator = generator(*keys, device=self.device)
 
@@ -395,6 +418,25 @@ class Trainer:
     def validation_outputs(self) -> np.ndarray:
         """`outputs` on the validation images."""
         return self.outputs(self.val_images)
+
+    @torch.no_grad()
+    def estimate_norms(self) -> None:
+        """Batch-norm statistics of the held members anew: means of those of each training batch.
+
+        One pass over the training images as they are, in an order drawn once; dropout is off.
+        """
+        self.ensemble.eval()
+        norms = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for the plain mean
+            norm.train()
+        for at in self._batches(0):
+            self.ensemble.outputs(self._normalized(self.images[at]))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
 
     def bias(self) -> Tensor | None:
         """The classifier block's bias (C,), if there is one."""
@@ -433,9 +475,9 @@ class _undisturbed:
         buffers = [b for m in self.ensemble.members for b in m.buffers() if id(b) not in prefix]
         self.buffers = [(b, b.clone()) for b in buffers]
         self.generators = [
-            (m.generator, m.generator.get_state())
+            (rng, rng.get_state())
             for m in self.ensemble.modules()
-            if isinstance(m, Dropout) and m.generator is not None
+            if draws(m) and isinstance(rng := m.generator, torch.Generator)
         ]
 
     def __exit__(self, *error):
@@ -466,6 +508,8 @@ def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
 def learning_rate(recipe: Recipe, history: list[dict[str, Any]], done: float) -> float:
     """The learning rate when the fraction `done` of all steps has been taken."""
     if recipe.schedule == "poly":
+        return recipe.lr * (1 - math.floor(done * recipe.epochs + 1e-9) / recipe.epochs)
+    if recipe.schedule == "linear":
         return recipe.lr * (1 - done)
     if recipe.schedule == "cosine":
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
@@ -485,12 +529,16 @@ def learning_rate(recipe: Recipe, history: list[dict[str, Any]], done: float) ->
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a job gives: canonical state of its members, a dict an epoch, validation outputs."""
+    """What a job gives: canonical state of its members, a dict an epoch, validation outputs.
+
+    `optimizer` is empty unless `Job.keep_optimizer`.
+    """
 
     job: Job
     state: State
     history: list[dict[str, Any]]
     outputs: np.ndarray
+    optimizer: State = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -606,8 +654,10 @@ def drive(
             on_epoch(job, epoch)
     if outputs is None:
         outputs = trainer.validation_outputs()
-    state = {n: v for n, v in trainer.state().items() if not n.startswith("adam.")}
-    return Trained(job, state, history, outputs)
+    entries = trainer.state()
+    state = {n: v for n, v in entries.items() if not n.startswith("adam.")}
+    optimizer = {n: v for n, v in entries.items() if n.startswith("adam.")}
+    return Trained(job, state, history, outputs, optimizer if job.keep_optimizer else {})
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
@@ -626,8 +676,14 @@ def train_many(
     data: Dataset,
     checkpoints: Path | None = None,
     on_epoch: Callable[[Job, dict[str, Any]], None] | None = None,
+    threads: int = 1,
 ) -> list[Trained]:
-    """Train jobs one after another in this process; `actors.train_many` spreads them out."""
+    """Train jobs one after another in this process; `actors.Cluster` spreads them out.
+
+    One thread is the default because small layers gain nothing from a second one, lose much beside
+    other busy processes, and give bits that do not depend on the machine's number of cores.
+    """
+    torch.set_num_threads(threads)
     results = []
     for job in jobs:
         checkpoint = (

@@ -10,7 +10,8 @@ def main() -> None:
         fp32 = schemes.Ensembled.read(MODELS / "fp32").state
         job = schemes.first_job(s.params, images, fp32)
         with train.resumable(CHECKPOINTS / "binarize") as checkpoints:
-            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch)
+            threads = s.params.ray.cpus_per_actor
+            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch, threads)
             schemes.Ensembled(job.spec, trained.state, {"bnn": trained.history}).save(
                 MODELS / "bnn"
             )

@@ -8,21 +8,32 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, execute, metrics, packfile, params, report
+from bnncore import data, execute, metrics, narrow, packfile, params, report, storage
+from bnncore.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
+
+OPTIONS = (
+    params.PackParams(),
+    params.PackParams(affine="float16"),
+    params.PackParams(weights="int8"),
+    params.PackParams(affine="float16", weights="int8"),
+)
 
 
 def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
-        results = [evaluated(s, name, images) for name in names]
-        results = report.complete(results)
-        histories = {}
+        results = report.complete([evaluated(s, name, images) for name in names])
+        histories: dict[str, list[dict]] = {}
         for name in names:
             histories |= curves(name)
-        anytime = {r["name"]: r.pop("anytime") for r in results if r.get("anytime")}
-        written = report.write(results, histories, REPORTS, anytime)
+        prefixes = {r["name"]: r.pop("anytime") for r in results}
+        narrower = {r["name"]: r.pop("options") for r in results}
+        REPORTS.mkdir(exist_ok=True)
+        (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
+        prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
+        written = report.write(results, histories, REPORTS, prefixes)
         flat = {
             r["name"]: {k: v for k, v in r.items() if isinstance(v, int | float)} for r in results
         }
@@ -30,7 +41,6 @@ def main() -> None:
         log(s, results, histories, written)
     if "torch" in sys.modules:
         raise RuntimeError("the packed evaluator imported torch; expected to run without it")
-    report.print_table(results)
 
 
 def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
@@ -45,7 +55,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     for part, split in (("val", images.val), ("test", images.test)):
         outputs = model.outputs(split.images, batch=p.batch)
         scores, predicted = execute.combine(program, outputs)
-        torch_scores, torch_predicted = execute.combine(program, theirs[part])
+        _, torch_predicted = execute.combine(program, theirs[part])
         compared += len(split)
         different += int((predicted != torch_predicted).sum())
         largest = max(largest, float(np.abs(outputs - theirs[part]).max(initial=0)))
@@ -57,6 +67,28 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
                 "disagreement": metrics.disagreement(outputs.argmax(2)),
             }
     info = program.info
+    counts = storage.counted(program, path.stat().st_size)
+    print(f"\n== {name}")
+    storage.print_count(counts, storage.layout_table(program))
+    flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
+    for flip in flips:
+        print(
+            f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
+            f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
+        )
+    if program.members > 1:
+        row |= early_exit(model, images)
+    narrower = []
+    if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
+        narrower = options(program, images, p)
+        for row in narrower:
+            print(
+                f"  packed with affine {row['affine']}, weights {row['weights']:<7} "
+                f"{row['bytes']:>9,} bytes, validation {row['val_top1']:.2f} %"
+            )
+    # Each paper's ensembles are counted as that paper counts.
+    first = info.get("scheme") == "tentaclenet"
+    bits = counts.tentaclenet if first else counts.filter_sharing
     return {
         "name": name,
         "kind": info["kind"],
@@ -67,12 +99,53 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "members": program.members,
         "val_top1": top1["val"],
         "test_top1": top1["test"],
-        "file_bytes": path.stat().st_size,
+        "file_bytes": counts.file,
+        "counted_kib": bits / 8 / 1024,
+        "counted_by": "tentaclenet" if first else "filter_sharing",
+        "binary_macs": counts.binary_macs,
+        "float_macs": counts.float_macs,
         "images_compared": compared,
         "images_different": different,
         "max_logit_difference": largest,
+        "flipped_signs": flips,
+        "anytime": anytime(model, images.test),
+        "options": narrower,
         **row,
     }
+
+
+def options(program: Program, images: data.Dataset, p: params.EvaluateParams) -> list[dict]:
+    """What each narrowing that `pack` offers would do to bytes and validation accuracy."""
+    rows = []
+    for pack in OPTIONS:
+        smaller = narrow.narrowed(program, pack)
+        model = execute.Model(smaller, p.ops, p.threads)
+        predicted = model.predict(images.val.images, batch=p.batch)
+        top1 = 100 * metrics.accuracy(predicted, images.val.labels)
+        size = len(packfile.encode(smaller))
+        rows.append({**params.plain(pack), "bytes": size, "val_top1": top1})
+    return rows
+
+
+def early_exit(model: execute.Model, images: data.Dataset) -> dict:
+    """Test accuracy and mean members used when each image stops as early as it may.
+
+    The threshold on the margin is the smallest that costs nothing on the validation part; votes
+    also stop when they are decided.
+    """
+    threshold = execute.choose_threshold(model, images.val.images, images.val.labels)
+    (reached,) = execute.exit_curve(model, images.test.images, images.test.labels, [threshold])
+    return {
+        "exit_threshold": threshold,
+        "exit_top1": 100 * (reached["accuracy"] or 0.0),
+        "exit_members": reached["mean_members"],
+    }
+
+
+def anytime(model: execute.Model, split: data.Split) -> list[dict]:
+    """Accuracy and cost with only the first 1..M members, one file serving all."""
+    rows = execute.curve(model, split.images, split.labels)
+    return [{**row, "top1": 100 * row["accuracy"], "mean_members": row["members"]} for row in rows]
 
 
 def curves(name: str) -> dict[str, list[dict]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, lower, packfile, params, schemes, train
+from bnncore import data, execute, lower, metrics, narrow, packfile, params, parity, schemes, train
 from bnncore.ensemble import Ensemble
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
@@ -30,13 +31,35 @@ def main() -> None:
             trained = schemes.Ensembled.read(found[name])
             ensemble = trained.ensemble()
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
-            program = lower.lower(
-                ensemble, images.mean, images.std, images.classes, facts(s.params, name, section)
+            info = facts(s.params, name, section)
+            program = lower.lower(ensemble, images.mean, images.std, images.classes, info)
+            theirs = torch_outputs(ensemble, images)
+            _, predicted = execute.combine(program, theirs["val"])
+            program.info["val_top1"] = round(
+                100 * metrics.accuracy(predicted, images.val.labels), 2
             )
+            program = narrow.narrowed(program, s.params.pack)
             size = packfile.save(program, PACKED / f"{name}.bnn")
-            np.savez(PACKED / "torch" / f"{name}.npz", **torch_outputs(ensemble, images))
+            np.savez(PACKED / "torch" / f"{name}.npz", val=theirs["val"], test=theirs["test"])
+            flips = differences(ensemble, program, images, theirs["test"])
+            (PACKED / "torch" / f"{name}.flips.json").write_text(json.dumps(flips))
             print(f"{name:>16}: {size:8,} bytes", flush=True)
         params.save(s.params, PACKED / "params.yaml")
+
+
+def differences(
+    ensemble: Ensemble, program, images: data.Dataset, theirs: np.ndarray
+) -> list[dict]:
+    """Test images that are classified differently by the packed program, traced to a sign."""
+    _, expected = execute.combine(program, theirs)
+    predicted = execute.Model(program, ops="numpy").predict(images.test.images)
+    at = np.flatnonzero(predicted != expected)
+    flips = (
+        parity.first_flips(ensemble, program, images.test.images[at], images.mean, images.std)
+        if len(at)
+        else []
+    )
+    return [{**asdict(flip), "image": int(at[flip.image])} for flip in flips]
 
 
 def facts(p: params.Params, name: str, section: params.EnsembleParams | None) -> dict:

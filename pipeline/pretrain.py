@@ -10,7 +10,8 @@ def main() -> None:
         schemes.check(s.params, images.image, len(images.classes))  # all stages', before any work
         job = schemes.first_job(s.params, images, None)
         with train.resumable(CHECKPOINTS / "pretrain") as checkpoints:
-            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch)
+            threads = s.params.ray.cpus_per_actor
+            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch, threads)
             schemes.Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(
                 MODELS / "fp32"
             )

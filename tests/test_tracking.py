@@ -136,6 +136,10 @@ def test_training_anew_replaces_the_finished_child(tmp_path):
     assert second["bnn"].data.tags["mlflow.parentRunId"] == parent.info.run_id
     old = client(uri).get_run(first["bnn"].info.run_id)
     assert old.info.lifecycle_stage == "deleted"
+    with Tracker(tmp_path, PARAMS) as tracker:  # but from a checkpoint it goes on
+        tracker.model("bnn", {}).epoch(2, {"val_top1": 60})
+    _, third = runs(uri)
+    assert third["bnn"].info.run_id == second["bnn"].info.run_id
 
 
 KILLED = """

@@ -96,8 +96,10 @@ def show(report: S.Report, search: S.Search, say: Callable[[str], None] = print)
         + (f"; ended because {report.ended}" if report.ended else "")
     )
     if report.rejecting_s:
-        median, most = (1000 * s for s in report.rejecting_s)
-        say(f"a rejection took {median:.1f} ms (median), {most:.0f} ms at most")
+        mean, most = (1000 * s for s in report.rejecting_s)
+        say(f"a rejection took {mean:.1f} ms of CPU time (mean), {most:.0f} ms at most")
+    if report.retried:
+        say(f"{report.retried} tasks crashed and were run once more")
     unit = "" if p.count == "file" else f" by the count of {p.count}"
     if report.best is None:
         least = search.space.least

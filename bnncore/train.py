@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnncore import cheap
 from bnncore.backbones import Backbone
 from bnncore.binarize import imported
 from bnncore.data import Dataset, Split, normalization
@@ -111,7 +112,7 @@ def _hash(array: np.ndarray) -> str:
 def _code() -> str:
     """Hash of the modules that decide what training computes."""
     here = Path(__file__).parent
-    names = ("binarize", "backbones", "ensemble", "train", "template")
+    names = ("binarize", "backbones", "cheap", "ensemble", "train", "template")
     return digest([(here / f"{n}.py").read_text() for n in names if (here / f"{n}.py").exists()])
 
 
@@ -181,6 +182,8 @@ class Trainer:
         self.replay = replay
         self.ensemble = Ensemble(job.spec, hold or job.ids)
         self.ensemble.to(self.device)
+        if self.device.type == "cpu":
+            cheap.make(self.ensemble)
         self.members = cast(list[Backbone], list(self.ensemble.members))
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
         # The bias of the classifier block is left out: its gradient is the same everywhere.

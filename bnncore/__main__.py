@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--ops", choices=sorted(execute.OPS), default="compiled")
         if name == "bench":
             command.add_argument("--batch", type=int, default=64, help="images (default 64)")
+            command.add_argument("--torch", action="store_true", help="also torch fp32 eager")
             command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
     return parser
 
@@ -189,13 +190,15 @@ def _bench(options: argparse.Namespace) -> None:
     )
     every = os.cpu_count() or 1
     models: dict[tuple[str, int], execute.Model] = {}
-    for ops in execute.OPS:
+    for ops in execute.OPS if options.torch else [ops for ops in execute.OPS if ops != "torch"]:
         for threads in sorted({1, every}):
             try:
                 start = time.perf_counter()
-                models[ops, threads] = execute.Model(program, ops, threads)
-                models[ops, threads](images, options.members)
+                # torch divides a batch itself; the others work on parts of it side by side.
+                model = execute.Model(program, ops, 1 if ops == "torch" else threads)
+                model(images, options.members, options.batch)
                 first = time.perf_counter() - start
+                models[ops, threads] = model
             except ImportError as error:
                 print(f"{ops}: not available: {error}", file=sys.stderr)
                 break
@@ -203,10 +206,12 @@ def _bench(options: argparse.Namespace) -> None:
                 print(f"{ops}: ready and first batch in {first:.2f} s")
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in models}
     for _ in range(options.repeats):  # interleaved, so that a slow moment hits all alike
-        for key, model in models.items():
+        for (ops, threads), model in models.items():
+            if ops == "torch":
+                sys.modules["torch"].set_num_threads(threads)
             start = time.perf_counter()
-            model(images, options.members)
-            seconds[key].append(time.perf_counter() - start)
+            model(images, options.members, options.batch)
+            seconds[ops, threads].append(time.perf_counter() - start)
     rows = [("ops", "threads", "ms a batch", "images/s")]
     for (ops, threads), taken in seconds.items():
         median = statistics.median(taken)

@@ -357,14 +357,7 @@ class Cluster:
         try:
             actors += [self._new_actor() for _ in range(size - len(actors))]
             alive = [actor.where.remote() for actor in actors]
-            ready, late = ray.wait(alive, num_returns=len(alive), timeout=self.params.wait_s + 30)
-            if late:
-                raise ClusterError(
-                    f"ray: {len(late)} of {size} actors did not start within "
-                    f"{self.params.wait_s + 30:g} s: is the cluster busy with other work? "
-                    f"Free now: {ray.available_resources()}"
-                )
-            ray.get(ready)
+            self._wait_for(alive)
         except (RayActorError, WorkerCrashedError) as error:
             self._discard(actors)
             raise _GroupLost(str(error)) from error
@@ -372,6 +365,21 @@ class Cluster:
             self._discard(actors)
             raise
         return actors
+
+    def _wait_for(self, alive: list) -> None:
+        deadline = time.monotonic() + self.params.wait_s + 30
+        late = alive
+        while late:
+            ready, late = ray.wait(late, num_returns=len(late), timeout=2)
+            ray.get(ready)
+            if late and self.slots() < self._busy:
+                raise _GroupLost("a node left while actors were starting")
+            if late and time.monotonic() > deadline:
+                raise ClusterError(
+                    f"ray: {len(late)} of {len(alive)} actors did not start within "
+                    f"{self.params.wait_s + 30:g} s: is the cluster busy with other work? "
+                    f"Free now: {ray.available_resources()}"
+                )
 
     def _new_actor(self):
         gpus = self.gpus_per_actor

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift, imported
+from bnncore.binarize import BinaryActivation, BinaryConv2d, Shift, despite_torchvision, imported
 from bnncore.params import Binarizer
 
 
@@ -24,7 +24,10 @@ class Backbone(nn.Module):
     """``mix(head(body(stem(x))))``: images (B, C, H, W), float, to logits (B, classes).
 
     `mix` is the identity, but for a tentacle whose logits are concatenated (`ensemble`).
+    `shortcuts` names the layers on shortcuts that are not below a module called ``shortcut``.
     """
+
+    shortcuts: frozenset[str] = frozenset()
 
     def __init__(self, stem: nn.Module, body: nn.Module, head: nn.Module):
         super().__init__()
@@ -246,7 +249,7 @@ def _doubled_shortcut(cin: int, cout: int, stride: int, binarizer: Binarizer | N
     if stride == 1 and cin == cout:
         return nn.Identity()
     shortcut = nn.Sequential()
-    shortcut.add_module("pool", nn.AvgPool2d(stride, stride))
+    shortcut.add_module("pool", nn.AvgPool2d(stride, stride, ceil_mode=True))
     shortcut.add_module("doubled", _Doubling())
     if binarizer is None:
         shortcut.add_module("conv", nn.Conv2d(cout, cout, 1, bias=False))
@@ -314,7 +317,7 @@ class ShortcutLayer(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or cin != cout:
             self.shortcut = nn.Sequential()
-            self.shortcut.add_module("pool", nn.AvgPool2d(stride, stride))
+            self.shortcut.add_module("pool", nn.AvgPool2d(stride, stride, ceil_mode=True))
             if react and binarizer is not None:
                 # Kim et al. 2022 say that ReActNet-10's downsampling 1x1 convolutions are binary.
                 self.shortcut.add_module("sign", nn.Sequential(Shift(cin), _activation(binarizer)))
@@ -390,7 +393,8 @@ def build(spec: ModelSpec) -> Backbone:
             f"model.backbone: expected one of {', '.join(BACKBONES)} or 'module:function', "
             f"got {spec.backbone!r}"
         )
-    model = imported(spec.backbone, "model.backbone")(spec.image[2], spec.classes)
+    function = imported(spec.backbone, "model.backbone")
+    model = despite_torchvision(function, spec.image[2], spec.classes)
     from bnncore.template import binarized  # only a user's own network needs tracing
 
     return binarized(model, spec)

@@ -26,6 +26,7 @@ from bnncore.backbones import Backbone, ModelSpec
 from bnncore.binarize import BinaryConv2d
 from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec, Sharing, own_layers, weight_layers
 from bnncore.lower import _Value as Value
+from bnncore.narrow import narrowed
 from bnncore.params import PackParams
 
 # What a file says of itself, where the caller does not know yet: about as long as real ones.
@@ -104,17 +105,17 @@ def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Valu
     with torch.device("meta"):
         ensemble = Ensemble(spec).eval()
     for module in ensemble.modules():
-        for name, value in list(module.named_parameters(recurse=False)):
-            blank = nn.Parameter(torch.zeros(()).expand(value.shape), requires_grad=False)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            blank = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
             module.register_parameter(name, blank)
-        for name, value in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.zeros((), dtype=value.dtype).expand(value.shape))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
         if isinstance(module, BinaryConv2d):
             _blank_binary(module)
     channels = model.image[2]
     with torch.no_grad():
         values, output = _Blank(ensemble, (0.0,) * channels, (1.0,) * channels).run()
-    return ensemble.members[0], values, output  # type: ignore[return-value]
+    return ensemble.members[0], values, output
 
 
 class _Blank(lower._Lowering):
@@ -276,9 +277,9 @@ def _sizes(program, pack, classes, facts, end: _End) -> tuple[int, int, int]:
         overhead = round(overhead * factor) + more
     else:
         overhead = round(overhead / GRAPH_SLACK[0]) - GRAPH_SLACK[1]
-    tensors = [t for n, t in labelled.tensors.items() if n != "c.weight"]
-    shared = sum(t.data.nbytes for t in tensors if not t.own)
-    own = sum(t.data.nbytes for t in tensors if t.own)
+    counted = [t for n, t in labelled.tensors.items() if n != "c.weight"]
+    shared = sum(t.data.nbytes for t in counted if not t.own)
+    own = sum(t.data.nbytes for t in counted if t.own)
     return shared, own, overhead
 
 
@@ -295,10 +296,3 @@ def _unlike(index: int, length: int) -> str:
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
         text += letters[(state >> 16) % len(letters)]
     return text
-
-
-def narrowed(program: P.Program, pack: PackParams) -> P.Program:
-    """`program` with the kinds of tensors that `pack` asks for."""
-    if pack == PackParams():
-        return program
-    raise NotImplementedError("narrowing")

@@ -12,9 +12,10 @@ Legend: `M` members, `B` images, `C` classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +116,9 @@ def layer_groups(member: Backbone, classifier: str | None = None) -> dict[str, s
             groups[name].add("mixing" if classifier == "features" else "classifier")
         elif name.startswith("stem."):
             groups[name].add("first_conv")
-        elif ".shortcut." in name:
+        elif ".shortcut." in name or name in member.shortcuts:
             groups[name].add("shortcut")
-        else:
+        elif isinstance(module, nn.Conv2d):
             body.append(name)
             if isinstance(module, BinaryConv2d):
                 groups[name].add("binary_conv")
@@ -165,7 +166,9 @@ def draws(module: nn.Module) -> bool:
     return isinstance(module, Dropout) or (isinstance(module, BinaryConv2d) and module.stochastic)
 
 
-def generator(*keys: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+def generator(
+    *keys: int | str | tuple[int, ...], device: str | torch.device = "cpu"
+) -> torch.Generator:
     """A torch generator seeded by all of `keys`: the same keys, the same numbers."""
     digest = hashlib.sha256(repr(keys).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -180,12 +183,15 @@ class Ensemble(nn.Module):
         seed: for fresh weights: those of member i depend on `seed` and i only.
     """
 
+    members: Sequence[Backbone]  # a ModuleList
+    weights: Tensor
+
     def __init__(self, spec: EnsembleSpec, ids: Iterable[int] | None = None, seed: int = 0):
         super().__init__()
         self.spec = spec
         self.ids = tuple(range(spec.members) if ids is None else ids)
         members = [self._member(spec, seed, i) for i in self.ids]
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleList(members)  # type: ignore[assignment]
         self.own = own_layers(members[0], spec.sharing, spec.classifier)
         self.shared = [n for n in weight_layers(members[0]) if n not in self.own]
         if spec.sharing.block:
@@ -211,8 +217,8 @@ class Ensemble(nn.Module):
             member = build(spec.model)
             classes = spec.model.classes
             if spec.classifier == "features":
-                dense = member.head.dense  # type: ignore[union-attr]
-                member.head.dense = nn.Linear(dense.in_features, classes, bias=False)
+                head: Any = member.head
+                head.dense = nn.Linear(head.dense.in_features, classes, bias=False)
             elif spec.classifier == "logits":
                 member.mix = nn.Linear(classes, classes, bias=False)
             for name, module in member.named_modules():

@@ -1,12 +1,13 @@
 """Run a `Program` on images: one executor for every set of kernels, votes, and anytime inference.
 
 A set of kernels is a module with ``plan(program) -> list[Step]``: `bnncore.ops` (numpy, readable,
-the reference) and `bnncore.kernel` (compiled, the default). Legend as in `bnncore.program`; m of
-the M members are in use.
+the reference) and `bnncore.kernel` (compiled, the default); `bnncore.eager` (torch, floats all
+through) is there to compare with. Legend as in `bnncore.program`; m of the M members are in use.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import numpy as np
 from . import metrics
 from .program import Program, Shape, validate
 
-OPS = {"numpy": "bnncore.ops", "compiled": "bnncore.kernel"}
+OPS = {"numpy": "bnncore.ops", "compiled": "bnncore.kernel", "torch": "bnncore.eager"}
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def _last_uses(steps: list[Step], keep: set[int]) -> list[tuple[int, ...]]:
     return dead[::-1]
 
 
+@functools.cache
 def _one_thread() -> Callable[[], AbstractContextManager[Any]]:
     """A context in which BLAS uses one thread: here chunks of images are what runs in parallel."""
     try:

@@ -2,11 +2,11 @@
 
 `lower` traces the template member with torch.fx, turns each layer into operators of `program`, and
 folds chains of per-channel functions that end in a sign into thresholds. A fold is exact by
-construction, not by algebra: where the chain starts at a popcount, the chain's own torch modules are
-evaluated at every integer that can occur; where it starts at a float, the threshold is the very
-float32 at which those modules change sign, found by bisection over the ordered floats. So a negative
-batch-norm scale flips the direction, a negative PReLU slope gives an interval, and no bit differs
-from torch given the same input.
+construction, not by algebra: where the chain starts at a popcount, the chain's own torch modules
+are evaluated at every integer that can occur; where it starts at a float, the threshold is the very
+float32 at which those modules change sign, found by bisection over the ordered floats. So a
+negative batch-norm scale flips the direction, a negative PReLU slope gives an interval, and no bit
+differs from torch given the same input.
 """
 
 from __future__ import annotations
@@ -104,10 +104,9 @@ class _Lowering:
         for node in graph.nodes:
             if node.op == "placeholder":
                 scale, shift = normalization(*self.stats)
-                env[node] = self.emit(
-                    "normalize", "input", [_IMAGE],
-                    {"scale": ("input", "float32", [scale]), "shift": ("input", "float32", [shift])},
-                )  # fmt: skip
+                found = {"scale": scale, "shift": shift}
+                tensors = {slot: ("input", "float32", [array]) for slot, array in found.items()}
+                env[node] = self.emit("normalize", "input", [_IMAGE], tensors)
                 env[node].shared = True
             elif node.op == "call_module":
                 env[node] = self.module(str(node.target), env[node.args[0]])
@@ -198,12 +197,12 @@ class _Lowering:
         elif node.target is torch.cat:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
             if dim == 1:
-                return self.emit("concat", name, [env[a] for a in node.args[0]])  # type: ignore[index,union-attr]
+                return self.emit("concat", name, [env[a] for a in node.args[0]])  # type: ignore[union-attr]
         elif node.target in (torch.relu, F.relu) or target in ("relu", "relu_"):
             return self.emit("relu", name, tensors, modules=[nn.ReLU()] * len(self.members))
         elif node.target is F.dropout:
             return tensors[0]
-        elif (target == "mean" and tuple(node.args[1:2] or [node.kwargs.get("dim")])[0] in (
+        elif (target == "mean" and next(iter(node.args[1:2] or [node.kwargs.get("dim")])) in (
             (2, 3), [2, 3], (-2, -1), [-2, -1],
         )) or (node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))):  # fmt: skip
             return self.emit("global_avg", name, tensors)
@@ -216,8 +215,9 @@ class _Lowering:
         simple = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
         if not simple:
             raise LowerError(
-                f"layer {name!r}: expected a convolution with groups 1, dilation 1 and zero padding, "
-                f"got groups {layer.groups}, dilation {layer.dilation}, {layer.padding_mode!r}"
+                f"layer {name!r}: expected a convolution with groups 1, dilation 1 and zero "
+                f"padding, got groups {layer.groups}, dilation {layer.dilation}, "
+                f"{layer.padding_mode!r}"
             )
 
     def geometry(self, name: str, layer) -> dict[str, int | float]:
@@ -283,10 +283,12 @@ def _folded_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     On x86 torch then computes ``fma(x, scale, shift)``; `program.affine` rounds twice, so values
     can differ in the last bit. Thresholds do not: they are found on torch's own function.
     """
-    scale = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = norm.weight * scale
-    shift = -(norm.running_mean.double() * scale.double())  # type: ignore[union-attr,operator]
+    shift = -(norm.running_mean.double() * scale.double())
     return scale, (shift if norm.bias is None else norm.bias.double() + shift).float()
 
 
@@ -304,9 +306,9 @@ def _fold(values: list[_Value], members: int) -> None:
             continue
         own = any(not link.shared and link.tensors for link in chain)
         functions = [
-            nn.Sequential(*(link.modules[m] for link in chain))
+            nn.Sequential(*(link.modules[m] for link in chain if link.modules))
             for m in range(members if own else 1)
-        ]  # type: ignore[index]
+        ]
         if source.op == "bconv":
             weight = source.tensors["weight"][2][0]
             folded = _integer_thresholds(functions, weight.shape[0], int(weight[0].size))
@@ -439,7 +441,7 @@ def _floats(keys: np.ndarray) -> np.ndarray:
 
 def _assemble(ensemble: Ensemble, values: list[_Value], output: _Value, classes, info) -> P.Program:
     tensors: dict[str, P.Tensor] = {}
-    nodes = []
+    nodes: list[P.Node] = []
     numbers = {id(_IMAGE): 0}
     many = len(ensemble.ids)
     for value in values:

@@ -14,6 +14,7 @@ Legend: `M` members.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import sys
@@ -192,8 +193,11 @@ def storage_report(expected: Path = FIGURES, write: Callable[[str], None] = prin
         write(f"  {'':<28} {'published':>12} {'ours':>12} {'exact bits':>14}")
         for f in figures:
             if f.table == table:
-                write(f"  {f.row:<28} {_number(f.published):>12} {_number(f.ours):>12} "
-                      f"{f.bits:>14,}  {'equal' if f.ours == f.published else 'DIFFERENT'}")  # fmt: skip
+                verdict = "equal" if f.ours == f.published else "DIFFERENT"
+                write(
+                    f"  {f.row:<28} {_number(f.published):>12} {_number(f.ours):>12} "
+                    f"{f.bits:>14,}  {verdict}"
+                )
         write("")
     _savings(figures, write)
     _curves_7b(write)
@@ -259,8 +263,10 @@ def _operations(quoted: dict[str, float], write) -> None:
     write(f"  ResNet-18 over ResNet-20: {ratio:.1f}"
           + (f" (the paper: {quoted['resnet18_over_resnet20']})" if quoted else ""))  # fmt: skip
     if quoted:
-        write(f"  the paper quotes {quoted['resnet18'] / 1e6:.0f} M for ResNet-18 from elsewhere; it "
-              "grows linearly in M, as ours does")  # fmt: skip
+        write(
+            f"  the paper quotes {quoted['resnet18'] / 1e6:.0f} M for ResNet-18 from elsewhere; "
+            "it grows linearly in M, as ours does"
+        )
     write("")
 
 
@@ -291,3 +297,481 @@ def _layers(of: EnsembleSpec) -> list[dict[str, Any]]:
     from bnncore import blueprint
 
     return storage.layout_table(blueprint.draw(of).most, of.members)
+
+
+# -- the reproduction report ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Under what conditions something was run.
+
+    Attributes:
+        dataset, backbone: what was trained on what.
+        width: channels of the first convolution; None for the paper's.
+        subset: fraction of the training images.
+        epochs: of the model's own training; None where the run does not say.
+    """
+
+    dataset: str
+    backbone: str
+    width: int | None
+    subset: float
+    epochs: int | None
+
+    def __str__(self) -> str:
+        width = "the paper's width" if self.width is None else f"width {self.width}"
+        images = "" if self.subset == 1 else f", {self.subset:.0%} of the images"
+        return f"{width}{images}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished model.
+
+    Attributes:
+        what: (``fp32``,), (``bnn``,) or (scheme, sharing, members).
+        top1: test accuracy in percent.
+        fp32: that of the FP32 model of the same run, None where there is none.
+        file_bytes: of its packed file.
+    """
+
+    setting: Setting
+    what: tuple[Any, ...]
+    seed: int
+    top1: float
+    fp32: float | None
+    file_bytes: int | None
+
+
+def collect(folders: Iterable[Path]) -> list[Run]:
+    """The finished runs below `folders`: every ``results.json``.
+
+    What a row does not say itself (``dataset``, ``backbone``, ``width``, ``subset``, ``epochs``,
+    ``seed``) is taken from the resolved parameters of the run: ``params.yaml`` or
+    ``packed/params.yaml`` beside the results or in the folder above.
+
+    Raises:
+        FiguresError: a folder without results, or results that cannot be read; names it.
+    """
+    runs: list[Run] = []
+    for folder in folders:
+        files = [folder] if folder.is_file() else sorted(folder.rglob("results.json"))
+        if not files:
+            raise FiguresError(f"{folder}: expected a finished run, found no results.json below it")
+        for file in files:
+            runs += _read(file)
+    return runs
+
+
+def _read(file: Path) -> list[Run]:
+    try:
+        rows = json.loads(file.read_text())
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("expected a list of objects")
+        known = _parameters(file)
+        fp32 = next((r["test_top1"] for r in rows if _what(r) == ("fp32",)), None)
+        return [_run(row, known, fp32) for row in rows if row.get("test_top1") is not None]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise FiguresError(f"{file}: expected the results of a run: {text}") from None
+
+
+def _parameters(file: Path) -> dict[str, Any]:
+    for folder in (file.parent, file.parent.parent):
+        for path in (folder / "params.yaml", folder / "packed" / "params.yaml"):
+            if path.exists():
+                return yaml.safe_load(path.read_text())
+    return {}
+
+
+def _what(row: dict[str, Any]) -> tuple[Any, ...]:
+    kind = row.get("kind") or (row["name"] if row["name"] in ("fp32", "bnn") else "ensemble")
+    return (kind,) if kind != "ensemble" else (row["scheme"], row["sharing"], row["members"])
+
+
+def _run(row: dict[str, Any], p: dict[str, Any], fp32: float | None) -> Run:
+    what = _what(row)
+    data, model = p.get("data", {}), p.get("model", {})
+    section = {"fp32": p.get("pretrain"), "bnn": p.get("binarize")}.get(what[0])
+    if section is None:
+        train = p.get("ensembles", {}).get("train", ())
+        own: dict[str, Any] = next((e for e in train if e["name"] == row["name"]), {})
+        section = {**p.get("ensembles", {}).get("recipe", {}), **(own.get("recipe") or {})}
+    backbone = row.get("backbone") or model["backbone"]
+    width = row.get("width", model.get("width"))
+    if width == _paper_width(backbone):
+        width = None
+    setting = Setting(
+        row.get("dataset") or data["name"],
+        backbone,
+        width,
+        float(row.get("subset", data.get("subset", 1.0))),
+        row.get("epochs", section.get("epochs")),
+    )
+    seed = int(row.get("seed", p.get("seed", 0)))
+    return Run(setting, what, seed, row["test_top1"], fp32, row.get("file_bytes"))
+
+
+def _paper_width(backbone: str) -> int | None:
+    from bnncore.backbones import BACKBONES
+
+    return BACKBONES[backbone][1] if backbone in BACKBONES else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: a published value and ours under one setting.
+
+    Attributes:
+        place: ``table 2`` ...
+        row: what the value is of.
+        unit: of the values.
+        published: None where the paper (or its authors' logs) gives no number.
+        ours, spread: mean and sample standard deviation over the seeds; None: not run, or one seed.
+        seeds: how many; 0: not run.
+        setting: None: not run.
+        file_bytes: of the packed file; None: not run.
+    """
+
+    place: str
+    row: str
+    unit: str
+    published: float | None
+    ours: float | None = None
+    spread: float | None = None
+    seeds: int = 0
+    setting: Setting | None = None
+    file_bytes: int | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published."""
+        if self.ours is None or self.published is None:
+            return None
+        return self.ours - self.published
+
+
+def _lines(
+    runs: list[Run],
+    place: str,
+    row: str,
+    dataset: str,
+    backbone: str,
+    what: tuple[Any, ...],
+    value: float | None,
+    delta: bool = False,
+) -> list[Line]:
+    """The lines of one published value: one a setting in which it was run, or a blank one."""
+    unit = "points to FP32" if delta else "% top-1"
+    found: dict[Setting, list[Run]] = {}
+    for run in runs:
+        here = (run.setting.dataset, run.setting.backbone, run.what) == (dataset, backbone, what)
+        if here and not (delta and run.fp32 is None):
+            found.setdefault(run.setting, []).append(run)
+    lines = []
+    for setting, same in sorted(found.items(), key=lambda item: _nearness(item[0])):
+        last = {run.seed: run for run in same}  # a seed that was run twice counts once
+        values = [r.top1 - (r.fp32 or 0) if delta else r.top1 for r in last.values()]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        size = next((r.file_bytes for r in last.values()), None)
+        lines.append(Line(place, row, unit, value, statistics.mean(values), spread, len(values),
+                          setting, size))  # fmt: skip
+    return lines or [Line(place, row, unit, value)]
+
+
+def _nearness(setting: Setting) -> tuple:
+    """Settings like the paper's first."""
+    return (setting.width is not None, -(setting.width or 0), -setting.subset,
+            -(setting.epochs or 0))  # fmt: skip
+
+
+def accuracy_lines(runs: list[Run], figures: dict[str, Any]) -> list[Line]:
+    """Every accuracy of both papers, published and ours."""
+    lines: list[Line] = []
+    first, second = figures["tentaclenet"], figures["filter_sharing"]
+    for row in first["table1"]:
+        lines += _lines(runs, "TentacleNet, Table 1", f"{row['model']} {row['kind']}",
+                        row["dataset"], row["model"], (row["kind"],), row["top1"])  # fmt: skip
+    for row in first["table2"]:
+        scheme, sharing = {
+            "benn_bagging": ("bagging", "no_shared"),
+            "benn_boosting": ("boosting", "no_shared"),
+            "tentaclenet": ("tentaclenet", "tentaclenet"),
+        }[row["template"]]
+        what = (scheme, sharing, row["members"])
+        lines += _lines(runs, "TentacleNet, Table 2",
+                        f"{row['model']} {row['template']}, {row['members']}",
+                        row["dataset"], row["model"], what, row["delta"], delta=True)  # fmt: skip
+    for row in first["fig3"]:
+        counts = set(row["delta"])
+        counts |= {run.what[2] for run in runs if run.what[:1] == ("tentaclenet",)
+                   and run.setting.backbone == row["model"]}  # fmt: skip
+        for n in sorted(counts):
+            what = ("tentaclenet", "tentaclenet", n)
+            lines += _lines(
+                runs, "TentacleNet, Figure 3", f"{row['model']}, n = {n}",
+                row["dataset"], row["model"], what, row["delta"].get(n), delta=True,
+            )  # fmt: skip
+    for row in second["singles"]:
+        lines += _lines(runs, "Kim et al., in the text",
+                        f"{row['model']} {row['dataset']} {row['kind']}",
+                        row["dataset"], row["model"], (row["kind"],), row["top1"])  # fmt: skip
+    values = {
+        (c["model"], c["dataset"], c["scheme"], c["sharing"]): c["top1"] for c in second["curves"]
+    }
+    for number, (_, model, dataset, curves) in CURVES.items():
+        for label, (scheme, sharing) in curves.items():
+            known = values.get((model, dataset, scheme, sharing), {})
+            counts = set(known) | {
+                run.what[2] for run in runs if run.what[:2] == (scheme, sharing)
+                and (run.setting.backbone, run.setting.dataset) == (model, dataset)
+            }  # fmt: skip
+            for m in sorted(counts or {2, 4, 6, 8, 10}):
+                lines += _lines(runs, f"Kim et al., Figure {number}", f"{label}, M = {m}",
+                                dataset, model, (scheme, sharing, m), known.get(m))  # fmt: skip
+    return lines
+
+
+def report(folders: Sequence[Path], out: Path, expected: Path = FIGURES) -> list[Path]:
+    """Write the papers' tables and plots from the finished runs in `folders`.
+
+    Returns:
+        The files written: ``paper.md``, ``paper.csv`` and the plots.
+    """
+    figures = published(expected)
+    runs = collect(folders)
+    lines = accuracy_lines(runs, figures)
+    sizes = with_published(storage_figures(), figures)
+    out.mkdir(parents=True, exist_ok=True)
+    plots = _plots(lines, figures, out)
+    text = _markdown(lines, sizes, figures, [path.name for path in plots])
+    (out / "paper.md").write_text(text)
+    with open(out / "paper.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["place", "row", "unit", "published", "ours", "spread", "difference",
+                         "seeds", "epochs", "width", "subset", "file_bytes"])  # fmt: skip
+        for line in lines:
+            s = line.setting
+            width = "paper" if s and s.width is None else s.width if s else None
+            writer.writerow(
+                [line.place, line.row, line.unit, line.published, _round(line.ours),
+                 _round(line.spread), _round(line.difference), line.seeds,
+                 s.epochs if s else None, width, s.subset if s else None, line.file_bytes]
+            )  # fmt: skip
+    return [out / "paper.md", out / "paper.csv", *plots]
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _cell(value: float | None, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.2f}" if sign else f"{value:.2f}"
+
+
+def _markdown(lines: list[Line], sizes: list[Figure], figures: dict, plots: list[str]) -> str:
+    text = [
+        "# The papers' tables and figures, and ours",
+        "",
+        "Accuracies are top-1 in % on the test images (Table 2 and Figure 3 of TentacleNet: points",
+        "above the FP32 model of the same run). Ours are means over seeds, with the standard",
+        "deviation where there are several. What is blank has not been run, or has no published",
+        "number.",
+        "The second paper's curves are the last epoch of its authors' published runs.",
+        "",
+    ]
+    for place in dict.fromkeys(line.place for line in lines):
+        here = [line for line in lines if line.place == place]
+        text += [f"## {place}", ""]
+        name = _plot_name(place)
+        if name in plots:
+            text += [f"![{place}]({name})", ""]
+        text += ["| | published | ours | difference | epochs | seeds | setting | file, bytes |",
+                 "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |"]  # fmt: skip
+        for line in here:
+            delta = line.unit != "% top-1"
+            ours = _cell(line.ours, delta)
+            if line.spread is not None:
+                ours += f" ± {line.spread:.2f}"
+            s = line.setting
+            cells = [
+                line.row, _cell(line.published, delta), ours, _cell(line.difference, True),
+                str(s.epochs) if s and s.epochs is not None else "", str(line.seeds or ""),
+                str(s) if s else "", f"{line.file_bytes:,}" if line.file_bytes else "",
+            ]  # fmt: skip
+            text.append("| " + " | ".join(cells) + " |")
+        text.append("")
+        if place.startswith("TentacleNet, Table"):
+            text += _size_table(place[-1], sizes, figures)
+    text += _storage_tables(sizes)
+    text += ["## Kim et al., Figure 7B", "", f"![Figure 7B]({_plot_name('Figure 7B')})", "",
+             "Bits of M binarized ResNet-20 for CIFAR-100, computed from the model.", "",
+             "| M | " + " | ".join(map(str, range(1, 11))) + " |",
+             "| --- |" + " ---: |" * 10]  # fmt: skip
+    for sharing, curve in curves_7b().items():
+        text.append(f"| {sharing} | " + " | ".join(f"{bits:,}" for bits in curve.values()) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _size_table(number: str, sizes: list[Figure], figures: dict) -> list[str]:
+    """Sizes of Table 1 or 2 of the first paper, and the savings."""
+    savings = {
+        f"{r['model']} {r['template']} {r['members']}": r["saving"]
+        for r in figures["tentaclenet"]["table2"]
+        if "saving" in r
+    }
+    ours = {f.row: f.ours for f in sizes if f.table == "tentaclenet 2"}
+    text = ["Sizes, counted from the models as the paper counts:", "",
+            "| | published, KiB | ours, KiB | published saving | our saving |",
+            "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for f in sizes:
+        if f.table != f"tentaclenet {number}":
+            continue
+        saving = ""
+        if f.row in savings:
+            model = f.row.split()[0]
+            benn = min(v for row, v in ours.items() if row.startswith(f"{model} benn"))
+            saving = f"{100 * (1 - f.ours / benn):.1f} %"
+        told = f"{savings[f.row]:.1f} %" if f.row in savings else ""
+        text.append(f"| {f.row} | {_number(f.published)} | {_number(f.ours)} | {told} | {saving} |")
+    return [*text, ""]
+
+
+def _storage_tables(sizes: list[Figure]) -> list[str]:
+    text = []
+    for number, model in (("1", "ResNet-20"), ("2", "ResNet-18")):
+        text += [f"## Kim et al., Table {number}", "", f"Bits of binarized {model}.", ""]
+        text += ["| block | published | ours | exact |", "| --- | ---: | ---: | ---: |"]
+        for f in sizes:
+            if f.table == f"filter_sharing {number}":
+                text.append(f"| {f.row} | {_number(f.published)} | {_number(f.ours)} | "
+                            f"{f.bits:,} |")  # fmt: skip
+        text.append("")
+    return text
+
+
+def _plot_name(place: str) -> str:
+    return place.split("Figure ")[-1].lower().join(("figure_", ".png"))
+
+
+# Okabe and Ito's palette, told apart by the colour-blind too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+MARKERS = "os^Dv<P"
+
+
+def _plots(lines: list[Line], figures: dict[str, Any], out: Path) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    written = [_plot_7b(out)]
+    places = dict.fromkeys(line.place for line in lines if "Figure" in line.place)
+    for place in places:
+        here = [line for line in lines if line.place == place]
+        if any(line.published is not None or line.ours is not None for line in here):
+            written.append(_plot(place, here, lines, out))
+    return written
+
+
+def _canvas(title: str, x: str, y: str):
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator
+
+    canvas = Canvas(figsize=(10, 4.8), layout="constrained")
+    axes = canvas.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return canvas, axes
+
+
+def _plot(place: str, here: list[Line], lines: list[Line], out: Path) -> Path:
+    """Published values dashed and hollow, ours solid and filled, with the spread over seeds."""
+    delta = here[0].unit != "% top-1"
+    number = place.split("Figure ")[-1]
+    title = place if delta else f"{place}: {CURVES[number][0]}"
+    canvas, axes = _canvas(
+        title,
+        "tentacles" if delta else "members M",
+        "top-1 minus FP32's, points" if delta else "top-1, %",
+    )
+    labels = dict.fromkeys(line.row.rpartition(", ")[0] for line in here)
+    for index, label in enumerate(labels):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        same = [line for line in here if line.row.rpartition(", ")[0] == label]
+        told = {_members(line): line.published for line in same if line.published is not None}
+        if told:
+            # Figure 3's few known points are not joined: between them the paper gives no numbers.
+            axes.plot(list(told), list(told.values()), fillstyle="none",
+                      linestyle="none" if delta else "--",
+                      label=f"{label}, published", **style)  # fmt: skip
+        for setting in dict.fromkeys(line.setting for line in same if line.setting):
+            ours = [line for line in same if line.setting == setting]
+            about = f"{setting}, {setting.epochs} epochs" if setting.epochs else str(setting)
+            axes.errorbar([_members(line) for line in ours], [line.ours for line in ours],
+                          [line.spread or 0 for line in ours], capsize=3,
+                          label=f"{label}, ours: {about}", **style)  # fmt: skip
+    if delta:
+        axes.axhline(0, color="black", linestyle=":", linewidth=1)
+    else:
+        _, model, dataset, _ = CURVES[number]
+        single = f"{model} {dataset} bnn"
+        for line in (line for line in lines if line.row == single):
+            if line.published is not None:
+                axes.axhline(line.published, color="black", linestyle=":", linewidth=1,
+                             label="one BNN, published")  # fmt: skip
+            if line.ours is not None:
+                axes.axhline(
+                    line.ours, color="black", linewidth=1, label=f"one BNN, ours: {line.setting}"
+                )
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    canvas.legend(unique.values(), unique.keys(), fontsize=8, loc="outside right upper")
+    path = out / _plot_name(place)
+    canvas.savefig(path, dpi=120)
+    return path
+
+
+def _members(line: Line) -> int:
+    return int(line.row.rpartition("= ")[2])
+
+
+def _plot_7b(out: Path) -> Path:
+    canvas, axes = _canvas(
+        "Kim et al., Figure 7B: storage of M binarized ResNet-20 (computed)",
+        "members M", "kilobits, weights only",
+    )  # fmt: skip
+    for index, (sharing, curve) in enumerate(curves_7b().items()):
+        axes.plot(list(curve), [bits / 1000 for bits in curve.values()], label=FIGURE7[sharing],
+                  color=COLOURS[index], marker=MARKERS[index], markersize=4)  # fmt: skip
+    canvas.legend(fontsize=8, loc="outside right upper")
+    path = out / _plot_name("Figure 7B")
+    canvas.savefig(path, dpi=120)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bnncore.paper",
+        description="The papers' tables and plots, with the accuracies of finished runs beside.",
+    )
+    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS_DIR",
+                        help="folders with results.json somewhere below")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("reports/paper"), metavar="DIR")
+    parser.add_argument("--expected", type=Path, default=FIGURES, metavar="FILE",
+                        help="the published figures (default: those of the tests)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        for path in report(options.results, options.out, options.expected):
+            print(path)
+    except (FiguresError, OSError) as error:
+        print(f"paper: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

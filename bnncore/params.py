@@ -228,6 +228,20 @@ class MlflowParams:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Scale:
+    """By how much a preset was shortened when it was composed: a record, for the recipes and
+    ``data.subset`` hold the result.
+
+    Attributes:
+        epochs: factor on the epochs of every recipe.
+        subset: fraction of the training images.
+    """
+
+    epochs: Positive = 1.0
+    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SpaceParams:
     """What a search may choose from: a configuration takes one value of each list.
 
@@ -314,6 +328,7 @@ class SearchParams:
 class Params:
     """All of `params.yaml`."""
 
+    scale: Scale = field(default_factory=Scale)
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataParams = field(default_factory=lambda: DataParams(name="digits"))
     model: ModelParams = field(default_factory=ModelParams)

@@ -1,4 +1,4 @@
-"""Where a Program and the torch ensemble it came from part ways: the first flipped sign, its margin.
+"""Where a Program and the torch ensemble it came from part ways: the first flipped sign.
 
 Given the same bits a packed layer equals torch's to the bit. End to end, float32 additions in
 another order (first convolution, shortcuts) can carry a value over a threshold that it all but
@@ -8,6 +8,7 @@ touched. Such images are counted, and traced here to the layer and to the value 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,9 +59,7 @@ def first_flips(
     for m, member in enumerate(ensemble.members):
         before: dict[str, torch.Tensor] = {}
         hooks = [
-            member.get_submodule(node.name).register_forward_hook(
-                lambda _module, inputs, _output, name=node.name: before.setdefault(name, inputs[0])
-            )
+            member.get_submodule(node.name).register_forward_hook(partial(_keep, before, node.name))
             for node in program.nodes
             if node.op in SIGNS
         ]
@@ -77,11 +76,15 @@ def first_flips(
             different = ours != (values >= 0)
             for image in np.flatnonzero(different.any((1, 2, 3))):
                 if image not in seen:
-                    seen.add(image)
+                    seen.add(int(image))
                     size = np.abs(values[image])
                     margin = float(size[different[image]].max())
                     flips.append(Flip(int(image), m, name, margin, float(size.max())))
     return flips
+
+
+def _keep(found: dict[str, torch.Tensor], name: str, _module, inputs, _output) -> None:
+    found[name] = inputs[0]
 
 
 def _signs(program: Program, images: np.ndarray, member: int) -> dict[str, np.ndarray]:

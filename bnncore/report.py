@@ -292,7 +292,7 @@ def members_curves(results: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
             if row.get(k) is None or (k in ("backbone", "width") and str(row[k]) == usual[k]):
                 continue
             words.append(f"{k} {row[k]}" if k == "width" else str(row[k]))
-        return ", ".join(dict.fromkeys(words)) or "all"
+        return ", ".join(dict.fromkeys(words)) or KINDS[row["kind"]][0]
 
     rows.sort(key=lambda r: (family(r), r["members"]))
     return {name: list(group) for name, group in groupby(rows, family)}
@@ -328,18 +328,25 @@ def plot_accuracy_members(results: Sequence[Row], path: Path | str) -> None:
 
 
 def plot_curves(histories: Histories, path: Path | str) -> None:
-    """Training loss and validation accuracy against the epoch, a line a model."""
+    """Training loss and validation accuracy against the epoch, a line a model.
+
+    Members trained on their own ("NAME.0", "NAME.1", ...) are thin lines in NAME's colour.
+    """
     figure, (left, right) = _figure(11, 4.6, panels=2)
+    groups = list(dict.fromkeys(_group(name) for name in histories))
     for ax, metric, label in (
         (left, "train_loss", "training loss"),
         (right, "val_top1", "validation accuracy, %"),
     ):
-        for i, (name, history) in enumerate(histories.items()):
+        for name, history in histories.items():
             known = [(r["epoch"], r[metric]) for r in history if r.get(metric) is not None]
-            if known:
-                x, y = zip(*known, strict=True)
-                few = len(known) < 3
-                ax.plot(x, y, label=name, **_line(i), marker="o" if few else None)
+            if not known:
+                continue
+            x, y = zip(*known, strict=True)
+            style = _line(groups.index(_group(name)))
+            if name != _group(name):
+                style |= {"lw": 0.8, "alpha": 0.7}
+            ax.plot(x, y, label=_group(name), **style, marker="o" if len(known) < 3 else None)
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         _whole_numbers(ax)
@@ -348,6 +355,12 @@ def plot_curves(histories: Histories, path: Path | str) -> None:
         handles = list(lines.values())
         figure.legend(handles, list(lines), loc="outside right upper", frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def _group(name: str) -> str:
+    """The ensemble of a member's history, else the name itself."""
+    group, dot, member = name.rpartition(".")
+    return group if dot and member.isdecimal() else name
 
 
 def plot_anytime(curves: Histories, path: Path | str) -> None:
@@ -393,13 +406,13 @@ def write(
     """Writes the tables and plots into out_dir; returns their paths.
 
     results.json, histories.json, table.md, table.csv, accuracy_bytes.png, accuracy_members.png,
-    curves.png, and with anytime also anytime.json and anytime.png.
+    curves.png, and unless anytime is None also anytime.json and anytime.png.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     rows = complete(results)
     files = {"results.json": rows, "histories.json": _plain(histories)}
-    if anytime:
+    if anytime is not None:
         files["anytime.json"] = _plain(anytime)
     for name, content in files.items():
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -411,7 +424,7 @@ def write(
     plot_curves(histories, out / "curves.png")
     names = [*files, "table.md", "table.csv", "accuracy_bytes.png", "accuracy_members.png"]
     names.append("curves.png")
-    if anytime:
+    if anytime is not None:
         plot_anytime(anytime, out / "anytime.png")
         names.append("anytime.png")
     return [out / name for name in names]

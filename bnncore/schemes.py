@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bnncore.backbones import ConvHead, ModelSpec, build
+from bnncore.backbones import ModelSpec, build
 from bnncore.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
 from bnncore.data import Dataset
 from bnncore.ensemble import (
@@ -416,12 +416,22 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
             f"must be trained together; expected a sharing that freezes what it shares for scheme "
             f"{ensemble.scheme!r}"
         )
+    if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} would share the rows of the classifier block; "
+            "expected 'mixing' among what members own, as in tentaclenet"
+        )
+    if ensemble.scheme != "tentaclenet" and "mixing" in sharing.own:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} names 'mixing', a tentacle's rows of the "
+            f"classifier block, which only scheme tentaclenet has; got scheme {ensemble.scheme!r}"
+        )
     model = model_spec(params, image, classes, binary=True)
     classifier = None
     if ensemble.scheme == "tentaclenet":
         classifier = ensemble.classifier
         with torch.device("meta"):
-            no_dense = isinstance(build(model).head, ConvHead)
+            no_dense = not hasattr(build(model).head, "dense")
         if classifier == "auto":
             classifier = "logits" if no_dense else "features"
         elif classifier == "features" and no_dense:
@@ -441,11 +451,18 @@ def check(params: Params, image, classes: int) -> None:
     Raises:
         ParamsError: names the section that cannot be built, and why.
     """
+    # Imported here: what is only checked must not make DVC train again when it changes.
+    from bnncore import blueprint
+    from bnncore.program import validate
+
     named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
     named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
-    with torch.device("meta"):
-        build(model_spec(params, image, classes, binary=False))
-        member = build(model_spec(params, image, classes, binary=True))
+    try:
+        with torch.device("meta"):
+            build(model_spec(params, image, classes, binary=False))
+            member = build(model_spec(params, image, classes, binary=True))
+    except ValueError as error:
+        raise ParamsError(f"model.backbone: {error}") from None
     for ensemble in params.ensembles.train:
         where = f"ensembles.train.{ensemble.name}"
         spec = ensemble_spec(params, ensemble, image, classes)
@@ -453,6 +470,7 @@ def check(params: Params, image, classes: int) -> None:
         try:
             with torch.device("meta"):
                 own = Ensemble(spec, ids=(0,)).own
+            validate(blueprint.draw(spec).most)
         except ValueError as error:
             raise ParamsError(f"{where}: {error}") from None
         if ensemble.scheme == "snapshot":
@@ -482,7 +500,9 @@ def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
     spec = single_spec(params, data.image, len(data.classes), binary)
     network = Ensemble(spec, seed=params.seed)
     if fp32 is not None:
-        network.start_from(single_state(fp32))
+        # Not the norms of the body: in the two twins they stand at different places.
+        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
+        network.start_from(single_state(fp32), kept)
     name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
     return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
 

@@ -353,7 +353,7 @@ def print_count(counts: Count, layout: list[dict[str, Any]], write=print) -> Non
         write(f"  {'the file, once trained: at most':<36} {counts.file:>41,} bytes")
         write(f"  {'                        at least':<36} {counts.file_least:>41,} bytes")
     write(
-        f"one image, {m} member{'s' if m > 1 else ''}: {counts.binary_macs / 1e6:,.2f} M binary and "
+        f"one image, {m} member{'s' if m > 1 else ''}: {counts.binary_macs / 1e6:,.2f} M binary, "
         f"{counts.float_macs / 1e6:,.2f} M float multiply-accumulates"
     )
 

@@ -710,7 +710,11 @@ def compare_path(root: Path | str) -> str | None:
         experiment = parent["experiment_id"]
     except (OSError, ValueError, LookupError):
         return None
-    return f"/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={json.dumps([experiment])}"
+
+    def ids(values: list[str]) -> str:
+        return quote(json.dumps(values))
+
+    return f"/#/compare-runs?runs={ids(runs)}&experiments={ids([experiment])}"
 
 
 def _ui(root: Path, port: int) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -39,7 +40,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnncore import cheap
 from bnncore.backbones import Backbone
+from bnncore.binarize import imported
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
@@ -99,7 +102,7 @@ class Job:
             self.resample,
             self.keep_optimizer,
         ]
-        return digest(plain, parts, data.digest, _code())
+        return digest(plain, parts, data.digest, _code(), _users_code(self.spec))
 
 
 def _hash(array: np.ndarray) -> str:
@@ -109,8 +112,17 @@ def _hash(array: np.ndarray) -> str:
 def _code() -> str:
     """Hash of the modules that decide what training computes."""
     here = Path(__file__).parent
-    names = ("binarize", "backbones", "ensemble", "train", "template")
+    names = ("binarize", "backbones", "cheap", "ensemble", "train", "template")
     return digest([(here / f"{n}.py").read_text() for n in names if (here / f"{n}.py").exists()])
+
+
+def _users_code(spec: EnsembleSpec) -> list[str]:
+    """The modules behind what parameters name as ``module:function``."""
+    binarizer = spec.model.binarizer
+    names = [spec.model.backbone]
+    names += [binarizer.weight, binarizer.activation] if binarizer else []
+    functions = [imported(name, "model") for name in names if ":" in name]
+    return [Path(inspect.getfile(function)).read_text() for function in functions]
 
 
 class Exchange(Protocol):
@@ -170,6 +182,8 @@ class Trainer:
         self.replay = replay
         self.ensemble = Ensemble(job.spec, hold or job.ids)
         self.ensemble.to(self.device)
+        if self.device.type == "cpu":
+            cheap.make(self.ensemble)
         self.members = cast(list[Backbone], list(self.ensemble.members))
         self.trained = {n: p for n, p in self.ensemble.parameters_by_name() if p.requires_grad}
         # The bias of the classifier block is left out: its gradient is the same everywhere.
@@ -191,6 +205,8 @@ class Trainer:
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
         self._reset_watch()
+        layers = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.Conv2d)]
+        self._narrow = any(m.out_channels < 8 for m in layers)
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
@@ -246,6 +262,17 @@ class Trainer:
 
     def step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C)."""
+        enabled = torch.backends.mkldnn.enabled
+        if self._narrow:
+            # oneDNN's AVX2 convolutions (torch 2.13) write past a buffer's end when they are
+            # trained with fewer than 8 channels: the heap is corrupted some steps later.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return self._step(x, y, extra)
+        finally:
+            torch.backends.mkldnn.enabled = enabled
+
+    def _step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         ensemble, count = self.ensemble, len(self.job.ids)
         h = x
@@ -358,7 +385,7 @@ class Trainer:
             # Batch norm cannot normalise over one value: a single last image joins the others.
             batches[-2:] = [torch.cat(batches[-2:])]
         if job.resample:
-            rng = generator("resample", job.seed, job.ids, epoch)
+            rng = generator("resample", job.seed, *job.ids, epoch)
             picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
             batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
         return [b.to(self.device) for b in batches]
@@ -446,11 +473,14 @@ class _undisturbed:
         self.ensemble = ensemble
 
     def __enter__(self):
-        self.buffers = [(b, b.clone()) for m in self.ensemble.members for b in m.buffers()]
+        # What is shared in front of the members runs once, outside, and is left alone.
+        prefix = {id(b) for module in self.ensemble.prefix() for b in module.buffers()}
+        buffers = [b for m in self.ensemble.members for b in m.buffers() if id(b) not in prefix]
+        self.buffers = [(b, b.clone()) for b in buffers]
         self.generators = [
-            (m.generator, m.generator.get_state())
+            (rng, rng.get_state())
             for m in self.ensemble.modules()
-            if draws(m) and m.generator is not None
+            if draws(m) and isinstance(rng := m.generator, torch.Generator)
         ]
 
     def __exit__(self, *error):
@@ -528,7 +558,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115: held as long as this object
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -634,7 +664,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """Mean cross entropy and top-1 in percent of the job's members together on the validation part."""
+    """Mean cross entropy and top-1 in percent of the members together on the validation part."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)

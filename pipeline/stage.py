@@ -34,23 +34,33 @@ class Stage:
 
     def on_epoch(self, job, epoch: dict[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""
-        bar = self.bars.get(job.name)
-        if bar is None:
-            bar = tqdm(total=job.recipe.epochs, desc=f"{job.name:>16}", unit="epoch", leave=True)
-            self.bars[job.name] = bar
-        bar.set_postfix_str(f"loss {epoch['train_loss']:.3f}, validation {epoch['val_top1']:.1f} %")
-        bar.update(epoch["epoch"] - bar.n)
+        self._show(job.name, epoch, job.recipe.epochs)
         run = self.runs.get(job.name)
         if run is None:
             run = self.tracker.model(job.name, {"recipe": parameters.plain(job.recipe)})
             self.runs[job.name] = run
         run.epoch(epoch["epoch"], {k: v for k, v in epoch.items() if k != "epoch"})
 
-    def close(self) -> None:
+    def _show(self, name: str, epoch: dict[str, Any], epochs: int) -> None:
+        state = f"loss {epoch['train_loss']:.3f}, validation {epoch['val_top1']:.1f} %"
+        done = epoch["epoch"]
+        if not sys.stderr.isatty():  # a log wants a few lines, not a bar drawn over and over
+            if done == epochs or done % max(1, epochs // 5) == 0:
+                print(f"{name:>16}: epoch {done}/{epochs}, {state}", file=sys.stderr, flush=True)
+            return
+        bar = self.bars.get(name)
+        if bar is None:
+            bar = self.bars[name] = tqdm(total=epochs, desc=f"{name:>16}", unit="epoch")
+        bar.set_postfix_str(state)
+        bar.update(done - bar.n)
+        if done == epochs:
+            bar.close()
+
+    def close(self, status: str = "FINISHED") -> None:
         for bar in self.bars.values():
             bar.close()
         for run in self.runs.values():
-            run.finish()
+            run.finish(status)
 
 
 @contextmanager
@@ -63,8 +73,10 @@ def stage() -> Iterator[Stage]:
         running = Stage(params, tracker)
         try:
             yield running
-        finally:
-            running.close()
+        except BaseException as error:
+            running.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        running.close()
 
 
 def run(main: Callable[[], None]) -> None:

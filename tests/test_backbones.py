@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -11,6 +10,7 @@ from bnncore.backbones import BACKBONES, Dropout, ModelSpec, build
 from bnncore.binarize import BinaryConv2d
 from bnncore.ensemble import weight_layers
 from bnncore.params import Binarizer
+from tests import tiny
 
 
 def network(backbone, image=(32, 32, 3), classes=10, width=None, binarizer=Binarizer()):  # noqa: B008
@@ -125,3 +125,19 @@ def test_dropout_draws_from_its_own_generator():
 def test_unknown_backbone_lists_those_there_are():
     with pytest.raises(ValueError, match=r"expected one of nin, .*reactnet10 .* got 'resnet999'"):
         build(ModelSpec("resnet999", (8, 8, 1), 4))
+
+
+@pytest.mark.parametrize("image", [(8, 8, 1), (12, 13, 1), (17, 5, 1)], ids=str)
+@pytest.mark.parametrize("backbone", ["resnet9", "resnet20", "birealnet18", "reactnet10"])
+def test_shortcuts_meet_their_blocks_at_any_size(backbone, image):
+    """Maps of unequal size would be broadcast without a word."""
+    torch.manual_seed(0)
+    net = build(tiny.model(backbone, 8, tiny.dataset(image))).eval()
+    sizes = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda m, a, y, name=name: sizes.update({name: y.shape}))
+    net(torch.randn(1, 1, *image[:2]))
+    shortcuts = [n for n in sizes if n.endswith(".shortcut")]
+    assert shortcuts
+    for name in shortcuts:
+        assert sizes[name] == sizes[name.removesuffix(".shortcut")], name

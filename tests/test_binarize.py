@@ -112,17 +112,17 @@ def half(weight, scale):
 
 
 def test_a_users_own_functions():
-    layer = conv("test_binarize:half")
+    layer = conv("tests.test_binarize:half")
     x = torch.ones(1, 4, 1, 1)
     assert layer(x).item() == pytest.approx(2 * 2.75 / 4)
-    assert BinaryActivation("test_binarize:clipped_sign")(torch.zeros(1)).item() == 1
+    assert BinaryActivation("tests.test_binarize:clipped_sign")(torch.zeros(1)).item() == 1
 
 
 def test_unknown_names_list_those_there_are():
     with pytest.raises(ValueError, match=r"key: expected one of xnor, .*learned.* got 'binary'"):
         named(WEIGHTS, "binary", "key")
-    with pytest.raises(ValueError, match=r"key: cannot import 'test_binarize:nothing'"):
-        named(WEIGHTS, "test_binarize:nothing", "key")
+    with pytest.raises(ValueError, match=r"key: cannot import 'tests.test_binarize:nothing'"):
+        named(WEIGHTS, "tests.test_binarize:nothing", "key")
 
 
 def test_frozen_filters_are_binarized_once_and_again_when_they_change():

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from bnncore import execute, lower
@@ -24,6 +23,7 @@ from bnncore.ensemble import (
     weight_layers,
     winners,
 )
+from tests import tiny
 
 
 def shared_layers(ensemble: Ensemble) -> set[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from graphs import programs, random_images, random_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bnncore import execute, kernel, ops
+from bnncore import backbones, ensemble, execute, kernel, ops, tiles
+from bnncore.lower import lower
+from bnncore.params import Binarizer
 from bnncore.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate
+from tests.graphs import programs, random_images, random_program
 
-TILES: list[np.dtype] = [np.dtype("u4"), *([np.dtype("u1")] if "avx2" in kernel.features() else [])]
+TILES: list[np.dtype] = [np.dtype("u4"), *([np.dtype("u1")] if "avx2" in tiles.features() else [])]
 ROUNDED = ("conv", "dense", "global_avg")  # sums whose order, and so rounding, is not fixed
 LEVELS = ("sign", "threshold", "interval")
 
@@ -279,3 +282,62 @@ def test_batches_and_threads_change_nothing() -> None:
 def test_no_images() -> None:
     program = random_program(3)
     assert execute.Model(program)(random_images(program, 0)).shape == (0, len(program.classes))
+
+
+def test_memory_in_use_is_not_taken_again() -> None:
+    rooms = kernel._Rooms()
+    kind = np.dtype("f4")
+    first, second = rooms.take((100,), kind), rooms.take((100,), kind)
+    assert not np.shares_memory(first, second)
+    assert first.ctypes.data % 64 == 0
+    view, where = first[10:20], first.ctypes.data
+    del first
+    assert rooms.take((100,), kind).ctypes.data != where  # the view still looks into it
+    del view
+    assert rooms.take((50,), kind).ctypes.data == where
+
+
+def test_results_outlive_the_next_call() -> None:
+    """32 classes fill a word, so the last value is handed out without a copy."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 33, 33, 3, 1, 1, (5, 5), ("affine",))
+    program.tensors["dense"] = tensor("float32", "weight", rng.normal(0, 1, (32, 33)))
+    program = dataclasses.replace(program, classes=tuple(f"class {k}" for k in range(32)))
+    steps = kernel.plan(program)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        values: dict[int, object] = {0: images}
+        for step in steps:
+            values[step.output] = step.run([values[number] for number in step.inputs], 0)
+        return values[len(program.nodes)]  # type: ignore[return-value]
+
+    first = run(random_images(program, 3, 1))
+    kept = first.copy()
+    run(random_images(program, 3, 2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_windows_wider_than_the_map() -> None:
+    """Nearly every position is a border class of its own: planned without a table of them all."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 3, 2, 41, 1, 40, (9, 9), ("affine",))
+    check(program, random_images(program, 5), TILES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", list(backbones.BACKBONES))
+def test_backbones(backbone: str) -> None:
+    """Whole networks as they are lowered, alone and with shared filters."""
+    torch.manual_seed(0)
+    for members, sharing in ((1, "no_shared"), (2, "shared_conv")):
+        model = backbones.ModelSpec(backbone, (32, 32, 3), 10, 24, binarizer=Binarizer())
+        whole = ensemble.Ensemble(ensemble.EnsembleSpec(model, members, ensemble.SHARING[sharing]))
+        for module in whole.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.normal_(module.weight)  # negative scales among them
+                torch.nn.init.normal_(module.bias)
+            if isinstance(module, torch.nn.PReLU):
+                torch.nn.init.normal_(module.weight, 0.2, 0.2)
+        program = lower(whole, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
+        for tile in TILES:
+            check(program, random_images(program, 5), tile)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reader
 import safetensors.numpy
+from graphs import Builder, programs, random_images, random_program
 from hypothesis import given, settings
 
 from bnncore import execute, packfile
 from bnncore.program import KINDS, Node, PackedFormatError, Program, Tensor, pack_bits
-from tests import reader
-from tests.graphs import Builder, programs, random_images, random_program
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_report import a_run
 
 from bnncore import report
+from tests.test_report import a_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder: leave pictures there, to be looked at
@@ -191,14 +191,14 @@ def test_the_page_in_a_browser(reports, tmp_path):
     async def drive(browser):
         await browser.open(url, 1200, 900)
         await browser.screenshot("desktop-light")
-        assert "tentaclenet-5 reaches 91.8 %" in await browser.value("document.body.innerText")
+        assert "tentaclenet-5 reaches 91.8\u00a0%" in await browser.value("document.body.innerText")
 
         # The table sorts, by figures and by words, both ways; what is not known stays last.
-        await browser.click(HEAD.format("test, %"))
+        await browser.click(HEAD.format("test,\u00a0%"))
         rows = await browser.value(ROWS)
         assert rows[:2] == ["fp32", "tentaclenet-5"]
         assert rows[-1] == HOSTILE
-        await browser.click(HEAD.format("test, %"))
+        await browser.click(HEAD.format("test,\u00a0%"))
         assert await browser.value(ROWS) == rows[::-1]
         await browser.click(HEAD.format("model"))
         assert (await browser.value(ROWS))[1:3] == ["bnn", "bnn-wide"]
@@ -245,6 +245,11 @@ def test_the_page_in_a_browser(reports, tmp_path):
         legend = "document.querySelector('section[aria-label=Training] .legend button')"
         await browser.click(legend)
         assert await browser.value(lines) == 12
+        await browser.click(
+            "[...document.querySelectorAll('section[aria-label=Training] .legend "
+            "button')].find(b => b.textContent == 'voting-3')"
+        )
+        assert await browser.value(lines) == 8, "with its members"
         assert await browser.value(f"{legend}.ariaPressed") == "false"
 
         search = CHART.format("Search under a budget")
@@ -274,6 +279,8 @@ def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
             await browser.screenshot(name)
             wide = await browser.value("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{name}: the page scrolls sideways by {wide} pixels"
+            first = await browser.value("document.querySelector('tbody th').offsetWidth")
+            assert 110 < first < 0.6 * width, "a name can be read, and figures beside it"
             back = await browser.value("getComputedStyle(document.body).backgroundColor")
             backs.append(back)
             # No name of a point on another.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -73,7 +74,7 @@ def test_a_stage_names_every_module_it_uses(stage):
 # -- a copy to run in ------------------------------------------------------------------------------
 
 TINY = {
-    "model": {"backbone": "nin", "width": 8},
+    "model": {"backbone": "nin", "width": 8, "dropout": 0.0},
     "pretrain": {"epochs": 2, "batch_size": 128, "lr": 0.01},
     "binarize": {"epochs": 3, "batch_size": 128, "lr": 0.01},
     "ensembles": {
@@ -89,7 +90,7 @@ TINY = {
 
 
 def copy(folder: Path, params: dict) -> Path:
-    """The project as git would hand it out, with other parameters, in a git repository of its own."""
+    """The project as git would hand it out, with other parameters, in a repository of its own."""
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -226,10 +227,8 @@ def killed_once(folder: Path, stage: str, after_epochs: int) -> str:
         raise AssertionError(f"no checkpoint of {stage} in time")
     finally:
         for pid in [*descendants(running.pid), running.pid]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         running.communicate()
 
 

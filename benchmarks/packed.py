@@ -1,0 +1,599 @@
+"""How fast packed networks run, against torch and onnxruntime on the same processor.
+
+    python benchmarks/packed.py                     everything; minutes
+    python benchmarks/packed.py --quick             the ResNet-18 rows, in under a minute
+    python benchmarks/packed.py --json FILE         also write the rows as JSON
+
+Every row compares two ways to do the same work, measured in turns in one run with the same number
+of threads; times are medians, ratio = peer_s / ours_s. The peers get what helps them: filters are
+binarized, and scaled by alpha, beforehand, and activations are binarized in one pass.
+
+Networks have random weights: the time does not depend on them. That the results are right is
+`tests/test_kernel.py`'s business; here outputs are compared once, roughly, so that nothing wrong
+is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+
+def processor() -> tuple[str, set[str]]:
+    """Its name and its features, as Linux tells them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(": ")[1] for line in lines if "model name" in line), "")
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return name or platform.processor(), set(flags.split())
+
+
+Row = dict[str, Any]
+BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"})  # without, torch takes many times longer
+BATCH = 64
+CHUNK = 8  # images in work at once: their maps stay in the second-level cache
+
+# (filters in, filters out, kernel, side), as in the networks of both papers
+LAYERS = (
+    (64, 64, 3, 32),
+    (128, 128, 3, 16),
+    (256, 256, 3, 8),
+    (512, 512, 3, 4),
+    (96, 192, 5, 16),
+    (192, 192, 3, 8),
+    (192, 192, 1, 16),
+    (32, 32, 3, 16),
+    (16, 16, 3, 32),
+)
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.1,+sse4.2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+class Bench:
+    """Collects rows and prints them as they come.
+
+    Args:
+        clock: what times are read from.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.rows: list[Row] = []
+
+    def compare(
+        self,
+        name: str,
+        threads: int,
+        ours: Callable[[], object],
+        peers: dict[str, Callable[[], object]],
+        rounds: int = 5,
+    ) -> float:
+        """One row a peer; returns our seconds."""
+        every = {"": ours, **peers}
+        taken: dict[str, list[float]] = {label: [] for label in every}
+        for number in range(rounds + 1):
+            for label, work in every.items():
+                start = self.clock()
+                work()
+                if number:  # the first round warms up
+                    taken[label].append(self.clock() - start)
+        mine = statistics.median(taken[""])
+        for label in peers:
+            self.add(name, label, threads, mine, statistics.median(taken[label]))
+        return mine
+
+    def add(self, name: str, peer: str, threads: int, ours: float, theirs: float | None) -> None:
+        ratio = None if theirs is None else theirs / ours
+        row = {"name": name, "peer": peer, "threads": threads, "ours_s": ours}
+        self.rows.append({**row, "peer_s": theirs, "ratio": ratio})
+        print(table([self.rows[-1]])[-1], flush=True)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """The rows as lines of Markdown."""
+    lines = [
+        "| what | peer | threads | ours, ms | peer, ms | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        peer = "" if row["peer_s"] is None else f"{1e3 * row['peer_s']:.2f}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        cells = (
+            row["name"],
+            row["peer"],
+            row["threads"],
+            f"{1e3 * row['ours_s']:.2f}",
+            peer,
+            ratio,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+# ---- networks ---------------------------------------------------------------------------------
+
+
+def network(backbone: str, members: int = 1, sharing: str = "no_shared") -> tuple[Any, Any]:
+    """An untrained ensemble at the paper's width with random batch norms, and its Program."""
+    import torch
+
+    from bnncore.backbones import ModelSpec
+    from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
+    from bnncore.lower import lower
+    from bnncore.params import Binarizer
+
+    block = sharing == "tentaclenet"
+    spec = EnsembleSpec(
+        ModelSpec(backbone, (32, 32, 3), 10, binarizer=Binarizer()),
+        members,
+        SHARING[sharing],
+        "sum" if block else "mean",
+        "logits" if block else None,
+    )
+    ensemble = Ensemble(spec).eval()
+    random = torch.Generator().manual_seed(0)
+    for module in ensemble.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            size = module.num_features
+            module.weight.data = torch.rand(size, generator=random) + 0.5
+            module.weight.data[::5] *= -1
+            module.bias.data = torch.randn(size, generator=random) * 0.3
+            module.running_mean = torch.randn(size, generator=random) * 0.3
+            module.running_var = torch.rand(size, generator=random) + 0.5
+    program = lower(ensemble, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
+    return ensemble, program
+
+
+def float_twin(ensemble: Any, onnx: bool = False) -> Any:
+    """The same network of torch's own layers, filters binarized and scaled beforehand."""
+    import torch
+
+    from bnncore.binarize import BinaryActivation, BinaryConv2d
+
+    class Sign(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            # One pass, where comparing and choosing takes two; differs at -0 only.
+            return torch.sign(x) if onnx else torch.copysign(x.new_ones(()), x)
+
+    def replaced(module: torch.nn.Module) -> torch.nn.Module:
+        if isinstance(module, BinaryActivation):
+            return Sign()
+        if isinstance(module, BinaryConv2d):
+            size, stride, pad = (
+                (first, first)
+                for first in (module.kernel_size[0], module.stride[0], int(module.padding[0]))
+            )
+            channels = (module.in_channels, module.out_channels)
+            plain = torch.nn.Conv2d(*channels, size, stride, pad, bias=module.bias is not None)
+            signs, alpha = module.binary()
+            plain.weight.data = (signs * (1 if alpha is None else alpha.view(-1, 1, 1, 1))).detach()
+            if module.bias is not None:
+                plain.bias = module.bias
+            return plain
+        for name, child in module.named_children():
+            setattr(module, name, replaced(child))
+        return module
+
+    twin = copy.deepcopy(ensemble)
+    twin.members = torch.nn.ModuleList(replaced(member) for member in twin.members)
+    return twin.eval()
+
+
+def random_images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def as_torch(images: np.ndarray) -> Any:
+    """Normalised as the Program says: (B,C,H,W) float32."""
+    import torch
+
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+
+
+def onnx_session(twin: Any, x: Any, threads: int) -> Callable[[], object]:
+    import onnxruntime
+    import torch
+
+    file = io.BytesIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(twin, (x,), file, dynamo=False, opset_version=17)  # type: ignore[arg-type]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        file.getvalue(), options, providers=["CPUExecutionProvider"]
+    )
+    name, feed = session.get_inputs()[0].name, x.numpy()
+    return lambda: session.run(None, {name: feed})
+
+
+# ---- sections ---------------------------------------------------------------------------------
+
+
+def resnet18(bench: Bench, quick: bool) -> None:
+    """The binarized ResNet-18 for 32x32 images."""
+    import torch
+
+    from bnncore.execute import Model
+
+    ensemble, program = network("resnet18")
+    images = random_images(BATCH)
+    x = as_torch(images)
+    lasting = x.to(memory_format=torch.channels_last)
+    twin = float_twin(ensemble)
+    last = copy.deepcopy(twin).to(memory_format=torch.channels_last)
+    half, half_x = copy.deepcopy(last).bfloat16(), lasting.bfloat16()
+    got, want = Model(program)(images), ensemble(x).detach().numpy()
+    apart = np.abs(got - want).max(axis=1)
+    print(f"\nlogits of {BATCH} images against torch: largest difference {apart.max():.2g}, "
+          f"{int((apart > 1e-4).sum())} images differ by more than 1e-4\n")  # fmt: skip
+    one = images[:1]
+    single, lasting_one = (
+        t[:1].clone(memory_format=f)
+        for t, f in ((x, torch.contiguous_format), (lasting, torch.channels_last))
+    )
+    # Waiting counts as processor time too, so that says nothing of two threads.
+    for threads in (1,) if bench.clock is time.process_time else (1, 2):
+        torch.set_num_threads(threads)
+        torch._dynamo.reset()
+        model = Model(program, threads=threads)
+        peers: dict[str, Callable[[], object]] = {
+            "torch fp32 eager, NCHW": partial(twin, x),
+            "torch fp32 eager, channels last": partial(last, lasting),
+            "onnxruntime fp32": onnx_session(float_twin(ensemble, onnx=True), x, threads),
+        }
+        if BF16:
+            peers["torch bf16 eager, channels last"] = partial(half, half_x)
+        if threads == 1 or not quick:
+            peers["torch.compile fp32"] = partial(torch.compile(last), lasting)
+        if BF16 and not quick:
+            peers["torch.compile bf16"] = partial(torch.compile(half), half_x)
+        name = f"ResNet-18, batch {BATCH}"
+        work = partial(model, images, batch=CHUNK)
+        ours = bench.compare(name, threads, work, peers, 3 if quick else 7)
+        print(f"  {name}, {threads} threads: {BATCH / ours:.0f} images/s")
+        peers = {
+            "torch fp32 eager, NCHW": partial(twin, single),
+            "torch fp32 eager, channels last": partial(last, lasting_one),
+        }
+        bench.compare("ResNet-18, batch 1", threads, partial(model, one), peers, 15)
+    torch.set_num_threads(1)
+    plain, packed = Model(program, "numpy"), Model(program)
+    ours = bench.compare(
+        f"ResNet-18, batch {BATCH}, numpy kernels",
+        1,
+        lambda: plain(images),
+        {
+            "torch fp32 eager, channels last": lambda: last(lasting),
+            "the compiled kernels": lambda: packed(images, batch=CHUNK),
+        },
+        2 if quick else 5,
+    )
+
+
+def layers(bench: Bench) -> None:
+    """Single layers; the share of the peak is that of what a tile does on data in registers."""
+    import torch
+
+    torch.set_num_threads(1)
+    peak = popcount_peak(bench.clock)
+    print(f"\nXOR, count and add: {peak / 1e9:.2f} billion words of 64 bits a second at most\n")
+    shares = []
+    for channels, filters, size, side in LAYERS:
+        name = f"{channels}->{filters} {size}x{size}, {side}x{side}"
+        pad = size // 2
+        random = np.random.default_rng(0)
+        x = torch.from_numpy(
+            random.choice([-1.0, 1.0], (BATCH, channels, side, side)).astype(np.float32)
+        )
+        w = torch.from_numpy(
+            random.choice([-1.0, 1.0], (filters, channels, size, size)).astype(np.float32)
+        )
+        layouts = [(x, w), tuple(t.to(memory_format=torch.channels_last) for t in (x, w))]
+        works = [partial(torch.nn.functional.conv2d, *pair, padding=pad) for pair in layouts]
+        peers: dict[str, Callable[[], object]] = {"torch fp32, best layout": min(works, key=once)}
+        if BF16:
+            half = (t.bfloat16() for t in layouts[1])
+            peers["torch bf16"] = partial(torch.nn.functional.conv2d, *half, padding=pad)
+        numbers, bits = layer(channels, filters, size, side)
+        bench.compare(f"{name}, numbers to numbers", 1, numbers, peers)
+        ours = bench.compare(f"{name}, bits to bits", 1, bits, peers)
+        inside = sum(
+            1 for axis in range(side) for tap in range(size) if 0 <= axis + tap - pad < side
+        )
+        words = BATCH * inside**2 * filters * channels / 64
+        shares.append((name, words / ours / peak))
+    print("\n| bits to bits | share of the peak |\n| --- | ---: |")
+    for name, share in shares:
+        print(f"| {name} | {100 * share:.0f} % |")
+    print(
+        "With few channels, and in 1x1 layers, a tile has too few products to hide what begins and "
+        "ends it;\n16 filters also share what is read of the input less well than 32."
+    )
+
+
+def once(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    work()
+    start = clock()
+    work()
+    return clock() - start
+
+
+def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, Callable]:
+    """One binary layer, by the steps of a plan: from numbers to numbers, and from bits to bits."""
+    from bnncore import kernel
+    from bnncore.program import Node, Program, Tensor, pack_bits
+
+    random = np.random.default_rng(0)
+    fills: dict[str, tuple[str, str, np.ndarray]] = {
+        "scale": ("float32", "input", random.normal(0, 0.02, channels)),
+        "shift": ("float32", "input", random.normal(0, 1, channels)),
+        "level": ("float32", "threshold", random.normal(0, 1, channels)),
+        "alpha": ("float32", "scale", random.random(filters)),
+        "limit": ("int16", "threshold", random.integers(-9, 9, filters)),
+        "dense": ("float32", "weight", random.normal(0, 1, (10, filters))),
+    }
+    tensors = {
+        name: Tensor(kind, role, data.shape, False, data.astype(kind))
+        for name, (kind, role, data) in fills.items()
+    }
+    for name, shape in {
+        "w": (filters, size, size, channels),
+        "v": (filters, 1, 1, filters),
+    }.items():
+        data = pack_bits(random.random(shape) < 0.5, False)
+        tensors[name] = Tensor("binary", "weight", shape, False, data)
+    geometry: dict[str, int | float] = {"stride": 1, "pad": size // 2, "biases": 0}
+    point: dict[str, int | float] = {"stride": 1, "pad": 0, "biases": 0}
+    head = (
+        Node("normalize", "input", (0,), {"scale": "scale", "shift": "shift"}),
+        Node("threshold", "threshold", (1,), {"threshold": "level"}),
+        Node("bconv", "conv", (2,), {"weight": "w"}, geometry),
+    )
+    tails = {
+        "numbers": (Node("affine", "alpha", (3,), {"scale": "alpha"}),),
+        "bits": (
+            Node("threshold", "limit", (3,), {"threshold": "limit"}),
+            Node("bconv", "after", (4,), {"weight": "v"}, point),
+        ),
+    }
+    works = []
+    for form, tail in tails.items():
+        nodes = [*head, *tail]
+        nodes.append(Node("global_avg", "mean", (len(nodes),)))
+        nodes.append(Node("dense", "dense", (len(nodes),), {"weight": "dense"}))
+        used = {name for node in nodes for name in node.tensors.values()}
+        program = Program(
+            tuple(nodes), {name: tensors[name] for name in used}, 1, "mean",
+            (side, side, channels), tuple("0123456789"),
+        )  # fmt: skip
+        steps = {step.output: step for step in kernel.plan(program)}
+        images = random.integers(0, 256, (BATCH, side, side, channels), dtype=np.uint8)
+        parts = []
+        for start in range(0, BATCH, CHUNK):
+            numbers = steps[1].run([images[start : start + CHUNK]], 0)
+            parts.append((numbers, steps[2].run([numbers], 0)))
+
+        def work(form: str = form, steps: dict = steps, parts: list = parts) -> None:
+            for numbers, bits in parts:
+                if form == "numbers":
+                    bits = steps[2].run([numbers], 0)
+                steps[4].run([bits], 0)
+
+        works.append(work)
+    return works[0], works[1]
+
+
+def popcount_peak(clock: Callable[[], float]) -> float:
+    """Words of 64 bits that one tile XORs, counts and adds a second, on data in the cache."""
+    from bnncore import kernel, tiles
+
+    dtype = tiles.binary_tile()
+    pixels = tiles.tile_pixels(dtype)
+    steps, repeats = 60, 50
+    runs = np.array([[0, 0, steps, 1]] * repeats, np.int64)
+    count = 256 * pixels
+    x = np.random.default_rng(0).integers(0, 1 << 32, (1, 1, 1, 64), dtype=np.uint32)
+    weights = kernel._aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
+    params, flips = np.zeros((1, 12, 32), np.float32), np.zeros(1, np.uint32)
+    constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
+    starts = np.zeros(count, np.int64)
+
+    def work() -> None:
+        tiles.convolve(
+            x, 0, 1, weights, len(weights), kernel._table(), runs,
+            np.array([[0, repeats]], np.int64), starts, starts, constants, False, pixels, 0, params,
+            flips, none, none, none.astype(np.uint32),
+        )  # fmt: skip
+
+    best = min(once(work, clock) for _ in range(15))
+    bits = 8 if dtype == np.uint8 else 32
+    return count * steps * repeats * 32 * bits / 64 / best
+
+
+def ensembles(bench: Bench) -> None:
+    """Cost over M."""
+    import torch
+
+    from bnncore.execute import Model
+
+    torch.set_num_threads(1)
+    images = random_images(16)
+    x = as_torch(images).to(memory_format=torch.channels_last)
+    cases = (("resnet20", "shared_conv", (1, 5, 10)), ("nin", "tentaclenet", (1, 2, 4)))
+    for backbone, sharing, counts in cases:
+        for members in counts:
+            ensemble, program = network(backbone, members, sharing)
+            twin = float_twin(ensemble).to(memory_format=torch.channels_last)
+            model = Model(program)
+            bench.compare(
+                f"{backbone}, {sharing}, M = {members}, batch 16",
+                1,
+                partial(model, images),
+                {"torch fp32 eager, channels last": partial(twin, x)},
+            )
+
+
+START = """
+import sys
+from time import {clock} as clock
+sys.path.insert(0, {root!r})
+began = clock()
+import numpy, bnncore.execute, bnncore.packfile, bnncore.kernel
+before = clock()
+model = bnncore.load({file!r})
+loaded = clock()
+model(numpy.zeros(({batch}, 32, 32, 3), numpy.uint8))
+done = clock()
+try:  # of this program, where getrusage may count what its parent was before
+    lines = open("/proc/self/status").read().splitlines()
+    memory = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+except OSError:
+    import resource
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(before - began, loaded - before, done - loaded, memory)
+"""
+
+
+def start_up(bench: Bench) -> None:
+    """Fresh processes: load, first prediction with a cold and a warm kernel cache, memory."""
+    from bnncore import packfile
+
+    _, program = network("resnet18")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "resnet18.bnn"
+        packfile.save(program, file)
+        root = str(Path(__file__).parents[1])
+
+        def fresh(batch: int) -> list[float]:
+            code = START.format(root=root, file=str(file), batch=batch, clock=bench.clock.__name__)
+            env = {**os.environ, "NUMBA_CACHE_DIR": str(Path(folder) / "cache")}
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+            )
+            return [float(word) for word in done.stdout.split()]
+
+        cold = fresh(1)
+        warm = [
+            statistics.median(values) for values in zip(*(fresh(1) for _ in range(5)), strict=True)
+        ]
+        memory = fresh(BATCH)[3]
+    print()
+    bench.add("start: imports (numpy, numba, bnncore)", "", 1, warm[0], None)
+    bench.add("start: load ResNet-18", "target 50 ms", 1, warm[1], 0.05)
+    bench.add("start: first prediction, warm kernel cache", "target 1 s", 1, warm[2], 1.0)
+    bench.add("start: first prediction, cold kernel cache", "target 6 s", 1, cold[2], 6.0)
+    print(f"evaluator process at batch {BATCH}: {memory / 1024:.0f} MiB at most")
+
+
+def avx2(bench: Bench) -> None:
+    """Both sides held to AVX2, in a process of their own."""
+    print("\nwith " + " ".join(f"{key}={value}" for key, value in AVX2.items()), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        subprocess.run(
+            [sys.executable, __file__, "--only", "resnet18", "--quick", "--json", str(file)]
+            + ["--cpu-time"] * (bench.clock is time.process_time),
+            env={**os.environ, **AVX2},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        for row in json.loads(file.read_text()):
+            bench.rows.append({**row, "name": f"AVX2: {row['name']}"})
+            print(table([bench.rows[-1]])[-1], flush=True)
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "layers": layers,
+    "ensembles": ensembles,
+    "start": start_up,
+    "avx2": avx2,
+}
+
+
+def describe() -> str:
+    """The processor, what the kernels are compiled for, versions."""
+    import torch
+
+    from bnncore import tiles
+
+    model, flags = processor()
+    named = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vpopcntdq", "avx512_vnni", "amx_bf16")
+    versions = [f"python {platform.python_version()}", f"numpy {np.__version__}"]
+    for package in ("numba", "torch", "onnxruntime"):
+        with contextlib.suppress(ImportError):
+            versions.append(f"{package} {__import__(package).__version__}")
+    tile = {"uint8": "byte shuffle", "uint32": "vector popcount"}[tiles.binary_tile().name]
+    return "\n".join(
+        (
+            f"processor: {model}, {os.cpu_count()} cores; "
+            + " ".join(f"{name}:{'yes' if name in flags else 'no'}" for name in named),
+            f"binary tile: {tile}; torch: {torch.backends.cpu.get_cpu_capability()}",
+            ", ".join(versions),
+            f"load when this began: {os.getloadavg()[0]:.1f}",
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the ResNet-18 rows only")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time, on a busy machine"
+    )
+    parser.add_argument("--only", choices=("resnet18", *SECTIONS), help="one section")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    options = parser.parse_args()
+    import torch
+
+    began = time.perf_counter()
+    about = describe()
+    bench = Bench(time.process_time if options.cpu_time else time.perf_counter)
+    if options.cpu_time:
+        about += "\nseconds of processor time, of all threads together: the machine was busy"
+    print(about, *table([])[:2], sep="\n")
+    with torch.inference_mode():
+        if options.only in (None, "resnet18"):
+            resnet18(bench, options.quick)
+        for name, section in SECTIONS.items():
+            if options.only == name or (options.only is None and not options.quick):
+                section(bench)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\n{time.perf_counter() - began:.0f} s; this process took {peak:.0f} MiB at most")
+    if options.json:
+        options.json.write_text(json.dumps(bench.rows, indent=1) + "\n")
+    if options.markdown:
+        command = "python benchmarks/packed.py " + " ".join(sys.argv[1:])
+        text = [f"`{command}`", "", *about.splitlines(), "", *table(bench.rows)]
+        options.markdown.write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

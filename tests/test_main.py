@@ -1,0 +1,97 @@
+"""The command line on real files."""
+
+import re
+
+import numpy as np
+import pytest
+from graphs import random_images
+from PIL import Image
+from test_execute import OPS, ensemble
+
+from bnncore import execute, packfile
+from bnncore.__main__ import main, read_image
+
+
+@pytest.fixture
+def net(tmp_path):
+    path = tmp_path / "net.bnn"
+    packfile.save(ensemble(3), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    images = random_images(ensemble(3), 3)
+    for index, name in enumerate(("a.png", "b.PNG", "deep/c.bmp")):
+        Image.fromarray(images[index]).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+def test_inspect(net, capsys):
+    assert main(["inspect", str(net)]) == 0
+    out = capsys.readouterr().out
+    program = ensemble(3)
+    for node in program.nodes:
+        assert node.name in out
+    assert "format 1, 3 members, combined by mean" in out
+    assert "weight:binary[3*7x3x3x5]" in out
+    assert f"{net.stat().st_size}  file" in out
+    assert f"{execute.cost(program, 3)[0]:,} binary" in out
+    assert f"{execute.peak_memory(program)[0]:,} bytes with bits" in out
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_predict_a_folder(net, folder, capsys, ops):
+    arguments = ["predict", str(net), str(folder), "--members", "2", "--top", "2", "--ops", ops]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    program = ensemble(3)
+    labels = execute.Model(program, "numpy").predict(random_images(program, 3), 2)
+    assert len(lines) == 3
+    for line, name, label in zip(lines, ("a.png", "b.PNG", "c.bmp"), labels, strict=True):
+        path, best, *rest = re.split(r"\s{2,}", line)
+        assert path.endswith(name)
+        assert best.split()[0] == program.classes[label]
+        assert len(rest) == 1
+
+
+def test_images_are_resized_and_converted(tmp_path):
+    Image.fromarray(np.full((20, 30), 77, np.uint8)).save(tmp_path / "grey.png")
+    image = read_image(tmp_path / "grey.png", (8, 6, 3))
+    assert image.shape == (8, 6, 3)
+    assert (image == 77).all()
+    assert read_image(tmp_path / "grey.png", (20, 30, 1)).shape == (20, 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{folder}/notes.txt"], "notes.txt: "),
+        (["inspect", "{folder}/none"], "No such file"),
+        (["predict", "{net}", "{folder}/notes.txt", "--ops", "numpy"], "not an image file"),
+        (["predict", "{net}", "{net}/.."], "no image files"),
+        (["predict", "{net}", "{folder}", "--members", "4"], "--members: expected 1 to 3, got 4"),
+        (["predict", "{net}", "{folder}", "--top", "0"], "--top: expected at least 1"),
+        (["bench", "{net}", "--batch", "0"], "expected at least 1"),
+    ],
+)
+def test_errors_are_one_line(net, folder, capsys, arguments, message, tmp_path):
+    if "{net}/.." in arguments:
+        (tmp_path / "empty").mkdir()
+        arguments = ["predict", str(net), str(tmp_path / "empty")]
+    arguments = [argument.format(net=net, folder=folder) for argument in arguments]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_bench(net, capsys):
+    arguments = ["bench", str(net), "--batch", "2", "--repeats", "1", "--members", "2", "--torch"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "images/s" in out
+    for ops in execute.OPS:
+        assert f"{ops} " in out

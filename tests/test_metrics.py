@@ -1,0 +1,46 @@
+"""Metrics against cases that can be worked out by hand."""
+
+import numpy as np
+import pytest
+
+from bnncore import metrics
+
+
+def test_accuracy():
+    assert metrics.accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5
+    with pytest.raises(ValueError, match="labels"):
+        metrics.accuracy(np.array([1, 2]), np.array([1]))
+    with pytest.raises(ValueError, match="labels"):
+        metrics.accuracy(np.array([]), np.array([]))
+
+
+def test_top_k_breaks_ties_by_class():
+    scores = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    labels = np.array([1, 1])
+    assert metrics.top_k(scores, labels, 1) == 0
+    assert metrics.top_k(scores, labels, 2) == 0.5  # of the tie in row two class 0 comes first
+    assert metrics.top_k(scores, labels, 3) == 1
+
+
+def test_calibration_error_by_hand():
+    # Bin (0.8, 0.9]: two images of confidence 0.85, one right; bin (0.6, 0.7]: one of 0.65, right.
+    probabilities = np.array([[0.85, 0.15], [0.85, 0.15], [0.35, 0.65]])
+    labels = np.array([0, 1, 1])
+    expected = 2 / 3 * abs(1 / 2 - 0.85) + 1 / 3 * abs(1 - 0.65)
+    assert metrics.calibration_error(probabilities, labels, bins=10) == pytest.approx(expected)
+    sure = np.eye(2)[[0, 1, 0]]
+    assert metrics.calibration_error(sure, np.array([0, 1, 0])) == 0
+    assert metrics.calibration_error(sure, np.array([1, 0, 1])) == 1
+
+
+def test_nll_by_hand():
+    probabilities = np.array([[0.5, 0.5], [0.25, 0.75]])
+    expected = -(np.log(0.5) + np.log(0.25)) / 2
+    assert metrics.nll(probabilities, np.array([1, 0])) == pytest.approx(expected)
+    assert metrics.nll(np.eye(2), np.array([1, 0])) == pytest.approx(-np.log(1e-12))
+
+
+def test_disagreement_by_hand():
+    predictions = np.array([[0, 1, 2, 3], [0, 1, 2, 0], [0, 0, 0, 0]])
+    assert metrics.disagreement(predictions) == pytest.approx((1 + 3 + 2) / 4 / 3)
+    assert metrics.disagreement(predictions[:1]) == 0

@@ -141,6 +141,13 @@ def network(backbone: str, members: int = 1, sharing: str = "no_shared") -> tupl
     """An untrained ensemble at the paper's width with random batch norms, and its Program."""
     import torch
 
+    with torch.inference_mode(False):
+        return _network(backbone, members, sharing)
+
+
+def _network(backbone: str, members: int, sharing: str) -> tuple[Any, Any]:
+    import torch
+
     from bnncore.backbones import ModelSpec
     from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
     from bnncore.lower import lower

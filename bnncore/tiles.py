@@ -466,6 +466,8 @@ def convolve(
     """
     positions = len(starts)
     blocks = len(params)
+    origins = np.empty(P, np.int64)
+    firsts = np.empty(P, np.int64)
     pixels = np.empty(P, np.int64)
     places = np.empty(P, np.int64)
     kinds = np.empty(P, np.int64)
@@ -483,20 +485,31 @@ def convolve(
         constants_at = constants.ctypes.data + block * lanes * 4
         params_at = params.ctypes.data + block * ROWS * lanes * 4
         flip = np.int64(flips[block])
+        image, position, place = 0, 0, 0
         for i in range(outer):
-            for k in range(inner):
+            if by_image:
                 for j in range(P):
                     # Beyond the end the last pixel is done again, which changes nothing.
-                    if by_image:
-                        position = k
-                        image = min(i * P + j, images - 1)
-                    else:
-                        place = min(k * P + j, total - 1)
-                        image = place // positions
-                        position = place - image * positions
-                    pixels[j] = x_at + image * strip + starts[position]
-                    places[j] = (image * positions + position) * blocks + block
-                    kinds[j] = classes[position]
+                    image = min(i * P + j, images - 1)
+                    origins[j] = x_at + image * strip
+                    firsts[j] = image * positions * blocks + block
+            for k in range(inner):
+                if by_image:
+                    for j in range(P):
+                        pixels[j] = origins[j] + starts[k]
+                        places[j] = firsts[j] + k * blocks
+                        kinds[j] = classes[k]
+                else:
+                    for j in range(P):
+                        pixels[j] = x_at + image * strip + starts[position]
+                        places[j] = place * blocks + block
+                        kinds[j] = classes[position]
+                        if place + 1 < total:
+                            place += 1
+                            position += 1
+                            if position == positions:
+                                position = 0
+                                image += 1
                 begin = runs_at + spans[kinds[0], 0] * 32
                 _tile(
                     x, part, flips, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at

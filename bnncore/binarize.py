@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 def sign(x: Tensor) -> Tensor:
     """+1 where ``x >= 0``, else -1, in the dtype of `x`; not differentiable."""
+    if torch.compiler.is_compiling():
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     x = x.detach()
     # Compared straight into floats: a fifth of the time of a comparison and a conversion.
     return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)
@@ -172,6 +174,8 @@ class BinaryConv2d(nn.Conv2d):
                     change = drawn(self.weight, self.generator) - signs
                 signs = signs + change
             return signs, alpha
+        if torch.compiler.is_compiling() and self._frozen is not None:
+            return self._frozen[1]  # a graph cannot ask for versions
         version = (self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._frozen is None or self._frozen[0] != version:
             with torch.no_grad():

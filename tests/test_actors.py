@@ -47,6 +47,11 @@ GRID = [
     ("fusion", CUSTOM, {}),
     ("voting", "shared_conv", {}),
 ]
+SHARDED = [
+    ("tentaclenet", "tentaclenet", {"classifier": "logits"}),
+    ("fusion", "shared_conv", {"recipe": {"batch_size": 50}}),  # ends with a batch of 42 images
+    ("voting", "shared_conv", {}),
+]
 
 
 @pytest.mark.slow
@@ -65,6 +70,23 @@ def test_same_bits_over_1_2_and_4_actors(cluster, scheme, sharing, extra):
         for name, history in alone.histories.items():
             for a, b in zip(history, spread.histories[name], strict=True):
                 assert (a["train_loss"], a["val_loss"]) == (b["train_loss"], b["val_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "sharing", "extra"), SHARDED, ids=[s[0] for s in SHARDED])
+def test_same_bits_over_members_times_shards(cluster, scheme, sharing, extra):
+    extra = {**extra, "recipe": {"shards": 2, **extra.get("recipe", {})}}
+    p, images = plan(scheme, sharing, members=2, **extra)
+    alone = schemes.train(p, lambda jobs: train.train_many(jobs, images))
+    whole, _ = plan(scheme, sharing, members=2, **{**extra, "recipe": {"shards": 1}})
+    other = schemes.train(whole, lambda jobs: train.train_many(jobs, images))
+    assert differences(alone.state, other.state), "batch norm sees other images"
+    for count in (1, 2, 4):
+        cluster.params = RayParams(actors=count)
+        spread = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+        assert differences(alone.state, spread.state) == []
+        if scheme != "voting":
+            assert [e.get("actors", 1) for h in spread.histories.values() for e in h] == [count] * 2
 
 
 @pytest.mark.slow

@@ -653,7 +653,7 @@ class Search:
                 self.say(f"     rival: {rival.label} failed: {result}")
                 return
             row = {"about": rival.about, "val_top1": result["val_top1"], **rival.row}
-            row["file_bytes"] = rival.row.get("file_bytes") or result["file_bytes"]
+            row["file_bytes"] = result["file_bytes"]
             self.study.set_user_attr(f"rival {rival.label}", row)
             if self.tracker:
                 with self.tracker.model(f"rival-{rival.label}", rival.row) as child:

@@ -51,6 +51,20 @@ def preset(params: Params, config: Config, name: str = "best", **changes: Any) -
     )
 
 
+def facts(params: Params) -> dict[str, str | int | float]:
+    """What the packed file of `preset` says of itself (stage pack's facts)."""
+    model = params.model
+    found: dict[str, str | int | float] = {
+        "name": "best", "backbone": model.backbone, "kind": "fp32", "seed": params.seed,
+    }  # fmt: skip
+    if model.width:
+        found["width"] = model.width
+    for ensemble in params.ensembles.train:
+        scheme = {"scheme": ensemble.scheme, "sharing": str(ensemble.sharing)}
+        found |= {"kind": "ensemble", **scheme}
+    return found | {"val_top1": 99.99}
+
+
 def shortened(params: Params) -> Params:
     """`params` with no recipe longer than ``search.epochs``."""
     most = params.search.epochs or math.inf
@@ -100,14 +114,14 @@ class Cost:
         return over
 
 
-def cost(spec: EnsembleSpec, pack: PackParams, classes: Sequence[str], count: str = "file") -> Cost:
-    """Count `spec`: one member is drawn, the rest is multiplication."""
+def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str = "file") -> Cost:
+    """Count `spec`, packed as `params` say: one member is drawn, the rest is multiplication."""
     drawing = blueprint.draw(spec)
     if count == "file":
-        size = blueprint.file_range(spec, pack, classes)[1]
+        size = blueprint.file_range(spec, params.pack, classes, facts(params))[1]
         counted = size / 1024
     else:
-        counts = storage.count(spec, pack, classes)
+        counts = storage.count(spec, params.pack, classes, facts(params))
         size, counted = counts.file, getattr(counts, count) / 8 / 1024
     binary, real = drawing.macs(spec.members)
     return Cost(size, counted, (real + binary / 64) / 1e6, _activations(drawing.most) / 1024)
@@ -160,8 +174,8 @@ class Space:
         return schemes.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
 
     def cost(self, config: Config) -> Cost:
-        pack = PackParams(config["affine"], config["weights"])
-        return cost(self.spec(config), pack, self.classes, self.search.count)
+        p = preset(self.params, config)
+        return cost(self.spec(config), p, self.classes, self.search.count)
 
     def problem(self, config: Config) -> str | None:
         """Why the configuration cannot be built, or None."""
@@ -270,12 +284,11 @@ def rivals(params: Params, space: Space, best: dict[str, Any]) -> list[Rival]:
     """
     search = params.search
     limit = int(1024 * search.budget_kib) if search.count == "file" else best["bound_bytes"]
-    pack = PackParams(best["affine"], "float32")
     plain = {"affine": best["affine"], "weights": "float32"}
     found = []
 
     def size(config: Config) -> int:
-        return cost(space.spec(config), pack, space.classes).file_bytes
+        return cost(space.spec(config), preset(params, config), space.classes).file_bytes
 
     own = {"backbone": params.model.backbone, "width": params.model.width, **plain}
     for label, (scheme, sharing, start) in PAPERS.items():
@@ -300,11 +313,15 @@ def rivals(params: Params, space: Space, best: dict[str, Any]) -> list[Rival]:
         p = preset(params, single | {"width": width}, "rival")
         return schemes.single_spec(p, space.image, len(space.classes), binary=False), p
 
-    width = _most(lambda w: int8_bytes(int8(w)[0], space.classes) <= limit, *WIDTHS)
+    eight = PackParams(weights="int8")
+
+    def int8_bytes(width: int) -> int:
+        return storage.file_bound(int8(width)[0], eight, space.classes)
+
+    width = _most(lambda w: int8_bytes(w) <= limit, *WIDTHS)
     if width:
-        spec, p = int8(width)
+        p = int8(width)[1]
         row = {"backbone": best["backbone"], "width": width, "weights": "int8", "members": 1}
-        row["file_bytes"] = int8_bytes(spec, space.classes)
         about = f"{best['backbone']} {width}, FP32 network with 8-bit weights"
         found.append(Rival("int8 of the same bytes", about, row, p, int8=True))
     return found
@@ -318,16 +335,3 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int | None:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def int8_bytes(spec: EnsembleSpec, classes: Sequence[str]) -> int:
-    """The most bytes of an FP32 network whose weights are 8-bit, with a float32 scale a filter."""
-    try:
-        return storage.file_bound(spec, PackParams(weights="int8"), classes)
-    except NotImplementedError:
-        pass
-    size = storage.file_bound(spec, PackParams(), classes)
-    for t in blueprint.draw(spec).most.tensors.values():
-        if t.role == "weight" and t.kind == "float32":
-            size += 4 * t.shape[0] - 3 * math.prod(t.shape)
-    return size

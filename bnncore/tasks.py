@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnncore import blueprint, execute, lower, metrics, packfile, schemes, space, train
+from bnncore import execute, lower, metrics, narrow, packfile, schemes, space, train
 from bnncore import params as P
 from bnncore.actors import Cluster
 from bnncore.data import Dataset
@@ -64,29 +64,28 @@ def ensemble(
 
 
 def int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
-    """Train the FP32 network as long as an ensemble in all, and round its weights to 8 bits."""
+    """Train the FP32 network as long as an ensemble in all, and pack its weights in 8 bits."""
     started = time.process_time()
     epochs = [r.epochs for r in (params.pretrain, params.binarize, params.ensembles.recipe)]
-    p = replace(params, pretrain=replace(params.pretrain, epochs=sum(epochs)))
+    p = replace(
+        params,
+        pretrain=replace(params.pretrain, epochs=sum(epochs)),
+        pack=PackParams(weights="int8"),
+        ensembles=replace(params.ensembles, train=()),
+    )
     # oneDNN (torch 2.13, CPU) corrupts memory in gradients of FP32 ResNets of 4 to 6 channels.
-    with torch.backends.mkldnn.flags(enabled=(params.model.width or 8) >= 8):
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and (params.model.width or 8) >= 8
+    try:
         trained = network(threads, data, p)
-    state = {k: rounded(v) if v.ndim in (2, 4) else v for k, v in trained.state.items()}
-    found = assess(replace(trained, state=state), replace(p, pack=PackParams()), data)
-    return {**found, "cpu_s": time.process_time() - started}
-
-
-def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (O, ..) rounded to ``scale * (-127 .. 127)``, scale = max|w| / 127 of each filter."""
-    scale = weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
-    scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return (weight / scale).round() * scale
+    finally:
+        torch.backends.mkldnn.enabled = before
+    return {**assess(trained, p, data), "cpu_s": time.process_time() - started}
 
 
 def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
-    """Scores on the validation part and the real size of the packed file."""
-    program = packed(trained, params, data)
-    outputs = torch_outputs(trained, data)
+    """Scores on the validation part, in percent and nats, and the real size of the packed file."""
+    program, outputs = packed(trained, params, data)
     scores, predicted = execute.combine(program, outputs)
     labels = data.val.labels
     return {
@@ -97,25 +96,23 @@ def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
     }
 
 
-def packed(trained: Ensembled, params: Params, data: Dataset) -> Program:
-    """The Program as the pipeline would write it."""
-    info: dict[str, str | int | float] = {
-        "name": "best", "backbone": params.model.backbone, "kind": "ensemble", "seed": params.seed,
-    }  # fmt: skip
-    if params.model.width:
-        info["width"] = params.model.width
-    if params.ensembles.train:
-        ensemble = params.ensembles.train[0]
-        info |= {"scheme": ensemble.scheme, "sharing": str(ensemble.sharing)}
+def packed(trained: Ensembled, params: Params, data: Dataset) -> tuple[Program, np.ndarray]:
+    """The Program as stage pack would write it, and its member outputs on the validation part.
+
+    Outputs (M, N, C) are torch's, which the packed Program gives too; but of a narrowed Program
+    they are its own.
+    """
+    info = space.facts(params)
     program = lower.lower(trained.ensemble(), data.mean, data.std, data.classes, info)
-    return blueprint.narrowed(program, params.pack)
-
-
-def torch_outputs(trained: Ensembled, data: Dataset) -> np.ndarray:
-    """Member outputs on the validation part, (M, N, C) float32."""
     ids = tuple(range(trained.spec.members))
     job = train.Job("outputs", trained.spec, ids, P.Recipe(epochs=0), 0, trained.state)
-    return train.Trainer(job, data).validation_outputs()
+    outputs = train.Trainer(job, data, device="cpu").validation_outputs()
+    _, predicted = execute.combine(program, outputs)
+    program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
+    if params.pack != PackParams():
+        program = narrow.narrowed(program, params.pack)
+        outputs = execute.Model(program, params.evaluate.ops).outputs(data.val.images)
+    return program, outputs
 
 
 def merged(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -139,4 +136,4 @@ def finish(
     (bnn,) = train_many([schemes.first_job(params, data, fp32.state)])
     plan = schemes.plan(params, params.ensembles.train[0], data, fp32.state, bnn.state)
     trained = schemes.train(plan, train_many)
-    return trained, packed(trained, params, data)
+    return trained, packed(trained, params, data)[0]

@@ -13,14 +13,12 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import ray
-import torch
 import yaml
 from optuna.trial import TrialState
 
@@ -28,7 +26,7 @@ from bnncore import blueprint, execute, front, packfile, schemes, space, storage
 from bnncore import params as P
 from bnncore import search as S
 from bnncore.actors import Cluster
-from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.ensemble import Ensemble
 from bnncore.params import PackParams, ParamsError, RayParams
 from tests import tiny
 from tests.test_pipeline import closure, copy, descendants, dvc, environment
@@ -117,7 +115,8 @@ def test_cost_counts_as_storage_does():
     config = configuration(members=3)
     found = space.Space(p, DATA)
     taken = found.cost(config)
-    counts = storage.count(found.spec(config), PackParams(), DATA.classes)
+    info = space.facts(space.preset(p, config))
+    counts = storage.count(found.spec(config), PackParams(), DATA.classes, info)
     assert taken.counted_kib == counts.filter_sharing / 8 / 1024
     assert taken.file_bytes == counts.file
     assert taken.megaops == (counts.float_macs + counts.binary_macs / 64) / 1e6
@@ -151,25 +150,17 @@ def test_numbers_in_equal_steps_have_an_order():
     assert isinstance(members, optuna.distributions.CategoricalDistribution)
 
 
-def test_weights_in_eight_bits():
-    weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    ours = tasks.rounded(weight)
-    for o in range(5):
-        scale = weight[o].abs().max() / 127
-        assert (ours[o] - weight[o]).abs().max() <= scale / 2 * 1.001
-        assert len(torch.unique(ours[o] / scale)) <= 255
-
-
-def test_bytes_of_an_int8_network():
-    model = tiny.model("fernet", 8, DATA, binarizer=None)
-    spec = EnsembleSpec(model, 1, SHARING["no_shared"])
-    convolutions = [1, 8, 8, 8, 16, 16, 16, 32, 32, 32]
-    weights = [(o, i * 9) for i, o in pairwise(convolutions)]
-    weights.append((4, 32))
-    saved = sum(3 * o * k - 4 * o for o, k in weights)
+def test_an_int8_rival_is_judged_with_its_rounded_weights():
+    """Its size is the file's, its accuracy the narrowed Program's, both as stage pack does it."""
+    p = parse()
+    config = configuration(backbone="resnet8")
+    found = tasks.int8(1, DATA, space.preset(p, config))
+    spec = schemes.single_spec(space.preset(p, config), DATA.image, 4, binary=False)
     plain = storage.file_bound(spec, PackParams(), DATA.classes)
-    slack = 200  # names of the scales, where the format has them
-    assert 0 <= space.int8_bytes(spec, DATA.classes) - (plain - saved) <= slack
+    most = storage.file_bound(spec, PackParams(weights="int8"), DATA.classes)
+    assert found["file_bytes"] <= most < plain / 2.5
+    (history,) = found["history"].values()
+    assert len(history) == 3 * SHORT["epochs"]  # as long as an ensemble's three stages
 
 
 def test_rivals_use_the_budget_and_no_more():
@@ -180,10 +171,11 @@ def test_rivals_use_the_budget_and_no_more():
     assert len(rivals) == 5
     for rival in rivals.values():
         if rival.int8:
-            size = space.int8_bytes
+            size = partial(storage.file_bound, pack=PackParams(weights="int8"))
             spec = schemes.single_spec(rival.params, DATA.image, 4, binary=False)
             wider = replace(spec, model=replace(spec.model, width=rival.row["width"] + 1))
-            assert size(spec, DATA.classes) <= 24 * 1024 < size(wider, DATA.classes)
+            sizes = [size(s, classes=DATA.classes) for s in (spec, wider)]
+            assert sizes[0] <= 24 * 1024 < sizes[1]
             continue
         grown = "width" if rival.label == "one wider BNN" else "members"
         config = {k: rival.row[k] for k in configuration()}

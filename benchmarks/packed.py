@@ -141,13 +141,6 @@ def network(backbone: str, members: int = 1, sharing: str = "no_shared") -> tupl
     """An untrained ensemble at the paper's width with random batch norms, and its Program."""
     import torch
 
-    with torch.inference_mode(False):
-        return _network(backbone, members, sharing)
-
-
-def _network(backbone: str, members: int, sharing: str) -> tuple[Any, Any]:
-    import torch
-
     from bnncore.backbones import ModelSpec
     from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
     from bnncore.lower import lower
@@ -519,6 +512,9 @@ def start_up(bench: Bench) -> None:
 
 def avx2(bench: Bench) -> None:
     """Both sides held to AVX2, in a process of their own."""
+    if "avx512f" not in processor()[1]:
+        print("\nno AVX-512 here: all rows above are those of AVX2")
+        return
     print("\nwith " + " ".join(f"{key}={value}" for key, value in AVX2.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
@@ -586,7 +582,7 @@ def main() -> None:
     if options.cpu_time:
         about += "\nseconds of processor time, of all threads together: the machine was busy"
     print(about, *table([])[:2], sep="\n")
-    with torch.inference_mode():
+    with torch.no_grad():
         if options.only in (None, "resnet18"):
             resnet18(bench, options.quick)
         for name, section in SECTIONS.items():

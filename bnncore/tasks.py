@@ -75,7 +75,7 @@ def int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
     )
     # oneDNN (torch 2.13, CPU) corrupts memory in gradients of FP32 ResNets of 4 to 6 channels.
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and (params.model.width or 8) >= 8
+    torch.backends.mkldnn.enabled = before and (params.model.width or 8) >= 8  # type: ignore[assignment]
     try:
         trained = network(threads, data, p)
     finally:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env repro test check soak ui report clean
+.PHONY: help env repro search test check soak ui report paper clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 repro: $(STAMP)  ## the whole pipeline on the parameters in params.yaml, then its table
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@$(BIN)/python -m bnncore.report
+
+search: $(STAMP)  ## the best ensemble under search.budget_kib; SEARCH='--trials 10 --finish' for options
+	$(BIN)/python -m pipeline.search $(SEARCH)
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
@@ -35,6 +38,9 @@ ui: $(STAMP)  ## MLflow's pages, on this machine only
 
 report: $(STAMP)  ## reports/index.html, one page that needs no network
 	$(BIN)/python -m bnncore.report --html
+
+paper: $(STAMP)  ## finished runs in the form of the papers' tables and figures: make paper RESULTS="DIR ..."
+	$(BIN)/python -m bnncore.paper $(RESULTS)
 
 clean:  ## remove what the pipeline made; keeps .venv
 	rm -rf models packed reports checkpoints mlruns mlflow.db*

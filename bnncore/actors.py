@@ -23,13 +23,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from torch import Tensor
 from torch import distributed as dist
 
@@ -39,6 +46,8 @@ from bnncore.params import RayParams
 from bnncore.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
 
 log = logging.getLogger(__name__)
+# What says that a worker is gone; Ray itself ends workers when a node's memory is short.
+LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
@@ -78,9 +87,9 @@ class Collective:
         seconds: time spent in sums, waiting for slower ranks included.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store, backend: str):
-        self.rank, self.size, self.backend = rank, size, backend
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    def __init__(self, backend: str, group: dist.ProcessGroup | None = None):
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.backend, self.group = backend, group
         self.sent = 0
         self.seconds = 0.0
 
@@ -93,20 +102,37 @@ class Collective:
         padded[: flat.numel()] = flat
         if self.size == 2:  # as many bytes in one round
             parts = torch.empty(2 * len(padded), dtype=flat.dtype, device=device)
-            dist.all_gather_into_tensor(parts, padded)
+            dist.all_gather_into_tensor(parts, padded, self.group)
             total = tree_sum(list(parts.split(len(padded))))
         else:
             parts = torch.empty_like(padded)
-            dist.all_to_all_single(parts, padded)
+            dist.all_to_all_single(parts, padded, group=self.group)
             total = torch.empty_like(padded)
-            dist.all_gather_into_tensor(total, tree_sum(list(parts.split(chunk))))
+            own = tree_sum(list(parts.split(chunk)))
+            dist.all_gather_into_tensor(total, own, self.group)
         self.sent += 2 * (self.size - 1) * chunk * flat.element_size()
         result = total[: flat.numel()].view_as(value).to(value.device)
         self.seconds += time.perf_counter() - started
         return result
 
-    def close(self) -> None:
-        dist.destroy_process_group()
+
+@dataclass(frozen=True)
+class _Place:
+    """What one actor of a group does: its rank, members and shards.
+
+    Ranks count members first: `depth` consecutive ones hold the same members and share out the
+    shards of each batch.
+    """
+
+    rank: int
+    size: int
+    depth: int
+    hold: tuple[int, ...]
+    shards: tuple[int, ...]
+    meet: tuple[str, int] | None
+    backend: str
+    replay: bool | None
+    memory_share: float
 
 
 class _Actor:
@@ -116,7 +142,6 @@ class _Actor:
         torch.set_num_threads(threads)
         self.device = device
         self.trainer: Trainer | None = None
-        self.exchange: Collective | None = None
         self.store: dist.TCPStore | None = None
 
     def where(self) -> dict[str, Any]:
@@ -129,15 +154,34 @@ class _Actor:
         self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return address, self.store.port
 
-    def start(self, job: Job, data: Dataset, hold, rank: int, size: int, meet, backend: str):
+    def start(self, job: Job, data: Dataset, place: _Place) -> None:
+        """Join the group and make ready to train."""
         self.close()
-        if size > 1:
-            if backend == "gloo" and meet[0].startswith("127."):
+        exchange = within = None
+        if place.meet is not None:
+            if place.backend == "gloo" and place.meet[0].startswith("127."):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            store = self.store if rank == 0 else dist.TCPStore(meet[0], meet[1], is_master=False)
-            assert store is not None
-            self.exchange = Collective(rank, size, store, backend)
-        self.trainer = Trainer(job, data, hold, self.exchange, self.device)
+            store = self.store if place.rank == 0 else dist.TCPStore(*place.meet, place.size, False)
+            dist.init_process_group(
+                place.backend, store=store, rank=place.rank, world_size=place.size
+            )
+            exchange = Collective(place.backend)
+            if place.depth > 1:
+                starts = range(0, place.size, place.depth)
+                ranks = [list(range(k, k + place.depth)) for k in starts]
+                groups = [dist.new_group(r, backend=place.backend) for r in ranks]  # all make all
+                within = Collective(place.backend, groups[place.rank // place.depth])
+        self.trainer = Trainer(
+            job,
+            data,
+            place.hold,
+            exchange,
+            self.device,
+            replay=place.replay,
+            shards=place.shards,
+            within=within,
+            memory_share=place.memory_share,
+        )
 
     def call(self, name: str, *args):
         """A method of the trainer, by name."""
@@ -145,30 +189,49 @@ class _Actor:
 
     def close(self) -> None:
         self.trainer = None
-        if self.exchange is not None:
-            self.exchange.close()
-        self.exchange = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # -- in the driver -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How a group is laid out: `depth` actors share a member's batches."""
+
+    depth: int
+    backend: str
+    replay: bool | None
+    memory_share: float
+
+
 class _Group:
     """The actors that train one job together, with the interface of a `Trainer`."""
 
-    def __init__(self, job: Job, data: ray.ObjectRef, actors: list, backend: str):
-        self.job, self.actors = job, actors
-        held = blocks(job.ids, len(actors))
-        size = len(actors)
+    def __init__(self, job: Job, data: ray.ObjectRef, actors: list, plan: _Layout):
+        self.job, self.actors, self.depth = job, actors, plan.depth
+        size, each = len(actors), job.recipe.shards // plan.depth
+        held = [hold for hold in blocks(job.ids, size // plan.depth) for _ in range(plan.depth)]
         meet = self._get([actors[0].host.remote()])[0] if size > 1 else None
         # One copy of the start in the object store, however many actors read it.
         sent = ray.put(job)
-        self._get(
-            [
-                actor.start.remote(sent, data, hold, rank, size, meet, backend)
-                for rank, (actor, hold) in enumerate(zip(actors, held, strict=True))
-            ]
-        )
+        starting = []
+        for rank, (actor, hold) in enumerate(zip(actors, held, strict=True)):
+            first = rank % plan.depth * each
+            place = _Place(
+                rank=rank,
+                size=size,
+                depth=plan.depth,
+                hold=hold,
+                shards=tuple(range(first, first + each)),
+                meet=meet,
+                backend=plan.backend,
+                replay=plan.replay,
+                memory_share=plan.memory_share,
+            )
+            starting.append(actor.start.remote(sent, data, place))
+        self._get(starting)
 
     def _get(self, refs: list) -> list:
         """Results of all, or the first failure: the others of a broken group may wait for ever."""
@@ -187,14 +250,14 @@ class _Group:
             ):
                 raise _GroupLost(f"{self.job.name}: {cause}") from error
             raise
-        except (RayActorError, WorkerCrashedError) as error:
+        except LOST as error:
             raise _GroupLost(f"{self.job.name}: {error}") from error
 
     def _peer_died(self) -> bool:
         # gloo reports a dead peer as a plain RuntimeError, often before Ray knows of the death.
         try:
             ray.get([actor.where.remote() for actor in self.actors], timeout=10)
-        except (RayActorError, WorkerCrashedError, GetTimeoutError):
+        except (*LOST, GetTimeoutError):
             return True
         return False
 
@@ -204,10 +267,10 @@ class _Group:
     def epoch(self, history: list[dict[str, Any]]) -> tuple[dict[str, float], np.ndarray]:
         results = self._call("epoch", history)
         sums = results[0][0] | {"actors": len(self.actors)}
-        return sums, np.concatenate([outputs for _, outputs in results])
+        return sums, np.concatenate([outputs for _, outputs in results[:: self.depth]])
 
     def validation_outputs(self) -> np.ndarray:
-        return np.concatenate(self._call("validation_outputs"))
+        return np.concatenate(self._call("validation_outputs")[:: self.depth])
 
     def bias(self) -> Tensor | None:
         return self._get([self.actors[0].call.remote("bias")])[0]
@@ -341,14 +404,32 @@ class Cluster:
             )
         log.warning("%s; going on with those", message)
 
-    def _take(self, members: int) -> list:
-        """Actors for a job of so many members: as many as are of use and the cluster holds."""
+    def _layout(self, job: Job, size: int) -> _Layout:
+        gpus = self.gpus_per_actor
+        cpus = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
+        return _Layout(
+            depth=max(1, size // len(job.ids)),
+            backend="nccl" if gpus >= 1 else "gloo",
+            replay=self.params.replay,
+            memory_share=min(1, gpus) if gpus else self.params.cpus_per_actor / max(1, *cpus, 0),
+        )
+
+    def _size(self, job: Job, slots: int) -> int:
+        """How many actors are of use to a job: blocks of members, or members times shards."""
+        members, shards = len(job.ids), job.recipe.shards
+        if slots >= 2 * members and shards > 1:
+            depth = max(d for d in range(1, shards + 1) if shards % d == 0 and d * members <= slots)
+            return members * depth
+        return len(blocks(job.ids, slots))
+
+    def _take(self, job: Job) -> list:
+        """Actors for a job: as many as are of use and the cluster holds."""
         with self._free:
             while True:
                 slots = self.slots()
                 if slots == 0:
                     raise ClusterError("ray: expected room for at least 1 actor, found none left")
-                size = math.ceil(members / math.ceil(members / slots))
+                size = self._size(job, slots)
                 if self._busy + size <= slots:
                     break
                 self._free.wait(timeout=5)
@@ -357,21 +438,29 @@ class Cluster:
         try:
             actors += [self._new_actor() for _ in range(size - len(actors))]
             alive = [actor.where.remote() for actor in actors]
-            ready, late = ray.wait(alive, num_returns=len(alive), timeout=self.params.wait_s + 30)
-            if late:
-                raise ClusterError(
-                    f"ray: {len(late)} of {size} actors did not start within "
-                    f"{self.params.wait_s + 30:g} s: is the cluster busy with other work? "
-                    f"Free now: {ray.available_resources()}"
-                )
-            ray.get(ready)
-        except (RayActorError, WorkerCrashedError) as error:
+            self._wait_for(alive)
+        except LOST as error:
             self._discard(actors)
             raise _GroupLost(str(error)) from error
         except BaseException:
             self._discard(actors)
             raise
         return actors
+
+    def _wait_for(self, alive: list) -> None:
+        deadline = time.monotonic() + self.params.wait_s + 30
+        late = alive
+        while late:
+            ready, late = ray.wait(late, num_returns=len(late), timeout=2)
+            ray.get(ready)
+            if late and self.slots() < self._busy:
+                raise _GroupLost("a node left while actors were starting")
+            if late and time.monotonic() > deadline:
+                raise ClusterError(
+                    f"ray: {len(late)} of {len(alive)} actors did not start within "
+                    f"{self.params.wait_s + 30:g} s: is the cluster busy with other work? "
+                    f"Free now: {ray.available_resources()}"
+                )
 
     def _new_actor(self):
         gpus = self.gpus_per_actor
@@ -501,14 +590,13 @@ class _Run:
             checkpoint.close()
 
     def _attempt(self, job: Job, checkpoint, finished: Epochs) -> Trained:
-        actors = self.cluster._take(len(job.ids))
+        actors = self.cluster._take(job)
         with self.lock:
             self.running[job.name] = actors
         try:
             if self.stopped:
                 raise _GroupLost(f"{job.name}: stopped")
-            backend = "nccl" if self.cluster.gpus_per_actor >= 1 else "gloo"
-            group = _Group(job, self.ref, actors, backend)
+            group = _Group(job, self.ref, actors, self.cluster._layout(job, len(actors)))
             trained = drive(job, self.data, group, checkpoint, finished)
             group.close()
         except BaseException:

@@ -238,14 +238,13 @@ class Ensemble(nn.Module):
             shared.append(modules[0])
         return shared
 
-    def rest(self, member: Backbone, h: Tensor) -> Tensor:
-        """A member's logits from the output of `prefix`."""
+    def rest(self, member: Backbone, h: Tensor, tentacle=Backbone.tentacle) -> Tensor:
+        """A member's logits from the output of `prefix`; `tentacle` may be a compiled one."""
         prefix = self.prefix()
-        if prefix and prefix[0] is member.stem:
-            return member.tentacle(h)
-        for module in list(member.stem.children())[len(prefix) :]:
-            h = module(h)
-        return member.tentacle(h)
+        if not (prefix and prefix[0] is member.stem):
+            for module in list(member.stem.children())[len(prefix) :]:
+                h = module(h)
+        return tentacle(member, h)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Each held member's output z_i (B, C), without the block's bias."""

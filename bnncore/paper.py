@@ -643,8 +643,8 @@ def _size_table(number: str, sizes: list[Figure], figures: dict) -> list[str]:
 def _storage_tables(sizes: list[Figure]) -> list[str]:
     text = []
     for number, model in (("1", "ResNet-20"), ("2", "ResNet-18")):
-        text += [f"## Kim et al., Table {number}", "", f"Bits of binarized {model}.", "",
-                 "| block | published | ours | exact |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
+        text += [f"## Kim et al., Table {number}", "", f"Bits of binarized {model}.", ""]
+        text += ["| block | published | ours | exact |", "| --- | ---: | ---: | ---: |"]
         for f in sizes:
             if f.table == f"filter_sharing {number}":
                 text.append(f"| {f.row} | {_number(f.published)} | {_number(f.ours)} | "
@@ -705,7 +705,8 @@ def _plot(place: str, here: list[Line], lines: list[Line], out: Path) -> Path:
         if told:
             # Figure 3's few known points are not joined: between them the paper gives no numbers.
             axes.plot(list(told), list(told.values()), fillstyle="none",
-                      linestyle="none" if delta else "--", label=f"{label}, published", **style)  # fmt: skip
+                      linestyle="none" if delta else "--",
+                      label=f"{label}, published", **style)  # fmt: skip
         for setting in dict.fromkeys(line.setting for line in same if line.setting):
             ours = [line for line in same if line.setting == setting]
             about = f"{setting}, {setting.epochs} epochs" if setting.epochs else str(setting)

@@ -87,6 +87,10 @@ class Recipe:
         pad: pixels that are padded for the crop.
         prefixes: train the mean loss over the first 1..M members instead of that of all M, so
             that every prefix is a good ensemble.
+        shards: cut each batch in so many parts that batch norm sees one by one (its running
+            statistics are their mean); up to so many actors can then share a member.
+        compile: ``torch.compile`` the members: ``always``, ``never``, or ``auto``: where the job
+            is long enough to pay for it. Needs a C++ compiler on CPUs; results differ by rounding.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 30
@@ -99,6 +103,8 @@ class Recipe:
     augment: Literal["none", "crop", "crop_flip"] = "none"
     pad: Count = 4
     prefixes: bool = False
+    shards: Count = 1
+    compile: Literal["never", "auto", "always"] = "never"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -210,6 +216,8 @@ class RayParams:
         cpus_per_actor: what one actor takes, and how many threads it runs.
         gpus_per_actor: fractions are allowed; None for 1 where the cluster has GPUs, else 0.
         wait_s: how long to wait for resources that are asked for and not there.
+        replay: keep one member's activations at a time instead of all members', at about 1.4 times
+            the time and with the same results; None for where they would not fit otherwise.
     """
 
     address: str = "local"
@@ -217,6 +225,7 @@ class RayParams:
     cpus_per_actor: Count = 1
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     wait_s: Annotated[float, Field(ge=0)] = 60.0
+    replay: bool | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -242,6 +251,89 @@ class Scale:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SpaceParams:
+    """What a search may choose from: a configuration takes one value of each list.
+
+    Whole numbers in equal steps (8, 16, 24) count as near one another; other lists as plain
+    choices. Combinations that cannot be built are skipped.
+
+    Attributes:
+        backbone, width: of `ModelParams`.
+        scheme, sharing, members, start: of `EnsembleParams`.
+        affine, weights: of `PackParams`.
+    """
+
+    backbone: Annotated[tuple[str, ...], Field(min_length=1)] = ("nin", "fernet", "resnet8")
+    width: Annotated[tuple[Count, ...], Field(min_length=1)] = (8, 12, 16, 20, 24, 28, 32)
+    scheme: Annotated[tuple[str, ...], Field(min_length=1)] = ("tentaclenet", "fusion", "bagging")
+    sharing: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "tentaclenet", "shared_conv", "all_frozen", "no_shared",
+    )  # fmt: skip
+    members: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7, 8)
+    start: Annotated[tuple[Literal["bnn", "hadamard", "random"], ...], Field(min_length=1)] = (
+        "bnn", "hadamard",
+    )  # fmt: skip
+    affine: Annotated[tuple[Literal["float32", "float16"], ...], Field(min_length=1)] = ("float32",)
+    weights: Annotated[tuple[Literal["float32", "int8"], ...], Field(min_length=1)] = ("float32",)
+
+    def __post_init__(self):
+        for name, values in vars(self).items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{name}: expected different values, got {value!r} twice")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SearchParams:
+    """A search for the best ensemble under a budget.
+
+    Attributes:
+        trials: how many configurations are trained; those over the budget cost nothing and do not
+            count.
+        seed: of what is asked for. Training has the run's own seed, the same in all trials.
+        sampler: ``tpe`` (multivariate), ``nsga2`` or ``random``.
+        objectives: ``accuracy`` (validation), or ``accuracy_bytes``: both at once, a Pareto front.
+        budget_kib: the most that a configuration may take.
+        count: in what: ``file`` (the most bytes its packed file can have), ``tentaclenet`` or
+            ``filter_sharing`` (either paper's count, `bnncore.storage`).
+        megaops: the most operations an image, in millions: float multiply-accumulates plus a
+            64th of the binary ones (Liu et al. 2018, section 4.2). None for no limit.
+        activation_kib: the most memory that values between layers take at once
+            (`execute.peak_memory`, bits as bits). None for no limit.
+        epochs: of every recipe in a trial, at most; None for the recipes' own.
+        rungs: fractions of the epochs; a trial trains so far first, and further only if it is not
+            hopeless.
+        keep: at a rung, of the trials before it the fraction that may be better than one that goes
+            on.
+        batch: how many configurations are asked for at once. What is asked for depends on this
+            number and not on how many workers there are, nor on their speed.
+        warmup: how many trials are drawn at random before the sampler's model is asked.
+        rivals: whether to train what the answer is compared with.
+        space: what to choose from.
+    """
+
+    trials: Count = 40
+    seed: Annotated[int, Field(ge=0)] = 0
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    objectives: Literal["accuracy", "accuracy_bytes"] = "accuracy"
+    budget_kib: Positive = 24.0
+    count: Literal["file", "tentaclenet", "filter_sharing"] = "file"
+    megaops: Positive | None = None
+    activation_kib: Positive | None = None
+    epochs: Count | None = None
+    rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25,)
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    batch: Count = 4
+    warmup: Count = 8
+    rivals: bool = True
+    space: SpaceParams = field(default_factory=SpaceParams)
+
+    def __post_init__(self):
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"rungs: expected rising fractions, got {list(self.rungs)}")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Params:
     """All of `params.yaml`."""
 
@@ -254,6 +346,7 @@ class Params:
     ensembles: EnsemblesParams = field(default_factory=EnsemblesParams)
     pack: PackParams = field(default_factory=PackParams)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
+    search: SearchParams = field(default_factory=SearchParams)
     ray: RayParams = field(default_factory=RayParams)
     mlflow: MlflowParams = field(default_factory=MlflowParams)
 

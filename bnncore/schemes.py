@@ -22,7 +22,6 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bnncore import blueprint
 from bnncore.backbones import ModelSpec, build
 from bnncore.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
 from bnncore.data import Dataset
@@ -36,7 +35,6 @@ from bnncore.ensemble import (
     weight_layers,
 )
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
-from bnncore.program import validate
 from bnncore.train import Job, State, Trained, Trainer, TrainingError
 
 TrainMany = Callable[[list[Job]], list[Trained]]
@@ -453,6 +451,10 @@ def check(params: Params, image, classes: int) -> None:
     Raises:
         ParamsError: names the section that cannot be built, and why.
     """
+    # Imported here: what is only checked must not make DVC train again when it changes.
+    from bnncore import blueprint
+    from bnncore.program import validate
+
     named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
     named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
     try:
@@ -498,7 +500,9 @@ def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
     spec = single_spec(params, data.image, len(data.classes), binary)
     network = Ensemble(spec, seed=params.seed)
     if fp32 is not None:
-        network.start_from(single_state(fp32))
+        # Not the norms of the body: in the two twins they stand at different places.
+        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
+        network.start_from(single_state(fp32), kept)
     name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
     return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
 

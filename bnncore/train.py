@@ -18,17 +18,18 @@ Legend: `B` images, `C` classes, `M` members, `N` images of a split.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -40,12 +41,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnncore import cheap
 from bnncore.backbones import Backbone
 from bnncore.binarize import imported
 from bnncore.data import Dataset, Split, normalization
 from bnncore.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.params import Recipe, digest
 
+log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
 
@@ -111,7 +114,7 @@ def _hash(array: np.ndarray) -> str:
 def _code() -> str:
     """Hash of the modules that decide what training computes."""
     here = Path(__file__).parent
-    names = ("binarize", "backbones", "ensemble", "train", "template")
+    names = ("binarize", "backbones", "cheap", "ensemble", "train", "template")
     return digest([(here / f"{n}.py").read_text() for n in names if (here / f"{n}.py").exists()])
 
 
@@ -163,7 +166,12 @@ class Trainer:
         exchange: how to add up with the processes that hold the others.
         device: where to train; a GPU if there is one.
         replay: forward once without gradients, then forward and backward member by member:
-            memory no longer grows with M, at about 1.4 times the time.
+            memory no longer grows with M, at about 1.4 times the time. None: where the estimate
+            (`saved_bytes`) exceeds this process's share of the memory.
+        shards: which of the ``recipe.shards`` parts of each batch this process takes; all by
+            default.
+        within: how to add up with the processes that take the other shards of the same members.
+        memory_share: of the device's free memory that is this process's.
     """
 
     def __init__(
@@ -173,12 +181,16 @@ class Trainer:
         hold: tuple[int, ...] | None = None,
         exchange: Exchange | None = None,
         device: str | torch.device | None = None,
-        replay: bool = False,
+        replay: bool | None = False,
+        shards: tuple[int, ...] | None = None,
+        within: Exchange | None = None,
+        memory_share: float = 1.0,
     ):
         self.job = job
         self.exchange = exchange or Alone()
+        self.within = within or Alone()
+        self.shards = tuple(range(job.recipe.shards)) if shards is None else shards
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.replay = replay
         self.ensemble = Ensemble(job.spec, hold or job.ids)
         self.ensemble.to(self.device)
         self.members = cast(list[Backbone], list(self.ensemble.members))
@@ -186,6 +198,9 @@ class Trainer:
         # The bias of the classifier block is left out: its gradient is the same everywhere.
         self.shared = [
             p for n, p in self.trained.items() if n.startswith("shared.") and n != "shared.bias"
+        ]
+        self.own = [
+            [p for n, p in self.trained.items() if n.startswith(f"{i}.")] for i in self.ensemble.ids
         ]
         recipe = job.recipe
         self.optimizer = torch.optim.Adam(
@@ -202,10 +217,56 @@ class Trainer:
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(self.device)
         self.val_images = self.uploaded(data.val)
         self._reset_watch()
+        layers = [m for m in self.ensemble.modules() if isinstance(m, torch.nn.Conv2d)]
+        self._narrow = any(m.out_channels < 8 for m in layers)
         extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
         self.extra = {
             k: torch.from_numpy(v).to(self.device) for k, v in extra.items() if v is not None
         }
+        self._tentacle: cheap.Tentacle = Backbone.tentacle
+        if self._worth_compiling():
+            self._tentacle = cheap.compiled(self.ensemble)
+        elif self.device.type == "cpu":
+            cheap.make(self.ensemble)
+        self._sides: dict[int, _Side] = {}
+        self._seed_dropout(0)
+        self.replay = self._must_replay(memory_share) if replay is None else replay
+
+    def _worth_compiling(self) -> bool:
+        recipe = self.job.recipe
+        if recipe.compile != "auto":
+            return recipe.compile == "always"
+        images = len(self.images) if self.job.indices is None else len(self.job.indices)
+        work = cheap.operations(self.job.spec.model) * images * recipe.epochs * len(self.job.ids)
+        return work >= cheap.WORTH_COMPILING[self.device.type]
+
+    def saved_bytes(self, images: int, sample: int = 2) -> int:
+        """Estimate of what autograd keeps in a step on so many images; measured on a few."""
+        if not len(self.images):
+            return 0
+        self.ensemble.train()
+        at = torch.arange(sample, device=self.device) % len(self.images)
+        with _undisturbed(self.ensemble, everything=True), cheap.Saved(self.ensemble) as saved:
+            kept = self.ensemble.outputs(self._normalized(self.images[at]))
+        del kept
+        return saved.bytes * images // sample
+
+    def _must_replay(self, share: float) -> bool:
+        if len(self.members) == 1:
+            return False
+        images = math.ceil(self.job.recipe.batch_size / self.job.recipe.shards) * len(self.shards)
+        need, free = self.saved_bytes(images), int(share * cheap.memory(self.device))
+        replay = need > free
+        log.log(
+            logging.WARNING if replay else logging.INFO,
+            "%s: a step keeps about %.2f GiB for %d members, %.2f GiB are free: %s",
+            self.job.name,
+            need / 2**30,
+            len(self.members),
+            free / 2**30,
+            "members are replayed one by one" if replay else "no replay",
+        )
+        return replay
 
     # -- one epoch -------------------------------------------------------------------------
 
@@ -221,7 +282,7 @@ class Trainer:
             TrainingError: the loss is not finite; names the job, the epoch and the step.
         """
         started = time.perf_counter()
-        sent, waited = self.exchange.sent, self.exchange.seconds
+        sent, waited = self._exchanged()
         number, recipe = len(history), self.job.recipe
         batches = self._batches(number)
         augment = generator("augment", self.job.seed, number, device=self.device)
@@ -240,6 +301,7 @@ class Trainer:
             self.optimizer.step()
             loss_sum += loss.detach() * len(at)
             correct += (logits.argmax(1) == self.labels[at]).sum()
+        self._mean_norms()
         total = float(loss_sum)
         if not math.isfinite(total):
             raise self._not_finite(total, number + 1)
@@ -249,49 +311,111 @@ class Trainer:
             "correct": float(correct),
             "images": float(sum(map(len, batches))),
             "steps": float(len(batches)),
-            "sent": float(self.exchange.sent - sent),
-            "waited": self.exchange.seconds - waited,
+            "sent": float(self._exchanged()[0] - sent),
+            "waited": self._exchanged()[1] - waited,
             "seconds": time.perf_counter() - started,
         }
         return sums, outputs
 
+    def _exchanged(self) -> tuple[int, float]:
+        both = (self.exchange, self.within)
+        return sum(e.sent for e in both), sum(e.seconds for e in both)
+
     def step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C)."""
+        enabled = torch.backends.mkldnn.enabled
+        if self._narrow:
+            # oneDNN's AVX2 convolutions (torch 2.13) write past a buffer's end when they are
+            # trained with fewer than 8 channels: the heap is corrupted some steps later.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+        try:
+            return self._step(x, y, extra)
+        finally:
+            torch.backends.mkldnn.enabled = enabled
+
+    def _step(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        ensemble, count = self.ensemble, len(self.job.ids)
-        h = x
-        for module in ensemble.prefix():
+        scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / len(self.job.ids)
+        passes = [self._forward(shard, rows, x) for shard, rows in self._rows(len(x))]
+        outputs = [
+            self._whole([p.outputs[k].detach() for p in passes], passes, len(x))
+            for k in range(len(self.members))
+        ]
+        self._watch(outputs)
+        grads, loss, logits = self._objective(outputs, y, extra, scale)
+        # Trees of one gradient a member and shard: bits do not depend on who holds what.
+        shared = TreeSum()
+        for k, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
+            own = TreeSum()
+            for p in passes:
+                if len(p.rows):
+                    z = p.outputs[k]
+                    if self.replay:
+                        self._enter(p.shard)
+                        z = self.ensemble.rest(member, p.leaf, self._tentacle)
+                    z.backward(grad[p.rows] if self._cut else grad)
+                    if p.leaf.grad is not None:
+                        p.h.backward(p.leaf.grad, retain_graph=True)
+                        p.leaf.grad = None
+                if self.shared:
+                    shared.add(_taken(self.shared))
+                if self._cut:
+                    own.add(_taken(self.own[k]))
+            if self._cut:
+                _given(self.own[k], self.within.sum(own.value()))
+        if self.shared:
+            _given(self.shared, self.exchange.sum(shared.value()))
+        return loss, logits
+
+    @property
+    def _cut(self) -> bool:
+        return self.job.recipe.shards > 1
+
+    def _enter(self, shard: int) -> None:
+        if self._cut:
+            self._sides[shard].enter()
+
+    def _rows(self, count: int) -> list[tuple[int, Tensor]]:
+        """This process's shards of a batch: (shard, numbers of its images)."""
+        rows = torch.arange(count, device=self.device)
+        shards = self.job.recipe.shards
+        # Batch norm needs two images; what remains of a short batch goes to the first shards.
+        parts = list(rows.tensor_split(max(1, min(shards, count // 2))))
+        parts += [rows[:0]] * (shards - len(parts))
+        return [(shard, parts[shard]) for shard in self.shards]
+
+    def _forward(self, shard: int, rows: Tensor, x: Tensor) -> _Pass:
+        self._enter(shard)
+        h = x[rows] if self._cut else x
+        if not len(rows):
+            none = h.new_zeros(0, self.job.spec.model.classes)
+            return _Pass(shard, rows, h, h, [none] * len(self.members))
+        for module in self.ensemble.prefix():
             h = module(h)
         # Members push their gradients into this leaf.
         leaf = h.detach().requires_grad_(h.requires_grad)
-        scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / count
-        if self.replay:
-            with torch.no_grad(), _undisturbed(ensemble):
-                outputs = [ensemble.rest(member, leaf) for member in self.members]
-        else:
-            outputs = [ensemble.rest(member, leaf) for member in self.members]
-        detached = [z.detach() for z in outputs]
-        self._watch(detached)
-        grads, loss, logits = self._objective(detached, y, extra, scale)
-        shared = TreeSum()
-        for member, z, grad in zip(self.members, outputs, grads, strict=True):
-            if self.replay:
-                z = ensemble.rest(member, leaf)
-            z.backward(grad)
-            if leaf.grad is not None:
-                h.backward(leaf.grad, retain_graph=True)
-                leaf.grad = None
-            if self.shared:
-                # A tree of one gradient a member: bits do not depend on who holds whom.
-                shared.add(torch.cat([p.grad.flatten() for p in self.shared]))  # type: ignore[union-attr]
-                for p in self.shared:
-                    p.grad = None
-        if self.shared:
-            flat = self.exchange.sum(shared.value())
-            parts = flat.split([p.numel() for p in self.shared])
-            for p, part in zip(self.shared, parts, strict=True):
-                p.grad = part.view_as(p)
-        return loss, logits
+        with _replayed(self.ensemble) if self.replay else contextlib.nullcontext():
+            outputs = [self.ensemble.rest(m, leaf, self._tentacle) for m in self.members]
+        return _Pass(shard, rows, h, leaf, outputs)
+
+    def _whole(self, parts: list[Tensor], passes: list[_Pass], count: int) -> Tensor:
+        """A member's outputs (B, C), zero where other processes take the images."""
+        if not self._cut:
+            return parts[0]
+        whole = parts[0].new_zeros(count, parts[0].shape[1])
+        for part, p in zip(parts, passes, strict=True):
+            whole[p.rows] = part
+        return whole
+
+    def _mean_norms(self) -> None:
+        """Give all shards the mean of their batch-norm statistics."""
+        sides = list(self._sides.values())
+        if not sides or not sides[0].norms:
+            return
+        total = self.within.sum(tree_sum([side.flat() for side in sides]))
+        for side in sides:
+            side.fill(total / self.job.recipe.shards)
+        sides[0].enter()
 
     def _objective(self, outputs: list[Tensor], y, extra, scale: float):
         """dL/dz of each held member, the loss and the logits.
@@ -345,7 +469,7 @@ class Trainer:
         steps = torch.zeros(len(self.job.ids), device=self.device)
         for i, n in zip(self.ensemble.ids, self._finite_steps, strict=True):
             steps[self.job.ids.index(i)] = n
-        steps = self.exchange.sum(steps)
+        steps = self.exchange.sum(steps) / self.within.size
         first = steps.min()
         members = [i for i, n in zip(self.job.ids, steps, strict=True) if n == first]
         return TrainingError(
@@ -375,11 +499,14 @@ class Trainer:
         return [b.to(self.device) for b in batches]
 
     def _seed_dropout(self, epoch: int) -> None:
-        for i, member in zip(self.ensemble.ids, self.ensemble.members, strict=True):
+        for i, member in zip(self.ensemble.ids, self.members, strict=True):
             for name, module in member.named_modules():
                 if draws(module):
                     keys = ("dropout", self.job.seed, i, name, epoch)
                     module.generator = generator(*keys, device=self.device)
+        self._sides = {}
+        for shard in self.shards if self._cut else ():
+            self._sides[shard] = _Side(self.ensemble, (self.job.seed, epoch, shard))
 
     def uploaded(self, split: Split) -> Tensor:
         """The images of a split on the device, uint8 (N, C, H, W); on the CPU a view, no copy."""
@@ -450,14 +577,83 @@ class Trainer:
                 self.optimizer.state[p] = moved
 
 
-class _undisturbed:
-    """Batch-norm statistics and dropout generators are left as they were on entering."""
+@dataclass(eq=False)
+class _Pass:
+    """One shard's way through the network: images, shared prefix, each member's outputs."""
 
-    def __init__(self, ensemble: Ensemble):
-        self.ensemble = ensemble
+    shard: int
+    rows: Tensor
+    h: Tensor
+    leaf: Tensor
+    outputs: list[Tensor]
+
+
+class _Side:
+    """What each shard has for itself in an epoch: batch-norm statistics and random generators.
+
+    `enter` puts them into the network's modules; no numbers are copied.
+    """
+
+    def __init__(self, ensemble: Ensemble, seed: tuple[int, ...]):
+        norms = [m for m in ensemble.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        self.norms = [(m, {k: v.clone() for k, v in m.named_buffers()}) for m in norms]
+        self.generators: list[tuple[Any, torch.Generator]] = []
+        for i, member in zip(ensemble.ids, ensemble.members, strict=True):
+            for name, module in member.named_modules():
+                if draws(module):
+                    device = next(member.parameters()).device
+                    rng = generator("dropout of a shard", *seed, i, name, device=device)
+                    self.generators.append((module, rng))
+
+    def enter(self) -> None:
+        for norm, own in self.norms:
+            norm._buffers.update(own)
+        for module, rng in self.generators:
+            module.generator = rng
+
+    def flat(self) -> Tensor:
+        """Running means and variances, one after another."""
+        return torch.cat([own[k] for _, own in self.norms for k in _RUNNING])
+
+    def fill(self, values: Tensor) -> None:
+        found = [own[k] for _, own in self.norms for k in _RUNNING]
+        for buffer, part in zip(found, values.split([b.numel() for b in found]), strict=True):
+            buffer.copy_(part)
+
+
+_RUNNING = ("running_mean", "running_var")
+
+
+def _taken(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """Their gradients, one after another; none are left."""
+    parts = []
+    for p in parameters:
+        parts.append(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten())
+        p.grad = None
+    return torch.cat(parts)
+
+
+def _given(parameters: list[torch.nn.Parameter], flat: Tensor) -> None:
+    """The inverse of `_taken`."""
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+
+
+class _undisturbed:
+    """Batch-norm statistics and generators are left as they were on entering.
+
+    Those of `Ensemble.prefix` only with `everything`: in a step it runs once, outside of this, and
+    its statistics must not be touched before it has been run back.
+    """
+
+    def __init__(self, ensemble: Ensemble, everything: bool = False):
+        self.ensemble, self.everything = ensemble, everything
 
     def __enter__(self):
-        self.buffers = [(b, b.clone()) for m in self.ensemble.members for b in m.buffers()]
+        left = [] if self.everything else self.ensemble.prefix()
+        prefix = {id(b) for module in left for b in module.buffers()}
+        buffers = [b for m in self.ensemble.members for b in m.buffers() if id(b) not in prefix]
+        self.buffers = [(b, b.clone()) for b in buffers]
         self.generators = [
             (rng, rng.get_state())
             for m in self.ensemble.modules()
@@ -465,10 +661,17 @@ class _undisturbed:
         ]
 
     def __exit__(self, *error):
-        for buffer, value in self.buffers:
-            buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
         for rng, value in self.generators:
             rng.set_state(value)
+
+
+@contextlib.contextmanager
+def _replayed(ensemble: Ensemble) -> Iterator[None]:
+    with torch.no_grad(), _undisturbed(ensemble):
+        yield
 
 
 def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
@@ -539,7 +742,7 @@ class Checkpoint:
         self.folder = folder / key
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "state.safetensors"
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  held as long as this object
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -580,7 +783,7 @@ class Checkpoint:
         self._lock.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def resumable(folder: Path) -> Iterator[Path]:
     """A folder for the checkpoints of one stage, removed when the stage's work is written."""
     yield folder
@@ -645,7 +848,7 @@ def drive(
 
 
 def validation(job: Job, outputs: np.ndarray, labels: np.ndarray, trainer) -> tuple[float, float]:
-    """Mean cross entropy and top-1 (percent) of the job's members together, on validation."""
+    """Mean cross entropy and top-1 in percent of the members together on the validation part."""
     z = torch.from_numpy(outputs)
     total = tree_sum(list(z))
     logits = total if job.spec.combine == "sum" else total / len(z)
@@ -661,6 +864,7 @@ def train_many(
     checkpoints: Path | None = None,
     on_epoch: Callable[[Job, dict[str, Any]], None] | None = None,
     threads: int = 1,
+    replay: bool | None = None,
 ) -> list[Trained]:
     """Train jobs one after another in this process; `actors.Cluster` spreads them out.
 
@@ -674,7 +878,8 @@ def train_many(
             Checkpoint(checkpoints, f"{job.name}-{job.digest(data)}") if checkpoints else None
         )
         try:
-            results.append(drive(job, data, Trainer(job, data), checkpoint, on_epoch))
+            trainer = Trainer(job, data, replay=replay)
+            results.append(drive(job, data, trainer, checkpoint, on_epoch))
         finally:
             if checkpoint:
                 checkpoint.close()

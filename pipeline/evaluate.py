@@ -8,8 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, execute, metrics, packfile, params, report, storage
+from bnncore import data, execute, metrics, narrow, packfile, params, report, storage
+from bnncore.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
+
+OPTIONS = (
+    params.PackParams(),
+    params.PackParams(affine="float16"),
+    params.PackParams(weights="int8"),
+    params.PackParams(affine="float16", weights="int8"),
+)
 
 
 def main() -> None:
@@ -21,6 +29,9 @@ def main() -> None:
         for name in names:
             histories |= curves(name)
         prefixes = {r["name"]: r.pop("anytime") for r in results}
+        narrower = {r["name"]: r.pop("options") for r in results}
+        REPORTS.mkdir(exist_ok=True)
+        (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
         written = report.write(results, histories, REPORTS, prefixes)
         flat = {
@@ -65,6 +76,16 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
             f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
             f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
         )
+    if program.members > 1:
+        row |= early_exit(model, images)
+    narrower = []
+    if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
+        narrower = options(program, images, p)
+        for row in narrower:
+            print(
+                f"  packed with affine {row['affine']}, weights {row['weights']:<7} "
+                f"{row['bytes']:>9,} bytes, validation {row['val_top1']:.2f} %"
+            )
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"
     bits = counts.tentaclenet if first else counts.filter_sharing
@@ -88,7 +109,36 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "max_logit_difference": largest,
         "flipped_signs": flips,
         "anytime": anytime(model, images.test),
+        "options": narrower,
         **row,
+    }
+
+
+def options(program: Program, images: data.Dataset, p: params.EvaluateParams) -> list[dict]:
+    """What each narrowing that `pack` offers would do to bytes and validation accuracy."""
+    rows = []
+    for pack in OPTIONS:
+        smaller = narrow.narrowed(program, pack)
+        model = execute.Model(smaller, p.ops, p.threads)
+        predicted = model.predict(images.val.images, batch=p.batch)
+        top1 = 100 * metrics.accuracy(predicted, images.val.labels)
+        size = len(packfile.encode(smaller))
+        rows.append({**params.plain(pack), "bytes": size, "val_top1": top1})
+    return rows
+
+
+def early_exit(model: execute.Model, images: data.Dataset) -> dict:
+    """Test accuracy and mean members used when each image stops as early as it may.
+
+    The threshold on the margin is the smallest that costs nothing on the validation part; votes
+    also stop when they are decided.
+    """
+    threshold = execute.choose_threshold(model, images.val.images, images.val.labels)
+    (reached,) = execute.exit_curve(model, images.test.images, images.test.labels, [threshold])
+    return {
+        "exit_threshold": threshold,
+        "exit_top1": 100 * (reached["accuracy"] or 0.0),
+        "exit_members": reached["mean_members"],
     }
 
 

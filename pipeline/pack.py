@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, execute, lower, narrow, packfile, params, parity, schemes, train
+from bnncore import data, execute, lower, metrics, narrow, packfile, params, parity, schemes, train
 from bnncore.ensemble import Ensemble
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
@@ -31,12 +31,15 @@ def main() -> None:
             trained = schemes.Ensembled.read(found[name])
             ensemble = trained.ensemble()
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
-            program = lower.lower(
-                ensemble, images.mean, images.std, images.classes, facts(s.params, name, section)
+            info = facts(s.params, name, section)
+            program = lower.lower(ensemble, images.mean, images.std, images.classes, info)
+            theirs = torch_outputs(ensemble, images)
+            _, predicted = execute.combine(program, theirs["val"])
+            program.info["val_top1"] = round(
+                100 * metrics.accuracy(predicted, images.val.labels), 2
             )
             program = narrow.narrowed(program, s.params.pack)
             size = packfile.save(program, PACKED / f"{name}.bnn")
-            theirs = torch_outputs(ensemble, images)
             np.savez(PACKED / "torch" / f"{name}.npz", val=theirs["val"], test=theirs["test"])
             flips = differences(ensemble, program, images, theirs["test"])
             (PACKED / "torch" / f"{name}.flips.json").write_text(json.dumps(flips))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bnncore import backbones, blueprint, lower, packfile, paper, storage
+from bnncore import backbones, blueprint, lower, narrow, packfile, paper, storage
 from bnncore.backbones import ModelSpec
 from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
-from bnncore.params import Binarizer
+from bnncore.params import Binarizer, PackParams
 
 DIGITS = (8, 8, 1)
 CIFAR = (32, 32, 3)
@@ -219,6 +219,21 @@ def test_counts_of_other_binarizers(weight, activation):
         # The papers count neither scales nor activations, and a bias of a binary layer as one bit.
         assert counts.tentaclenet == same.tentaclenet == storage.counted(lowered(of)).tentaclenet
         assert counts.filter_sharing == same.filter_sharing
+
+
+@pytest.mark.parametrize("affine", ["float32", "float16"])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_bound_of_narrowed_files(affine, weights):
+    pack = PackParams(affine, weights)
+    for backbone, sharing in (("nin", "tentaclenet"), ("resnet8", "c2"), ("reactnet10", "c1")):
+        of = spec(backbone, 3, sharing)
+        program = narrow.narrowed(lowered(of), pack)
+        size = len(packfile.encode(program))
+        counts = storage.count(of, pack, classes=program.classes, info={})
+        assert counts.file_least <= size <= counts.file <= 1.1 * size
+        # The papers' counts are of the trained network, whatever the file keeps of it.
+        assert storage.counted(program).tentaclenet == counts.tentaclenet
+        assert storage.counted(program).filter_sharing == counts.filter_sharing
 
 
 def test_a_float_network_counts_32_bits_each():

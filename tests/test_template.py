@@ -15,7 +15,7 @@ from bnncore.backbones import Dropout, ModelSpec, build
 from bnncore.binarize import BinaryActivation, BinaryConv2d
 from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec, layer_groups, single_state
 from bnncore.lower import lower
-from bnncore.params import Binarizer, ParamsError
+from bnncore.params import Binarizer, ParamsError, RayParams
 from bnncore.template import TemplateError, binarized
 from bnncore.train import train_many
 from tests import tiny
@@ -167,6 +167,7 @@ def test_packed_equals_torch_for_every_binarizer(binarizer):
 TORCHVISION = "examples.own_cnn:torchvision_resnet18"
 
 
+@pytest.mark.slow
 def test_torchvisions_resnet18_unmodified():
     pytest.importorskip("PIL")
     model = ModelSpec(TORCHVISION, RGB.image, 5, binarizer=Binarizer())
@@ -291,3 +292,29 @@ def test_what_cannot_be_packed_is_named_before_anything_trains(name, message):
     )
     with pytest.raises(ParamsError, match=message):
         schemes.check(p, GRAY.image, 4)
+
+
+@pytest.mark.slow
+def test_a_users_network_trains_over_actors_to_the_same_bits():
+    """Its function, and a binarizer of the user's own, are found by name in other processes."""
+    actors = pytest.importorskip("bnncore.actors")
+    data = tiny.dataset((12, 12, 1), 4, train=96)
+    names = ("fusion", "boosting", "snapshot", "gradient_boosting", "stochastic_rounding")
+    sections = [{"name": n, "scheme": n, "sharing": "no_shared", "members": 2} for n in names]
+    p = tiny.parse(
+        model={
+            "backbone": "examples.own_cnn:small_cnn",
+            "binarizer": {"weight": "tests.test_binarize:half"},
+        },
+        ensembles={"train": sections, "recipe": {"epochs": 6, "batch_size": 8, "lr": 0.01}},
+    )
+    schemes.check(p, data.image, 4)
+    (fp32,) = train_many([schemes.first_job(p, data, None)], data)
+    (bnn,) = train_many([schemes.first_job(p, data, fp32.state)], data)
+    with actors.Cluster(RayParams(actors=2)) as cluster:
+        for section in p.ensembles.train:
+            plan = schemes.plan(p, section, data, fp32.state, bnn.state)
+            here = schemes.train(plan, lambda jobs: train_many(jobs, data)).state
+            there = schemes.train(plan, lambda jobs: cluster.train_many(jobs, data)).state
+            assert here.keys() == there.keys()
+            assert all(torch.equal(v, there[n]) for n, v in here.items()), section.name

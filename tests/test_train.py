@@ -403,3 +403,25 @@ def test_digest_changes_with_everything_the_result_depends_on():
     }
     assert len(digests) == 9
     assert job().digest(DATA) == start.digest(DATA)
+
+
+def test_sharing_survives_training_and_resuming(tmp_path):
+    start = job(3, "shared_conv")
+    trainer = Trainer(start, DATA, device="cpu")
+    trainer.epoch([])
+    checkpoint = Checkpoint(tmp_path, "job")
+    checkpoint.save(trainer.state(), [])
+    state, _ = checkpoint.load()
+    checkpoint.close()
+    resumed = Trainer(start, DATA, device="cpu")
+    resumed.load(state)
+    for ensemble in (trainer.ensemble, resumed.ensemble):
+        first, *others = ensemble.members
+        for other in others:
+            for name in ensemble.shared:
+                assert other.get_submodule(name) is first.get_submodule(name)
+            assert other.head.dense is not first.head.dense
+            assert other.stem.norm is not first.stem.norm
+        assert {n for n in ensemble.state() if ".conv1." in n} == {
+            f"shared.body.layer{k}.block1.conv1.weight" for k in (1, 2, 3)
+        }

@@ -1,0 +1,88 @@
+"""Search for the best ensemble under a budget: ``python -m pipeline.search``.
+
+Not a part of the pipeline: ``search/dvc.yaml`` has it as a stage of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from bnncore import data, execute, front, metrics, packfile, params, schemes, space, tasks, train
+from bnncore import search as searching
+from bnncore.actors import Cluster
+from bnncore.tracking import Tracker
+from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
+
+OUT = REPORTS / "search"
+
+
+def main() -> None:
+    options = arguments()
+    p = params.load(ROOT / "params.yaml")
+    images = data.load(p.data, ROOT)
+    schemes.check(p, images.image, len(images.classes))
+    settings = p.mlflow
+    with searching.Search(p, images, CHECKPOINTS / "search") as study:
+        known = {"study": study.name, **params.plain(p)}
+        with Tracker(
+            ROOT, known, settings.uri, experiment=settings.experiment, name="search"
+        ) as tracker, Cluster(p.ray) as cluster:  # fmt: skip
+            study.tracker = tracker
+            report = study.run(cluster, options.trials, options.timeout)
+            written = front.write(report, study, OUT)
+            front.show(report, study)
+            if report.best:
+                keys = ("val_top1", "file_bytes")
+                tracker.metrics({k: report.best[k] for k in keys})
+            if options.finish and report.best and report.ended != "interrupted":
+                written.append(finish(study, report, images, cluster, tracker))
+            for path in written:
+                tracker.artifact(path, "search")
+    print(f"\n{OUT / 'best.yaml'}: cp it to params.yaml, and dvc repro trains it"
+          if report.best else f"\n{OUT / 'front.csv'} lists what was asked for")  # fmt: skip
+    if report.ended == "interrupted":
+        sys.exit(130)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.search", description=__doc__)
+    parser.add_argument("--trials", type=int, help="in all, those of earlier runs included")
+    parser.add_argument("--timeout", type=float, metavar="S", help="begin nothing after S seconds")
+    parser.add_argument("--finish", action="store_true", help="train the best by the full recipes")
+    parser.add_argument("--traceback", action="store_true", help="of errors")
+    options = parser.parse_args()
+    if options.trials is not None and options.trials < 1:
+        parser.error(f"--trials: expected at least 1, got {options.trials}")
+    return options
+
+
+def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Tracker):
+    """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
+    best = space.preset(study.full, study.config(report.best))
+    with train.resumable(CHECKPOINTS / "search-finish") as checkpoints:
+        trained, program = tasks.finish(best, images, cluster, checkpoints)
+    size = packfile.save(program, OUT / "best.bnn")
+    if size > report.best["bound_bytes"]:
+        raise RuntimeError(
+            f"best.bnn: expected at most {report.best['bound_bytes']} bytes, got {size}"
+        )
+    model = execute.Model(packfile.load(OUT / "best.bnn"), study.full.evaluate.ops)
+    scores: dict[str, float] = {"file_bytes": size}
+    for part, split in (("val", images.val), ("test", images.test)):
+        predicted = model.predict(split.images)
+        scores[f"{part}_top1"] = 100 * metrics.accuracy(predicted, split.labels)
+    (OUT / "finished.json").write_text(json.dumps(scores, indent=1) + "\n")
+    print(
+        f"\ntrained in full: validation {scores['val_top1']:.2f} %, test {scores['test_top1']:.2f} "
+        f"%, {size:,} bytes ({OUT / 'best.bnn'})"
+    )
+    with tracker.model("best", study.config(report.best)) as child:
+        child.history(tasks.merged(trained.histories))
+        child.metrics(scores)
+    return OUT / "finished.json"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,164 @@
+"""The reproduction report: published beside ours, and nothing where nothing has been run."""
+
+import csv
+import json
+import statistics
+
+import pytest
+import yaml
+
+from bnncore import paper
+
+PUBLISHED = paper.published()
+
+
+def finished(folder, seed, rows, *, dataset="cifar100", backbone="resnet20", subset=1.0, epochs=12):
+    """A run as the pipeline leaves it: results, and the resolved parameters beside the files."""
+    folder.mkdir(parents=True)
+    (folder / "reports").mkdir()
+    (folder / "packed").mkdir()
+    found = []
+    for name, top1 in rows.items():
+        kind = name if name in ("fp32", "bnn") else "ensemble"
+        scheme, sharing, members = (None, None, 1) if kind == name else name.split("/")
+        found.append(
+            {"name": name, "kind": kind, "backbone": backbone, "width": None, "scheme": scheme,
+             "sharing": sharing, "members": int(members), "test_top1": top1, "file_bytes": 1234}
+        )  # fmt: skip
+    (folder / "reports" / "results.json").write_text(json.dumps(found))
+    parameters = {
+        "seed": seed,
+        "data": {"name": dataset, "subset": subset},
+        "model": {"backbone": backbone, "width": None},
+        "pretrain": {"epochs": epochs + 2},
+        "binarize": {"epochs": epochs + 1},
+        "ensembles": {"recipe": {"epochs": epochs}, "train": []},
+    }
+    (folder / "packed" / "params.yaml").write_text(yaml.safe_dump(parameters))
+    return folder
+
+
+def table(out):
+    with open(out / "paper.csv", newline="") as file:
+        return {(row["place"], row["row"], row["subset"]): row for row in csv.DictReader(file)}
+
+
+def test_without_runs_only_published_and_computed_values_appear(tmp_path):
+    written = paper.report([], tmp_path)
+    assert all(path.stat().st_size > 0 for path in written)
+    rows = table(tmp_path)
+    assert all(row["ours"] == row["difference"] == row["epochs"] == "" for row in rows.values())
+    assert {row["seeds"] for row in rows.values()} == {"0"}
+    assert rows["TentacleNet, Table 1", "nin fp32", ""]["published"] == "88.11"
+    text = (tmp_path / "paper.md").read_text()
+    assert "| resnet9 tentaclenet 14 | 11,465 | 11,465 | 44.4 % | 44.4 % |" in text
+    assert "| nin, n = 13 | +1.00 |  |  |  |  |  |  |" in text
+
+
+def test_every_published_accuracy_has_its_line():
+    lines = paper.accuracy_lines([], PUBLISHED)
+    published = sorted(line.published for line in lines if line.published is not None)
+    first, second = PUBLISHED["tentaclenet"], PUBLISHED["filter_sharing"]
+    expected = [row["top1"] for row in (*first["table1"], *second["singles"])]
+    expected += [row["delta"] for row in first["table2"]]
+    expected += [value for row in first["fig3"] for value in row["delta"].values()]
+    for curve in second["curves"]:
+        expected += curve["top1"].values()
+        if (curve["model"], curve["dataset"], curve["scheme"], curve["sharing"]) == (
+            "resnet20", "cifar100", "fusion", "shared_conv",
+        ):  # fmt: skip
+            expected += curve["top1"].values()  # in Figures 5A and 7A
+    assert published == sorted(expected)
+
+
+def test_runs_stand_beside_what_was_published(tmp_path):
+    a = {"fp32": 61.0, "bnn": 47.0, "fusion/shared_conv/4": 50.0, "fusion/shared_conv/3": 49.0}
+    b = {"fp32": 62.0, "bnn": 47.5, "fusion/shared_conv/4": 51.0}
+    folders = [finished(tmp_path / "a", 0, a), finished(tmp_path / "b", 1, b)]
+    paper.report(folders, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    four = rows["Kim et al., Figure 5A", "fusion, M = 4", "1.0"]
+    assert (four["ours"], four["published"], four["difference"]) == ("50.5", "53.8", "-3.3")
+    assert float(four["spread"]) == pytest.approx(statistics.stdev([50, 51]), abs=1e-4)
+    assert (four["seeds"], four["epochs"], four["width"]) == ("2", "12", "paper")
+    assert four["file_bytes"] == "1234"
+    # A member count that the paper does not have: a line without a published value.
+    three = rows["Kim et al., Figure 5A", "fusion, M = 3", "1.0"]
+    assert (three["published"], three["difference"], three["ours"]) == ("", "", "49.0")
+    single = rows["Kim et al., in the text", "resnet20 cifar100 bnn", "1.0"]
+    assert (single["ours"], single["epochs"]) == ("47.25", "13")
+    # Neither another data set's line nor another sharing's is filled in.
+    assert rows["Kim et al., Figure 6", "fusion, M = 4", ""]["ours"] == ""
+    assert rows["Kim et al., Figure 7A", "C1, M = 4", ""]["ours"] == ""
+    assert rows["Kim et al., Figure 5A", "voting, M = 4", ""]["ours"] == ""
+
+
+def test_differences_to_fp32_are_those_of_the_same_run(tmp_path):
+    name = "tentaclenet/tentaclenet/3"
+    kwargs = {"dataset": "fer2013", "backbone": "fernet"}
+    folders = [
+        finished(tmp_path / "a", 0, {"fp32": 60.0, "bnn": 55.0, name: 59.0}, **kwargs),
+        finished(tmp_path / "b", 1, {"fp32": 64.0, "bnn": 55.0, name: 62.0}, **kwargs),
+        finished(tmp_path / "c", 2, {name: 40.0}, **kwargs),  # without FP32: no difference
+    ]
+    paper.report(folders, tmp_path / "out")
+    row = table(tmp_path / "out")["TentacleNet, Figure 3", "fernet, n = 3", "1.0"]
+    assert (row["ours"], row["seeds"], row["unit"]) == ("-1.5", "2", "points to FP32")
+    assert row["difference"] == "-1.5"
+
+
+def test_runs_under_other_conditions_are_not_averaged(tmp_path):
+    rows = {"fp32": 60.0, "bnn": 40.0}
+    folders = [
+        finished(tmp_path / "whole", 0, rows),
+        finished(tmp_path / "part", 1, {**rows, "bnn": 30.0}, subset=0.1),
+    ]
+    lines = paper.accuracy_lines(paper.collect(folders), PUBLISHED)
+    (whole, part) = (x for x in lines if x.row == "resnet20 cifar100 bnn")
+    assert (whole.ours, whole.setting.subset, whole.seeds) == (40.0, 1.0, 1)
+    assert (part.ours, part.setting.subset, part.seeds) == (30.0, 0.1, 1)
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path):
+    folders = [
+        finished(tmp_path / "a", 3, {"bnn": 40.0}),
+        finished(tmp_path / "b", 3, {"bnn": 40.0}),
+    ]
+    (line,) = (
+        x
+        for x in paper.accuracy_lines(paper.collect(folders), PUBLISHED)
+        if x.row == "resnet20 cifar100 bnn"
+    )
+    assert (line.seeds, line.spread) == (1, None)
+
+
+def test_a_row_may_say_everything_itself(tmp_path):
+    row = {"name": "x", "kind": "ensemble", "scheme": "bagging", "sharing": "no_shared",
+           "members": 12, "test_top1": 80.0, "dataset": "cifar10", "backbone": "nin",
+           "width": 192, "subset": 0.5, "epochs": 7, "seed": 9}  # fmt: skip
+    fp32 = {**row, "name": "fp32", "kind": "fp32", "test_top1": 82.0}
+    (tmp_path / "results.json").write_text(json.dumps([row, fp32]))
+    lines = paper.accuracy_lines(paper.collect([tmp_path]), PUBLISHED)
+    (line,) = (x for x in lines if x.row == "nin benn_bagging, 12")
+    assert (line.ours, line.setting.width, line.setting.epochs) == (-2.0, None, 7)
+    assert str(line.setting) == "the paper's width, 50% of the images"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "results.json: expected the results of a run"),
+        ('{"name": "bnn"}', "expected a list of objects"),
+        ('[{"name": "x", "test_top1": 1.0}]', "no 'scheme'"),
+        ('[{"name": "bnn", "test_top1": 1.0}]', "no 'backbone'"),
+    ],
+)
+def test_unreadable_results_are_named(content, said, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(content)
+    assert paper.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_results_is_named(tmp_path, capsys):
+    assert paper.main([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert "none: expected a finished run" in capsys.readouterr().err

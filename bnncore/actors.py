@@ -620,6 +620,8 @@ def connect(params: RayParams) -> None:
     if address == "local":
         # Nothing but this machine needs to reach it.
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # Ray starts workers at niceness 15: beside any other work they would hardly run at all.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(address, **options)
     except ConnectionError as error:

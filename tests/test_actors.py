@@ -265,10 +265,7 @@ def test_order_of_results_is_the_order_of_jobs(cluster):
     p, images = plan("voting", "all_frozen", members=5, epochs=1)
     jobs = [p.job((i,), f"e.{i}") for i in range(5)]
     seen = []
-    with actors.Cluster(RayParams(actors=3)) as cluster:
-        results = cluster.train_many(
-            jobs, images, on_epoch=lambda job, epoch: seen.append(job.name)
-        )
+    results = cluster.train_many(jobs, images, on_epoch=lambda job, _: seen.append(job.name))
     assert [t.job.name for t in results] == [j.name for j in jobs]
     assert sorted(seen) == [j.name for j in jobs]
     assert all(np.isfinite(t.outputs).all() for t in results)

@@ -30,13 +30,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import (
-    GetTimeoutError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
 from torch import Tensor
 from torch import distributed as dist
 
@@ -46,8 +40,6 @@ from bnncore.params import RayParams
 from bnncore.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
 
 log = logging.getLogger(__name__)
-# What says that a worker is gone; Ray itself ends workers when a node's memory is short.
-LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
@@ -250,14 +242,14 @@ class _Group:
             ):
                 raise _GroupLost(f"{self.job.name}: {cause}") from error
             raise
-        except LOST as error:
+        except (RayActorError, WorkerCrashedError) as error:
             raise _GroupLost(f"{self.job.name}: {error}") from error
 
     def _peer_died(self) -> bool:
         # gloo reports a dead peer as a plain RuntimeError, often before Ray knows of the death.
         try:
             ray.get([actor.where.remote() for actor in self.actors], timeout=10)
-        except (*LOST, GetTimeoutError):
+        except (RayActorError, WorkerCrashedError, GetTimeoutError):
             return True
         return False
 
@@ -439,7 +431,7 @@ class Cluster:
             actors += [self._new_actor() for _ in range(size - len(actors))]
             alive = [actor.where.remote() for actor in actors]
             self._wait_for(alive)
-        except LOST as error:
+        except (RayActorError, WorkerCrashedError) as error:
             self._discard(actors)
             raise _GroupLost(str(error)) from error
         except BaseException:
@@ -613,13 +605,17 @@ def _address(params: RayParams) -> str:
     return os.environ.get("RAY_ADDRESS") or params.address
 
 
-def connect(params: RayParams) -> None:
-    """`ray.init` as the parameters and RAY_ADDRESS say."""
+def connect(params: RayParams, **options: Any) -> None:
+    """`ray.init` as the parameters and RAY_ADDRESS say; `options` are its own.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
     address = _address(params)
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    options = {"logging_level": "ERROR", "log_to_driver": False, **options}
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # they are raised here all the same
     if address == "local":
-        # Nothing but this machine needs to reach it.
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options.setdefault("include_dashboard", False)
         # Ray starts workers at niceness 15: beside any other work they would hardly run at all.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:

@@ -81,10 +81,10 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     narrower = []
     if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
         narrower = options(program, images, p)
-        for row in narrower:
+        for option in narrower:
             print(
-                f"  packed with affine {row['affine']}, weights {row['weights']:<7} "
-                f"{row['bytes']:>9,} bytes, validation {row['val_top1']:.2f} %"
+                f"  packed with affine {option['affine']}, weights {option['weights']:<7} "
+                f"{option['bytes']:>9,} bytes, validation {option['val_top1']:.2f} %"
             )
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"

@@ -30,7 +30,13 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from torch import Tensor
 from torch import distributed as dist
 
@@ -40,6 +46,8 @@ from bnncore.params import RayParams
 from bnncore.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
 
 log = logging.getLogger(__name__)
+# What says that a worker is gone; Ray itself ends workers when a node's memory is short.
+LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
@@ -242,14 +250,14 @@ class _Group:
             ):
                 raise _GroupLost(f"{self.job.name}: {cause}") from error
             raise
-        except (RayActorError, WorkerCrashedError) as error:
+        except LOST as error:
             raise _GroupLost(f"{self.job.name}: {error}") from error
 
     def _peer_died(self) -> bool:
         # gloo reports a dead peer as a plain RuntimeError, often before Ray knows of the death.
         try:
             ray.get([actor.where.remote() for actor in self.actors], timeout=10)
-        except (RayActorError, WorkerCrashedError, GetTimeoutError):
+        except (*LOST, GetTimeoutError):
             return True
         return False
 
@@ -431,7 +439,7 @@ class Cluster:
             actors += [self._new_actor() for _ in range(size - len(actors))]
             alive = [actor.where.remote() for actor in actors]
             self._wait_for(alive)
-        except (RayActorError, WorkerCrashedError) as error:
+        except LOST as error:
             self._discard(actors)
             raise _GroupLost(str(error)) from error
         except BaseException:

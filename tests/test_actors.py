@@ -21,13 +21,7 @@ def cluster():
     """Four slots on this machine; tests say how many of them are used."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
+    actors.connect(RayParams(), num_cpus=4)
     with actors.Cluster(RayParams(actors=4)) as cluster:
         yield cluster
     ray.shutdown()

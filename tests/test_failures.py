@@ -62,13 +62,7 @@ def undisturbed() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(
-        "local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
+    actors.connect(RayParams(), num_cpus=2)
     with actors.Cluster(RayParams()) as cluster:
         yield cluster
     ray.shutdown()

@@ -344,6 +344,11 @@ class Run:
     file_bytes: int | None
 
 
+def _found(folder: Path) -> list[Path]:
+    # MLflow keeps copies of its own.
+    return [f for f in sorted(folder.rglob("results.json")) if "mlruns" not in f.parts]
+
+
 def collect(folders: Iterable[Path]) -> list[Run]:
     """The finished runs below `folders`: every ``results.json``.
 
@@ -356,7 +361,7 @@ def collect(folders: Iterable[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for folder in folders:
-        files = [folder] if folder.is_file() else sorted(folder.rglob("results.json"))
+        files = [folder] if folder.is_file() else _found(folder)
         if not files:
             raise FiguresError(f"{folder}: expected a finished run, found no results.json below it")
         for file in files:

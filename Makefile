@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml
 repro: $(STAMP)  ## the whole pipeline on the parameters in params.yaml, then its table
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@$(BIN)/python -m bnncore.report
+	@echo; echo "plots and tables: $(CURDIR)/reports    MLflow's store: $(CURDIR)/mlflow.db, shown by 'make ui'"
 
 search: $(STAMP)  ## the best ensemble under search.budget_kib; SEARCH='--trials 10 --finish' for options
 	$(BIN)/python -m pipeline.search $(SEARCH)

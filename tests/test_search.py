@@ -471,6 +471,8 @@ def _say(threads, data, *needs) -> str:
 
 @pytest.mark.slow
 def test_a_task_that_dies_is_run_once_more(cluster, tmp_path):
+    # Workers cannot import this module by name; what it sends them travels whole.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     crew, results = S.Crew(cluster, DATA), {}
     work = [
         S.Work("dies once", _die_once, (str(tmp_path / "mark"),), keep=True),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -88,7 +88,7 @@ def _draw(model: ModelSpec, sharing: Sharing, combine: str, classifier: str | No
     for end in _ENDS:
         copies = _copies(values, shared)
         last = copies[values.index(output)]
-        _fold(copies, end)
+        lower.fold(copies, partial(_folded, most=end == "most"))
         programs.append(_program(model, copies, last, combine, bias))
     return Drawing(*programs)
 
@@ -136,26 +136,6 @@ def _copies(values: list[Value], shared: tuple[str, ...]) -> list[Value]:
         copy.shared = value.op == "normalize" or f"{value.name}.".startswith(shared or ("\0",))
         copies[id(value)] = copy
     return list(copies.values())[1:]
-
-
-def _fold(values: list[Value], end: _End) -> None:
-    """As `lower._fold`, by what can come out rather than by values."""
-    for value in list(values):
-        if value.op != "sign":
-            continue
-        chain: list[Value] = []
-        source = value.inputs[0]
-        while source.modules is not None and source.uses == 1:
-            chain.insert(0, source)
-            source = source.inputs[0]
-        folded = _folded(source, chain, end == "most") if chain else None
-        if folded is None:
-            continue
-        value.op, value.tensors = folded
-        value.inputs = [source]
-        value.shared = all(link.shared or not link.tensors for link in chain)
-        for link in chain:
-            values.remove(link)
 
 
 def _folded(source: Value, chain: list[Value], most: bool):

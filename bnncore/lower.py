@@ -12,7 +12,10 @@ differs from torch given the same input.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +82,7 @@ def lower(
             raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     with torch.no_grad():
         values, output = _Lowering(ensemble, mean, std).run()
-        _fold(values, len(ensemble.ids))
+        fold(values, partial(_thresholds, len(ensemble.ids)))
     return _assemble(ensemble, values, output, classes, info or {})
 
 
@@ -292,8 +295,13 @@ def _folded_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, (shift if norm.bias is None else norm.bias.double() + shift).float()
 
 
-def _fold(values: list[_Value], members: int) -> None:
-    """Turn each sign, with the chain of per-channel functions in front of it, into a threshold."""
+def fold(values: list[_Value], folded: Callable[[_Value, list[_Value]], Any]) -> None:
+    """Turn each sign, with the chain of per-channel functions in front of it, into a threshold.
+
+    Args:
+        folded: what becomes of a source and the chain behind it: (op, tensors), or None where the
+            chain stays as it is.
+    """
     for value in list(values):
         if value.op != "sign":
             continue
@@ -302,25 +310,30 @@ def _fold(values: list[_Value], members: int) -> None:
         while source.modules is not None and source.uses == 1:
             chain.insert(0, source)
             source = source.inputs[0]
-        if not chain:
+        found = folded(source, chain) if chain else None
+        if found is None:
             continue
-        own = any(not link.shared and link.tensors for link in chain)
-        functions = [
-            nn.Sequential(*(link.modules[m] for link in chain if link.modules))
-            for m in range(members if own else 1)
-        ]
-        if source.op == "bconv":
-            weight = source.tensors["weight"][2][0]
-            folded = _integer_thresholds(functions, weight.shape[0], int(weight[0].size))
-        else:
-            folded = _float_thresholds(functions, chain)
-        if folded is None:
-            continue
-        value.op, value.tensors = folded
+        value.op, value.tensors = found
         value.inputs = [source]
-        value.shared = not own
+        value.shared = not _own(chain)
         for link in chain:
             values.remove(link)
+
+
+def _own(chain: list[_Value]) -> bool:
+    return any(not link.shared and link.tensors for link in chain)
+
+
+def _thresholds(members: int, source: _Value, chain: list[_Value]):
+    """The exact thresholds of a chain, of each member where one of its links is own."""
+    functions = [
+        nn.Sequential(*(link.modules[m] for link in chain if link.modules))
+        for m in range(members if _own(chain) else 1)
+    ]
+    if source.op == "bconv":
+        weight = source.tensors["weight"][2][0]
+        return _integer_thresholds(functions, weight.shape[0], int(weight[0].size))
+    return _float_thresholds(functions, chain)
 
 
 def _integer_thresholds(functions, channels: int, k: int):

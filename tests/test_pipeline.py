@@ -225,7 +225,9 @@ def killed_once(folder: Path, stage: str, after_epochs: int) -> str:
             time.sleep(0.01)
         raise AssertionError(f"no checkpoint of {stage} in time")
     finally:
-        for pid in [*descendants(running.pid), running.pid]:
+        # dvc first: when it sees its stage die, it begins to rewrite its lock file, and would be
+        # killed with that file half written
+        for pid in [running.pid, *descendants(running.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         running.communicate()

@@ -60,7 +60,7 @@ from bnncore.tracking import Tracker
 
 # Asks in a row that give nothing to train, after which the space counts as used up.
 IDLE = 1000
-PROPOSALS = 20  # of a sampler, before something untried is taken at random
+PROPOSALS = 3  # of a sampler, before something untried near the last one is taken
 # A configuration's fate, in the trial's user attribute of that name.
 TRAINED, STOPPED, FAILED, REJECTED = "trained", "stopped", "failed", "rejected"
 INTERRUPTED = "interrupted"
@@ -168,6 +168,17 @@ class Crew:
         return task.remote(ray_params.cpus_per_actor, self.data, *args)
 
 
+def _origin(trial: FrozenTrial) -> int:
+    """The number under which the configuration was first asked for."""
+    return trial.user_attrs.get("repeats", trial.number)
+
+
+def _note(study: optuna.Study, number: int, **notes: Any) -> None:
+    trial = study.get_trials(deepcopy=False)[number]
+    for name, value in notes.items():
+        study._storage.set_trial_user_attr(trial._trial_id, name, value)
+
+
 def _over(over: dict[str, float]) -> str:
     return ", ".join(f"{k} {100 * v:.0f} % over" for k, v in over.items() if v > 0)
 
@@ -195,14 +206,14 @@ def _brief(error: BaseException) -> str:
 class Trial:
     """A configuration that is about to be trained."""
 
-    optuna: optuna.Trial
+    number: int
     config: Config
     cost: Cost
     batch: int
 
     @property
     def name(self) -> str:
-        return f"trial-{self.optuna.number:03d}"
+        return f"trial-{self.number:03d}"
 
 
 @dataclass
@@ -303,18 +314,17 @@ class Search:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(objectives))
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._interrupt(study, trial)
+            if trial.user_attrs.get("outcome") in COUNTED:  # all was written down but the end
+                self._settle(study, trial.number)
+            else:
+                self._interrupt(study, trial.number)
         return study
 
     @staticmethod
-    def _interrupt(study: optuna.Study, trial: FrozenTrial) -> None:
-        """Tell a trial that nobody runs any more failed, and have it asked for again."""
-        if trial.params:
-            repeats = trial.user_attrs.get("repeats", trial.number)
-            attributes = {"batch": trial.user_attrs.get("batch", 0), "repeats": repeats}
-            study.enqueue_trial(trial.params, user_attrs=attributes)
-        study._storage.set_trial_user_attr(trial._trial_id, "outcome", INTERRUPTED)
-        study.tell(trial.number, state=TrialState.FAIL)
+    def _interrupt(study: optuna.Study, number: int) -> None:
+        """Tell a trial that nobody runs any more failed; `ask` will ask for it again."""
+        _note(study, number, outcome=INTERRUPTED)
+        study.tell(number, state=TrialState.FAIL)
 
     def _trials(self, *outcomes: str) -> list[FrozenTrial]:
         found = self.study.get_trials(deepcopy=False)
@@ -330,63 +340,61 @@ class Search:
         # Trials that run count as bad ones, so that a batch does not ask for one thing twice.
         return TPESampler(n_startup_trials=0, multivariate=True, constant_liar=True, seed=seed)
 
-    def _history(self) -> optuna.Study:
-        """A copy of the study for the sampler, in memory, in the order in which trials were first
-        asked for: without what was interrupted, a study that goes on looks like one that never
-        stopped.
+    def _history(self, known: list[FrozenTrial]) -> optuna.Study:
+        """A copy of the study for the sampler, in memory, in the order in which configurations were
+        first asked for: without what was interrupted, a study that goes on looks like one that
+        never stopped.
         """
-        known = [
-            t
-            for t in self.study.get_trials(deepcopy=False)
-            if t.params and t.user_attrs.get("outcome") != INTERRUPTED
-        ]
         history = optuna.create_study(directions=self.study.directions)
-        for t in sorted(known, key=lambda t: t.user_attrs.get("repeats", t.number)):
-            history.add_trial(t)
+        for t in sorted(known, key=_origin):
+            if t.user_attrs.get("outcome") != INTERRUPTED:
+                history.add_trial(t)
         return history
 
     def ask(self, wanted: int) -> list[Trial]:
-        """The next batch: configurations within the budget, none tried before.
+        """The next batch: what was interrupted, then configurations that are within the budget and
+        were not tried before.
 
         Args:
             wanted: how many trials the study shall have in all.
         """
-        counted = self._trials(*COUNTED)
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        batch = max((t.user_attrs["batch"] for t in [*counted, *waiting]), default=0)
+        known = self.study.get_trials(deepcopy=False)
+        counted = [t for t in known if t.user_attrs.get("outcome") in COUNTED]
+        again = {_origin(t): t for t in known if t.user_attrs.get("outcome") == INTERRUPTED}
+        for t in known:
+            if t.user_attrs.get("outcome") != INTERRUPTED:
+                again.pop(_origin(t), None)
+        unfinished = [*counted, *again.values()]
+        batch = max((t.user_attrs["batch"] for t in unfinished), default=0)
         here = sum(t.user_attrs["batch"] == batch for t in counted)
-        if here >= self.search.batch and not waiting:
+        if here >= self.search.batch and not again:
             batch, here = batch + 1, 0
         size = min(self.search.batch - here, wanted - len(counted))
         trained = sum(t.user_attrs["batch"] < batch for t in counted)
-        asked: list[Trial] = []
-        for _ in waiting[:size]:
-            trial = self._begin(self.study.ask(self.space.distributions))
-            asked += [trial] if trial else []
-        history = self._history()
+        asked = [
+            trial
+            for origin, t in sorted(again.items())[:size]
+            if (trial := self._begin(t.params, t.system_attrs, batch=batch, repeats=origin))
+        ]
+        history = self._history(self.study.get_trials(deepcopy=False))
+        tried = {identity(t.params) for t in known}
+        number = sum("repeats" not in t.user_attrs for t in known)
         idle = 0
         while len(asked) < size and not self._stop.is_set():
-            known = self.study.get_trials(deepcopy=False)
-            tried = {identity(t.params) for t in known if t.params}
             if len(tried) >= self.space.size:
                 self.ended = f"all {self.space.size} configurations of the space were tried"
                 break
             if idle >= IDLE:
                 self.ended = f"{IDLE} configurations in a row did not fit"
                 break
-            number = sum("repeats" not in t.user_attrs for t in known)
             digest = hashlib.sha256(f"{self.search.seed}:{number}".encode()).digest()
             seed = int.from_bytes(digest[:4], "little")
             history.sampler = self._sampler(trained, seed)
             proposed = self._propose(history, tried, seed)
-            # Through the queue, as what is repeated.
-            self.study.enqueue_trial(proposed.params, user_attrs={"batch": batch})
-            real = self.study.ask(self.space.distributions)
             notes = history._storage.get_trial_system_attrs(proposed._trial_id)
-            for name, value in notes.items():
-                if name.endswith("generation"):  # NSGA-II's
-                    self.study._storage.set_trial_system_attr(real._trial_id, name, value)
-            trial = self._begin(real, proposed)
+            trial = self._begin(proposed.params, notes, proposed, batch=batch)
+            tried.add(identity(proposed.params))
+            number += 1
             if trial:
                 asked.append(trial)
             else:
@@ -395,41 +403,57 @@ class Search:
         return asked
 
     def _propose(self, history: optuna.Study, tried: set[str], seed: int) -> optuna.Trial:
-        """What the sampler proposes; if that was tried each time, something at random."""
+        """What the sampler proposes; where that was tried, something untried near it."""
         for _ in range(PROPOSALS):
             proposed = history.ask(self.space.distributions)
             if identity(proposed.params) not in tried:
                 return proposed
             history.tell(proposed, state=TrialState.FAIL)
-        history.enqueue_trial(self.space.untried(tried, seed))
+        history.enqueue_trial(self.space.near(proposed.params, tried, seed))
         return history.ask(self.space.distributions)
 
-    def _begin(self, trial: optuna.Trial, proposed: optuna.Trial | None = None) -> Trial | None:
-        """Count a configuration: a trial that is to be trained, or None and it is rejected."""
-        config = {name: trial.params[name] for name in self.space.values}
+    def _begin(
+        self,
+        config: Config,
+        system: dict[str, Any],
+        proposed: optuna.Trial | None = None,
+        **notes: int,
+    ) -> Trial | None:
+        """Count a configuration and put it into the study in one piece: as a trial that is to be
+        trained, or rejected, and then the result is None.
+        """
         started = time.thread_time()
         problem = self.space.problem(config)
         taken = None if problem else self.space.cost(config)
         over = taken.constraints(self.search) if taken else {"buildable": 1.0}
         seconds = time.thread_time() - started
-        for name, value in over.items():
-            trial.set_constraint(name, value)
-            trial.set_user_attr(f"constraint_{name}", value)  # optuna-dashboard shows these
-            if proposed:
-                proposed.set_constraint(name, value)
         feasible = max(over.values()) <= 0
-        trial.set_user_attr("feasible", feasible)
-        for name, value in (asdict(taken) if taken else {}).items():
-            trial.set_user_attr(name if name != "file_bytes" else "bound_bytes", value)
-        if feasible:
-            assert taken is not None
-            return Trial(trial, config, taken, trial.user_attrs["batch"])
-        self._rejecting.append(seconds)
-        trial.set_user_attr("reason", problem or _over(over))
-        trial.set_user_attr("outcome", REJECTED)
-        self.study.tell(trial, state=TrialState.PRUNED)
+        # Mirrored for optuna-dashboard, which does not show constraints.
+        attributes: dict[str, Any] = {f"constraint_{k}": v for k, v in over.items()}
+        attributes |= {"feasible": feasible, **notes}
+        if taken:
+            attributes |= {k.replace("file_", "bound_"): v for k, v in asdict(taken).items()}
+        if not feasible:
+            attributes |= {"reason": problem or _over(over), "outcome": REJECTED}
+            self._rejecting.append(seconds)
+        if proposed:
+            for name, value in over.items():
+                proposed.set_constraint(name, value)
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING if feasible else TrialState.PRUNED,
+                params={name: config[name] for name in self.space.values},
+                distributions=self.space.distributions,
+                user_attrs=attributes,
+                system_attrs={k: v for k, v in system.items() if k.endswith("generation")},
+                constraints=over,
+            )
+        )
+        number = self.study.get_trials(deepcopy=False)[-1].number
+        if feasible and taken:
+            return Trial(number, config, taken, notes["batch"])
         if self.tracker:
-            self._log(f"trial-{trial.number:03d}", config, taken, REJECTED, {}, over)
+            self._log(f"trial-{number:03d}", config, taken, REJECTED, {}, over)
         return None
 
     # -- training --------------------------------------------------------------------------
@@ -489,8 +513,7 @@ class Search:
 
         for work in crew.run(todo, done, stopping):
             if work.name in trials:
-                number = trials[work.name].optuna.number
-                self._interrupt(self.study, self.study.get_trials(deepcopy=False)[number])
+                self._interrupt(self.study, trials[work.name].number)
 
     def _floors(self, trial: Trial) -> list[tuple[float, float | None]]:
         """Rungs with the validation accuracy, in percent, that `trial` must reach at each."""
@@ -547,34 +570,39 @@ class Search:
 
     def _tell(self, trial: Trial, result: Any) -> None:
         """Record what came of a trial."""
-        t = trial.optuna
         if isinstance(result, WorkError):
-            t.set_user_attr("reason", str(result))
-            t.set_user_attr("outcome", FAILED)
-            self.study.tell(t, state=TrialState.FAIL)
+            _note(self.study, trial.number, reason=str(result), outcome=FAILED)
+            self._settle(self.study, trial.number)
             self._progress(trial, FAILED, {}, str(result))
             return
         outcome = STOPPED if result["stopped"] else TRAINED
-        for key in ("val_loss", "file_bytes", "rungs", "cpu_s"):
-            t.set_user_attr(key, result[key])
-        t.set_user_attr("stopped_top1" if result["stopped"] else "val_top1", result["val_top1"])
+        notes = {key: result[key] for key in ("val_loss", "file_bytes", "rungs", "cpu_s")}
+        notes["stopped_top1" if result["stopped"] else "val_top1"] = result["val_top1"]
+        _note(self.study, trial.number, **notes, outcome=outcome)
+        self._settle(self.study, trial.number)
+        self._progress(trial, outcome, result)
         if result["file_bytes"] > trial.cost.file_bytes:
-            t.set_user_attr("bound_broken", True)
             self.say(
                 f"{trial.name}: the file has {result['file_bytes']} bytes; expected at most "
                 f"{trial.cost.file_bytes}: please report this"
             )
-        t.set_user_attr("outcome", outcome)
+
+    def _settle(self, study: optuna.Study, number: int) -> None:
+        """Tell Optuna what a trial's attributes say."""
+        trial = study.get_trials(deepcopy=False)[number]
+        a = trial.user_attrs
+        if a["outcome"] == FAILED:
+            study.tell(number, state=TrialState.FAIL)
+            return
         two = self.search.objectives == "accuracy_bytes"
-        if not two:
-            for fraction, value in zip((*self.search.rungs, 1.0), result["rungs"], strict=False):
-                t.report(value, round(100 * fraction))
-        if outcome == STOPPED:
-            self.study.tell(t, state=TrialState.PRUNED)
+        steps = zip((*self.search.rungs, 1.0), a["rungs"], strict=False)
+        for fraction, value in () if two else steps:
+            step = round(100 * fraction)
+            study._storage.set_trial_intermediate_value(trial._trial_id, step, value)
+        if a["outcome"] == STOPPED:
+            study.tell(number, state=TrialState.PRUNED)
         else:
-            values = [result["val_top1"], result["file_bytes"]] if two else result["val_top1"]
-            self.study.tell(t, values)
-        self._progress(trial, outcome, result)
+            study.tell(number, [a["val_top1"], a["file_bytes"]] if two else a["val_top1"])
 
     def _progress(self, trial: Trial, outcome: str, result: dict, reason: str = "") -> None:
         done = len(self._trials(*COUNTED))

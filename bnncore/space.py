@@ -192,13 +192,22 @@ class Space:
                 self._problems[key] = str(error).removeprefix("ensembles.train.best.")
         return self._problems[key]
 
-    def untried(self, tried: set[str], seed: int) -> Config:
-        """A configuration at random whose `identity` is not in `tried`; there must be one."""
-        shape = tuple(map(len, self.values.values()))
-        start = int(np.random.default_rng(seed).integers(self.size))
-        for k in range(self.size):
-            at = np.unravel_index((start + k) % self.size, shape)
-            config = {n: v[i] for (n, v), i in zip(self.values.items(), at, strict=True)}
+    def near(self, config: Config, tried: set[str], seed: int) -> Config:
+        """An untried configuration that differs from `config` in as few values as are needed.
+
+        One value is changed at random, after a while two, and so on; there must be one.
+        """
+        rng = np.random.default_rng(seed)
+        open_ = [name for name, values in self.values.items() if len(values) > 1]
+        for k in range(100 * len(open_)):
+            changed = dict(config)
+            for name in rng.choice(open_, size=1 + k // 100, replace=False):
+                values = self.values[name]
+                changed[name] = values[rng.integers(len(values))]
+            if identity(changed) not in tried:
+                return changed
+        for choice in np.ndindex(*map(len, self.values.values())):
+            config = {k: v[i] for (k, v), i in zip(self.values.items(), choice, strict=True)}
             if identity(config) not in tried:
                 return config
         raise ValueError(f"expected an untried configuration, but all {self.size} were tried")

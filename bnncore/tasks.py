@@ -74,12 +74,13 @@ def int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
         ensembles=replace(params.ensembles, train=()),
     )
     # oneDNN (torch 2.13, CPU) corrupts memory in gradients of FP32 ResNets of 4 to 6 channels.
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and (params.model.width or 8) >= 8  # type: ignore[assignment]
+    mkldnn: Any = torch.backends.mkldnn
+    before = mkldnn.enabled
+    mkldnn.enabled = before and (params.model.width or 8) >= 8
     try:
         trained = network(threads, data, p)
     finally:
-        torch.backends.mkldnn.enabled = before
+        mkldnn.enabled = before
     return {**assess(trained, p, data), "cpu_s": time.process_time() - started}
 
 

@@ -305,6 +305,17 @@ def test_what_a_dead_driver_left_running_is_asked_for_again(tmp_path):
     assert outcomes.count(S.INTERRUPTED) == 2
 
 
+def test_a_result_that_was_written_but_not_told_is_not_lost(tmp_path, monkeypatch):
+    with S.Search(parse(), DATA, tmp_path / "a", say=silent) as search:
+        first, second = search.ask(99)
+        with monkeypatch.context() as dying:
+            dying.setattr(search, "_settle", lambda *_: None)
+            told(search, [first])
+    with S.Search(parse(), DATA, tmp_path / "a", say=silent) as search:
+        assert search.study.trials[first.number].state == TrialState.COMPLETE
+        assert [t.config for t in search.ask(99)] == [second.config]
+
+
 def told(search: S.Search, batch: list[S.Trial]) -> list[S.Trial]:
     for trial in batch:
         search._tell(trial, answer(trial.config, trial.cost.file_bytes))

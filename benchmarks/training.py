@@ -101,7 +101,7 @@ class PlainSign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return torch.where(x >= 0, 1.0, -1.0)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -480,6 +480,7 @@ def gpu(
     batch: int = 128,
     rounds: int = 20,
     compiling: bool = True,
+    backbone: str = "resnet20",
     images: int = 50_000,
     epochs: int = 200,
     **changes: Any,
@@ -493,7 +494,7 @@ def gpu(
     where = torch.cuda.get_device_name() if device == "cuda" else device
     lines = ["| M | ours | compiled | plain loop |", "| ---: | ---: | ---: | ---: |"]
     for members in counts:
-        work = job("resnet20", members, batch_size=batch, **changes)
+        work = job(backbone, members, batch_size=batch, **changes)
         rates, steps = [], {"": stepper(Trainer(work, data, device=device), batch)}
         if compiling:
             recipe = replace(work.recipe, compile="always")
@@ -501,7 +502,7 @@ def gpu(
             steps["compiled"] = stepper(trainer, batch)
         loop = plain_loop(work, data, batch, device)
         for label, step in steps.items():
-            name = f"ResNet-20, fusion, M = {members}, batch {batch}, {label or 'eager'}"
+            name = f"{backbone}, fusion, M = {members}, batch {batch}, {label or 'eager'}"
             ours = bench.compare(name, 1, step, {"plain loop over members": loop}, rounds)
             rates.append(batch / ours)
         theirs = bench.rows[-1]["peer_s"]

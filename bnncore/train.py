@@ -245,11 +245,16 @@ class Trainer:
         if not len(self.images):
             return 0
         self.ensemble.train()
-        at = torch.arange(sample, device=self.device) % len(self.images)
-        with _undisturbed(self.ensemble, everything=True), cheap.Saved(self.ensemble) as saved:
-            kept = self.ensemble.outputs(self._normalized(self.images[at]))
-        del kept
-        return saved.bytes * images // sample
+        kept = []
+        for count in (sample, 2 * sample):
+            at = torch.arange(count, device=self.device) % len(self.images)
+            with _undisturbed(self.ensemble, everything=True), cheap.Saved(self.ensemble) as saved:
+                outputs = self.ensemble.outputs(self._normalized(self.images[at]))
+            del outputs
+            kept.append(saved.bytes)
+        # Filters, for one, do not grow with the batch.
+        each = (kept[1] - kept[0]) / sample
+        return int(kept[0] + each * (images - sample))
 
     def _must_replay(self, share: float) -> bool:
         if len(self.members) == 1:

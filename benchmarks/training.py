@@ -34,8 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -49,6 +48,7 @@ from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
 from bnncore.params import Binarizer, Recipe
 from bnncore.train import Job, Trainer, train_many
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 10
 GIB = 2**30
 
@@ -294,12 +294,16 @@ def actors(bench: Bench, quick: bool) -> None:
     batch, steps, rounds = (32, 2, 2) if quick else (128, 2, 5)
     members = 8
     data = dataset(batch * steps)
+    last: dict[str, Any] = {}
+
+    def keep(_: Job, epoch: dict[str, Any]) -> None:
+        last.update(epoch)
+
     for sharing, scheme in (("shared_conv", "fusion"), ("tentaclenet", "TentacleNet")):
         # The first epoch of a job warms its actors up, the second is measured.
         work = job("resnet20", members, sharing, batch_size=batch, epochs=2)
         connect(RayParams(), num_cpus=3)
         taken: dict[str, list[float]] = {"two": [], "one": [], "process": []}
-        last: dict[str, Any] = {}
         with Cluster(RayParams(actors=1)) as one, Cluster(RayParams(actors=2)) as two:
             runs = {
                 "two": two.train_many,
@@ -308,7 +312,7 @@ def actors(bench: Bench, quick: bool) -> None:
             }
             for _ in range(rounds):
                 for label, run in runs.items():
-                    run([work], data, on_epoch=lambda _, epoch: last.update(epoch))
+                    run([work], data, on_epoch=keep)
                     taken[label].append(last["seconds"] / steps)
                     if label == "two":
                         sent, waited = last["sent_per_step"], last["exchange_share"]

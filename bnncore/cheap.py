@@ -15,7 +15,9 @@ Legend: `B C H W` activations, `N = B * H * W` values of a channel.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -184,12 +186,25 @@ def operations(spec: ModelSpec) -> int:
 Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
-def compiled(network: nn.Module) -> Tentacle:
-    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+def binarize_frozen(network: nn.Module) -> None:
+    """Binarize frozen filters now: a compiled graph takes them as they are, and cannot ask whether
+    the weights behind them have changed since."""
     for module in network.modules():
         if isinstance(module, BinaryConv2d) and not module.weight.requires_grad:
-            module.binary()  # frozen filters enter the graph as they are
+            module.binary()
+
+
+def compiled(network: nn.Module) -> Tentacle:
+    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+    binarize_frozen(network)
     return torch.compile(Backbone.tentacle, dynamic=False)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it needs: a C++ compiler for CPUs, Triton for GPUs."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
 
 
 class Saved:

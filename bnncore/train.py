@@ -238,7 +238,8 @@ class Trainer:
             return recipe.compile == "always"
         images = len(self.images) if self.job.indices is None else len(self.job.indices)
         work = cheap.operations(self.job.spec.model) * images * recipe.epochs * len(self.job.ids)
-        return work >= cheap.WORTH_COMPILING[self.device.type]
+        worth = work >= cheap.WORTH_COMPILING[self.device.type]
+        return worth and cheap.can_compile(self.device)
 
     def saved_bytes(self, images: int, sample: int = 2) -> int:
         """Estimate of what autograd keeps in a step on so many images; measured on a few."""
@@ -574,6 +575,7 @@ class Trainer:
     def load(self, state: State) -> None:
         """The inverse of `state`; takes what concerns the held members from the state of all."""
         self.ensemble.load(state)
+        cheap.binarize_frozen(self.ensemble)
         for name, p in self.trained.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             found = {k: state[f"adam.{k}:{name}"] for k in keys if f"adam.{k}:{name}" in state}

@@ -7,12 +7,15 @@ import shutil
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch._inductor.config
 from torch import nn
 
+from benchmarks import training
 from bnncore import cheap
 from bnncore.backbones import Backbone, build
-from bnncore.binarize import BinaryActivation, BinaryConv2d
+from bnncore.binarize import BinaryActivation, BinaryConv2d, sign
+from bnncore.train import Trainer
 from tests import tiny
 
 
@@ -154,10 +157,33 @@ def test_compiled_gradients_are_those_of_plain_autograd_in_float64(dtype, tolera
     expected = _gradients(exact, x.double(), y, Backbone.tentacle)
     number = getattr(torch, dtype)
     network = network.to(number).train()
+    # Another member, with the same frozen filters: one compilation serves both.
+    other = copy.deepcopy(network)
+    tiny.scramble(other, seed=1)
+    other.body.block1.conv1 = network.body.block1.conv1
+    theirs = copy.deepcopy(other).double()
+    both = ((network, expected), (other, _gradients(theirs, x.double(), y, Backbone.tentacle)))
+    assert _margin(copy.deepcopy(theirs), x.double()) > 2e-5
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tentacle = cheap.compiled(network)
     with torch._inductor.config.patch(compile_threads=1):
-        got = _gradients(network, x.to(number), y, cheap.compiled(network))
-    assert got.keys() == expected.keys()
-    for name, gradient in got.items():
-        apart = (gradient - expected[name]).norm() / expected[name].norm()
-        assert apart < tolerance, f"{name}: {apart:.2g}"
+        for member, wanted in both:
+            got = _gradients(member, x.to(number), y, tentacle)
+            assert got.keys() == wanted.keys()
+            for name, gradient in got.items():
+                apart = (gradient - wanted[name]).norm() / wanted[name].norm()
+                assert apart < tolerance, f"{name}: {apart:.2g}"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_loaded_frozen_filters_reach_a_compiled_graph():
+    """A graph reads the binarized filters, which must follow the weights that are loaded."""
+    work = training.job("resnet8", 1, width=8)
+    trainer = Trainer(work, training.dataset(4), device="cpu")
+    negative = {name: -value for name, value in work.start.items()}
+    trainer.load(negative)
+    layer = trainer.members[0].body.layer1.block1.conv1
+    assert layer._frozen is not None
+    signs, _ = layer._frozen[1]
+    assert torch.equal(signs, sign(negative["shared.body.layer1.block1.conv1.weight"]))

@@ -142,9 +142,12 @@ def _margin(network: Backbone, x: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-10)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("float64", 1e-9)])
 def test_compiled_gradients_are_those_of_plain_autograd_in_float64(dtype, tolerance):
-    """Where no value is so near to a jump that rounding decides, as it else may."""
+    """Where no value is so near to a jump that rounding decides, as it else may.
+
+    The tolerance is that of a slope's gradient: a sum over all values, most of which cancels.
+    """
     torch.manual_seed(1)
     network = build(tiny.model())
     # One block with every kind of layer; compiling more of them takes minutes.

@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except PackedFormatError as error:
         print(f"bnncore: {options.file}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
         print(f"bnncore: {error}", file=sys.stderr)
     else:

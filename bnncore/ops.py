@@ -248,12 +248,13 @@ def _border(bound: _Bound) -> Callable[[Array], Array]:
     # Few different patterns exist along an axis: near the start, in the middle, near the end.
     rows, row_of = np.unique(rows, axis=0, return_inverse=True)
     columns, column_of = np.unique(columns, axis=0, return_inverse=True)
-    inside = rows[:, None, :, None] & columns[None, :, None, :]
-    inside = inside.reshape(len(rows), len(columns), kh * kw).astype(np.int32)
+    rows, columns = rows.astype(np.int32), columns.astype(np.int32)
+    taps = np.outer(rows.sum(1), columns.sum(1))[..., None]
 
     def constant(weight: Array) -> Array:
-        ones = weight.reshape(len(weight), kh * kw, channels).sum(2, dtype=np.int32)
-        table = inside.sum(2)[..., None] * channels + (1 - inside) @ (2 * ones.T)
+        ones = weight.sum(3, dtype=np.int32)
+        padded = ones.sum((1, 2)) - np.moveaxis(rows @ ones @ columns.T, 0, -1)
+        table = taps * channels + 2 * padded
         return table.astype(np.int32)[row_of[:, None], column_of[None, :]]
 
     return constant

@@ -408,7 +408,7 @@ def _run(row: dict[str, Any], p: dict[str, Any], fp32: float | None) -> Run:
     if width == _paper_width(backbone):
         width = None
     setting = Setting(
-        row.get("dataset") or data["name"],
+        row.get("dataset") or _dataset(data),
         backbone,
         width,
         float(row.get("subset", data.get("subset", 1.0))),
@@ -416,6 +416,11 @@ def _run(row: dict[str, Any], p: dict[str, Any], fp32: float | None) -> Run:
     )
     seed = int(row.get("seed", p.get("seed", 0)))
     return Run(setting, what, seed, row["test_top1"], fp32, row.get("file_bytes"))
+
+
+def _dataset(data: dict[str, Any]) -> str:
+    """A folder is taken for the data set that it is named after."""
+    return Path(data["path"]).name if data["name"] == "folder" else data["name"]
 
 
 def _paper_width(backbone: str) -> int | None:
@@ -492,12 +497,27 @@ def _nearness(setting: Setting) -> tuple:
 
 
 def accuracy_lines(runs: list[Run], figures: dict[str, Any]) -> list[Line]:
-    """Every accuracy of both papers, published and ours."""
+    """Every accuracy of both papers, published and ours; then what was run beside."""
     lines: list[Line] = []
+    asked = set()
+
+    def add(
+        place: str, row: str, dataset: str, backbone: str, what: tuple[Any, ...],
+        value: float | None, delta: bool = False,
+    ) -> None:  # fmt: skip
+        asked.add((dataset, backbone, what))
+        lines.extend(_lines(runs, place, row, dataset, backbone, what, value, delta))
+
     first, second = figures["tentaclenet"], figures["filter_sharing"]
     for row in first["table1"]:
-        lines += _lines(runs, "TentacleNet, Table 1", f"{row['model']} {row['kind']}",
-                        row["dataset"], row["model"], (row["kind"],), row["top1"])  # fmt: skip
+        add(
+            "TentacleNet, Table 1",
+            f"{row['model']} {row['kind']}",
+            row["dataset"],
+            row["model"],
+            (row["kind"],),
+            row["top1"],
+        )
     for row in first["table2"]:
         scheme, sharing = {
             "benn_bagging": ("bagging", "no_shared"),
@@ -505,23 +525,42 @@ def accuracy_lines(runs: list[Run], figures: dict[str, Any]) -> list[Line]:
             "tentaclenet": ("tentaclenet", "tentaclenet"),
         }[row["template"]]
         what = (scheme, sharing, row["members"])
-        lines += _lines(runs, "TentacleNet, Table 2",
-                        f"{row['model']} {row['template']}, {row['members']}",
-                        row["dataset"], row["model"], what, row["delta"], delta=True)  # fmt: skip
+        add(
+            "TentacleNet, Table 2",
+            f"{row['model']} {row['template']}, {row['members']}",
+            row["dataset"],
+            row["model"],
+            what,
+            row["delta"],
+            delta=True,
+        )
     for row in first["fig3"]:
         counts = set(row["delta"])
-        counts |= {run.what[2] for run in runs if run.what[:1] == ("tentaclenet",)
-                   and run.setting.backbone == row["model"]}  # fmt: skip
+        counts |= {
+            run.what[2]
+            for run in runs
+            if run.what[:1] == ("tentaclenet",) and run.setting.backbone == row["model"]
+        }
         for n in sorted(counts):
             what = ("tentaclenet", "tentaclenet", n)
-            lines += _lines(
-                runs, "TentacleNet, Figure 3", f"{row['model']}, n = {n}",
-                row["dataset"], row["model"], what, row["delta"].get(n), delta=True,
-            )  # fmt: skip
+            add(
+                "TentacleNet, Figure 3",
+                f"{row['model']}, n = {n}",
+                row["dataset"],
+                row["model"],
+                what,
+                row["delta"].get(n),
+                delta=True,
+            )
     for row in second["singles"]:
-        lines += _lines(runs, "Kim et al., in the text",
-                        f"{row['model']} {row['dataset']} {row['kind']}",
-                        row["dataset"], row["model"], (row["kind"],), row["top1"])  # fmt: skip
+        add(
+            "Kim et al., in the text",
+            f"{row['model']} {row['dataset']} {row['kind']}",
+            row["dataset"],
+            row["model"],
+            (row["kind"],),
+            row["top1"],
+        )
     values = {
         (c["model"], c["dataset"], c["scheme"], c["sharing"]): c["top1"] for c in second["curves"]
     }
@@ -529,12 +568,25 @@ def accuracy_lines(runs: list[Run], figures: dict[str, Any]) -> list[Line]:
         for label, (scheme, sharing) in curves.items():
             known = values.get((model, dataset, scheme, sharing), {})
             counts = set(known) | {
-                run.what[2] for run in runs if run.what[:2] == (scheme, sharing)
+                run.what[2]
+                for run in runs
+                if run.what[:2] == (scheme, sharing)
                 and (run.setting.backbone, run.setting.dataset) == (model, dataset)
-            }  # fmt: skip
+            }
             for m in sorted(counts or {2, 4, 6, 8, 10}):
-                lines += _lines(runs, f"Kim et al., Figure {number}", f"{label}, M = {m}",
-                                dataset, model, (scheme, sharing, m), known.get(m))  # fmt: skip
+                add(
+                    f"Kim et al., Figure {number}",
+                    f"{label}, M = {m}",
+                    dataset,
+                    model,
+                    (scheme, sharing, m),
+                    known.get(m),
+                )
+    for run in runs:
+        dataset, backbone, what = key = (run.setting.dataset, run.setting.backbone, run.what)
+        if key not in asked:
+            name = what[0] if len(what) == 1 else "{}, {}, M = {}".format(*what)
+            add("Not in the papers", f"{backbone} {dataset} {name}", *key, None)
     return lines
 
 

@@ -12,6 +12,8 @@ from bnncore import data, execute, metrics, narrow, packfile, params, report, st
 from bnncore.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
+SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
+         "binary_macs", "float_macs", "images_different")  # fmt: skip
 OPTIONS = (
     params.PackParams(),
     params.PackParams(affine="float16"),
@@ -34,10 +36,10 @@ def main() -> None:
         (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
         written = report.write(results, histories, REPORTS, prefixes)
-        flat = {
-            r["name"]: {k: v for k, v in r.items() if isinstance(v, int | float)} for r in results
-        }
-        (REPORTS / "metrics.json").write_text(json.dumps(flat, indent=1))
+        (REPORTS / "metrics").mkdir(exist_ok=True)
+        for r in results:  # a file a model: `dvc metrics show` makes a row of each
+            shown = {key: r[key] for key in SHOWN if key in r}
+            (REPORTS / "metrics" / f"{r['name']}.json").write_text(json.dumps(shown, indent=1))
         log(s, results, histories, written)
     if "torch" in sys.modules:
         raise RuntimeError("the packed evaluator imported torch; expected to run without it")

@@ -162,3 +162,25 @@ def test_unreadable_results_are_named(content, said, tmp_path, capsys):
 def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert paper.main([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "none: expected a finished run" in capsys.readouterr().err
+
+
+def test_a_folder_is_the_set_it_is_named_after_and_runs_beside_the_papers_are_told(tmp_path):
+    rows = {
+        "fp32": 90.0,
+        "bnn": 80.0,
+        "fusion/shared_conv/2": 82.0,
+        "tentaclenet/tentaclenet/3": 8.0,
+    }
+    run = finished(tmp_path / "run", 0, rows, dataset="folder", subset=0.5)
+    path = run / "packed" / "params.yaml"
+    parameters = yaml.safe_load(path.read_text())
+    parameters["data"]["path"] = "somewhere/cifar10"
+    path.write_text(yaml.safe_dump(parameters))
+    paper.report([run], tmp_path / "out")
+    found = table(tmp_path / "out")
+    assert found["Kim et al., Figure 6", "fusion, M = 2", "0.5"]["ours"] == "82.0"
+    beside = {key[1]: row["ours"] for key, row in found.items() if key[0] == "Not in the papers"}
+    assert beside == {
+        "resnet20 cifar10 fp32": "90.0",
+        "resnet20 cifar10 tentaclenet, tentaclenet, M = 3": "8.0",
+    }

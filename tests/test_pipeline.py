@@ -175,7 +175,10 @@ class TestTheWholePipeline:
         assert ran(dvc(folder, "repro")) == ["pack", "evaluate"]
 
     def test_dvc_shows_metrics_and_stages(self, finished):
-        assert "fused" in dvc(finished, "metrics", "show", "--json")
+        shown = dvc(finished, "metrics", "show", "--md").splitlines()
+        (row,) = (line for line in shown if "metrics/fused.json" in line)
+        assert "test_top1" in shown[0]
+        assert row.count("|") == shown[0].count("|")
         assert "ensemble-train" in dvc(finished, "dag")
 
     def test_mlflow_has_a_parent_and_a_child_a_model(self, finished):

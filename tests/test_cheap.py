@@ -141,7 +141,7 @@ def _margin(network: Backbone, x: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # seconds on an idle machine, but a compiler suffers beside other work
+@pytest.mark.timeout(3600)  # a compiler suffers beside other work
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("float64", 1e-9)])
 def test_compiled_gradients_are_those_of_plain_autograd_in_float64(dtype, tolerance):

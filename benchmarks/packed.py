@@ -21,7 +21,6 @@ import copy
 import io
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -38,18 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from benchmarks.rows import BF16, Bench, machine, processor, table
 
-def processor() -> tuple[str, set[str]]:
-    """Its name and its features, as Linux tells them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(": ")[1] for line in lines if "model name" in line), "")
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return name or platform.processor(), set(flags.split())
-
-
-Row = dict[str, Any]
-BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"})  # without, torch takes many times longer
 BATCH = 64
 CHUNK = 8  # images in work at once: their maps stay in the second-level cache
 
@@ -71,67 +60,6 @@ AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
-
-
-class Bench:
-    """Collects rows and prints them as they come.
-
-    Args:
-        clock: what times are read from.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.rows: list[Row] = []
-
-    def compare(
-        self,
-        name: str,
-        threads: int,
-        ours: Callable[[], object],
-        peers: dict[str, Callable[[], object]],
-        rounds: int = 5,
-    ) -> float:
-        """One row a peer; returns our seconds."""
-        every = {"": ours, **peers}
-        taken: dict[str, list[float]] = {label: [] for label in every}
-        for number in range(rounds + 1):
-            for label, work in every.items():
-                start = self.clock()
-                work()
-                if number:  # the first round warms up
-                    taken[label].append(self.clock() - start)
-        mine = statistics.median(taken[""])
-        for label in peers:
-            self.add(name, label, threads, mine, statistics.median(taken[label]))
-        return mine
-
-    def add(self, name: str, peer: str, threads: int, ours: float, theirs: float | None) -> None:
-        ratio = None if theirs is None else theirs / ours
-        row = {"name": name, "peer": peer, "threads": threads, "ours_s": ours}
-        self.rows.append({**row, "peer_s": theirs, "ratio": ratio})
-        print(table([self.rows[-1]])[-1], flush=True)
-
-
-def table(rows: list[Row]) -> list[str]:
-    """The rows as lines of Markdown."""
-    lines = [
-        "| what | peer | threads | ours, ms | peer, ms | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        peer = "" if row["peer_s"] is None else f"{1e3 * row['peer_s']:.2f}"
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        cells = (
-            row["name"],
-            row["peer"],
-            row["threads"],
-            f"{1e3 * row['ours_s']:.2f}",
-            peer,
-            ratio,
-        )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
 
 
 # ---- networks ---------------------------------------------------------------------------------
@@ -544,22 +472,11 @@ def describe() -> str:
 
     from bnncore import tiles
 
-    model, flags = processor()
     named = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vpopcntdq", "avx512_vnni", "amx_bf16")
-    versions = [f"python {platform.python_version()}", f"numpy {np.__version__}"]
-    for package in ("numba", "torch", "onnxruntime"):
-        with contextlib.suppress(ImportError):
-            versions.append(f"{package} {__import__(package).__version__}")
     tile = {"uint8": "byte shuffle", "uint32": "vector popcount"}[tiles.binary_tile().name]
-    return "\n".join(
-        (
-            f"processor: {model}, {os.cpu_count()} cores; "
-            + " ".join(f"{name}:{'yes' if name in flags else 'no'}" for name in named),
-            f"binary tile: {tile}; torch: {torch.backends.cpu.get_cpu_capability()}",
-            ", ".join(versions),
-            f"load when this began: {os.getloadavg()[0]:.1f}",
-        )
-    )
+    torchs = torch.backends.cpu.get_cpu_capability()
+    packages = ("numpy", "numba", "torch", "onnxruntime")
+    return machine(named, packages, f"binary tile: {tile}; torch: {torchs}")
 
 
 def main() -> None:
@@ -590,12 +507,7 @@ def main() -> None:
                 section(bench)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n{time.perf_counter() - began:.0f} s; this process took {peak:.0f} MiB at most")
-    if options.json:
-        options.json.write_text(json.dumps(bench.rows, indent=1) + "\n")
-    if options.markdown:
-        command = "python benchmarks/packed.py " + " ".join(sys.argv[1:])
-        text = [f"`{command}`", "", *about.splitlines(), "", *table(bench.rows)]
-        options.markdown.write_text("\n".join(text) + "\n")
+    bench.write(about, options.json, options.markdown)
 
 
 if __name__ == "__main__":

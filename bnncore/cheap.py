@@ -15,7 +15,9 @@ Legend: `B C H W` activations, `N = B * H * W` values of a channel.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnncore.backbones import Backbone, ModelSpec, build
-from bnncore.binarize import BinaryConv2d
+from bnncore.binarize import BinaryActivation, BinaryConv2d, sign
 
 # Operations of all forward passes of a job from which on a compilation of a minute or two pays.
 # Assumed: it saves a third of the time, and a CPU does 5e10, a GPU 2e12 of them in a second.
@@ -73,34 +75,104 @@ def _norm(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 class _LeakyReLU(torch.autograd.Function):
-    """``x if x > 0 else a x`` with one trained slope `a` (1,)."""
+    """``x if x > 0 else a x`` with one trained slope `a` (1,).
+
+    Where ``a > 0``, outputs have the signs of their inputs and tell them, up to rounding: those are
+    kept, which a batch norm behind would keep in any case.
+    """
 
     @staticmethod
     def forward(ctx, x, slope):
-        ctx.save_for_backward(x, slope)
-        return F.leaky_relu(x, slope.item())
+        ctx.slope = slope.item()
+        y = F.leaky_relu(x, ctx.slope)
+        ctx.of_output = ctx.slope > 0
+        ctx.save_for_backward(y if ctx.of_output else x)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, slope = ctx.saved_tensors
-        below = x.clamp(max=0).mul_(grad).sum().view(1) if ctx.needs_input_grad[1] else None
-        return torch.ops.aten.leaky_relu_backward(grad, x, slope.item(), False), below
+        (kept,) = ctx.saved_tensors
+        below = None
+        if ctx.needs_input_grad[1]:
+            below = kept.clamp(max=0).mul_(grad).sum().view(1)
+            if ctx.of_output:
+                below /= ctx.slope
+        return torch.ops.aten.leaky_relu_backward(grad, kept, ctx.slope, ctx.of_output), below
 
 
 def _prelu(self: nn.PReLU, x: Tensor) -> Tensor:
     return _LeakyReLU.apply(x, self.weight)
 
 
+class _ClippedSign(torch.autograd.Function):
+    """`binarize.clipped_sign`; keeps a byte a value."""
+
+    @staticmethod
+    def forward(ctx, x):
+        # By way of floats: torch's comparisons into bytes take several times longer.
+        ctx.save_for_backward(x.detach().abs().le_(1).to(torch.int8))
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inside,) = ctx.saved_tensors
+        return inside.to(grad.dtype).mul_(grad)
+
+
+def _sign(self: BinaryActivation, x: Tensor) -> Tensor:
+    return _ClippedSign.apply(x)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """Convolution by filters that ask for no gradient, times alpha; keeps no activations."""
+
+    @staticmethod
+    def forward(ctx, x, filters, alpha, *geometry):
+        ctx.save_for_backward(filters, alpha)
+        ctx.shape, ctx.geometry = x.shape, geometry
+        y = torch.conv2d(x, filters, None, *geometry)
+        return y if alpha is None else y.mul_(alpha[:, None, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        filters, alpha = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        if alpha is not None:
+            grad = grad * alpha[:, None, None]
+        grads = torch.ops.aten.convolution_backward(
+            grad, grad.new_empty(ctx.shape), filters, None, stride, padding, dilation, False,
+            [0] * len(stride), groups, [True, False, False],
+        )  # fmt: skip
+        return grads[0], *[None] * 6
+
+
+def _conv(self: BinaryConv2d, x: Tensor) -> Tensor:
+    frozen = not any(p.requires_grad for p in self.parameters())
+    if not (frozen and x.requires_grad and isinstance(self.padding, tuple)):
+        return BinaryConv2d.forward(self, x)
+    filters, alpha = self.binary()
+    geometry = (self.stride, self.padding, self.dilation, self.groups)
+    y = _FrozenConv.apply(x, filters, alpha, *geometry)
+    return y if self.bias is None else y + self.bias[:, None, None]
+
+
 def make(network: nn.Module) -> None:
-    """Let the batch norms and PReLUs of a network on a CPU compute in the cheap way.
+    """Let the layers of a network on a CPU compute in the cheap way.
 
     Only their `forward` changes: types, parameters and states stay what they are.
     """
     for module in network.modules():
+        cheap: Callable | None = None
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            module.forward = MethodType(_norm, module)  # type: ignore[method-assign]
+            cheap = _norm
         elif type(module) is nn.PReLU and module.num_parameters == 1:
-            module.forward = MethodType(_prelu, module)  # type: ignore[method-assign]
+            cheap = _prelu
+        elif type(module) is BinaryActivation and module.kind == "clipped":
+            cheap = _sign
+        elif type(module) is BinaryConv2d and module.padding_mode == "zeros":
+            cheap = _conv
+        if cheap is not None:
+            module.forward = MethodType(cheap, module)  # type: ignore[method-assign]
 
 
 def operations(spec: ModelSpec) -> int:
@@ -114,12 +186,25 @@ def operations(spec: ModelSpec) -> int:
 Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
-def compiled(network: nn.Module) -> Tentacle:
-    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+def binarize_frozen(network: nn.Module) -> None:
+    """Binarize frozen filters now: a compiled graph takes them as they are, and cannot ask whether
+    the weights behind them have changed since."""
     for module in network.modules():
         if isinstance(module, BinaryConv2d) and not module.weight.requires_grad:
-            module.binary()  # frozen filters enter the graph as they are
+            module.binary()
+
+
+def compiled(network: nn.Module) -> Tentacle:
+    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+    binarize_frozen(network)
     return torch.compile(Backbone.tentacle, dynamic=False)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it needs: a C++ compiler for CPUs, Triton for GPUs."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
 
 
 class Saved:

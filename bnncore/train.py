@@ -238,18 +238,24 @@ class Trainer:
             return recipe.compile == "always"
         images = len(self.images) if self.job.indices is None else len(self.job.indices)
         work = cheap.operations(self.job.spec.model) * images * recipe.epochs * len(self.job.ids)
-        return work >= cheap.WORTH_COMPILING[self.device.type]
+        worth = work >= cheap.WORTH_COMPILING[self.device.type]
+        return worth and cheap.can_compile(self.device)
 
     def saved_bytes(self, images: int, sample: int = 2) -> int:
         """Estimate of what autograd keeps in a step on so many images; measured on a few."""
         if not len(self.images):
             return 0
         self.ensemble.train()
-        at = torch.arange(sample, device=self.device) % len(self.images)
-        with _undisturbed(self.ensemble, everything=True), cheap.Saved(self.ensemble) as saved:
-            kept = self.ensemble.outputs(self._normalized(self.images[at]))
-        del kept
-        return saved.bytes * images // sample
+        kept = []
+        for count in (sample, 2 * sample):
+            at = torch.arange(count, device=self.device) % len(self.images)
+            with _undisturbed(self.ensemble, everything=True), cheap.Saved(self.ensemble) as saved:
+                outputs = self.ensemble.outputs(self._normalized(self.images[at]))
+            del outputs
+            kept.append(saved.bytes)
+        # Filters, for one, do not grow with the batch.
+        each = (kept[1] - kept[0]) / sample
+        return int(kept[0] + each * (images - sample))
 
     def _must_replay(self, share: float) -> bool:
         if len(self.members) == 1:
@@ -569,6 +575,7 @@ class Trainer:
     def load(self, state: State) -> None:
         """The inverse of `state`; takes what concerns the held members from the state of all."""
         self.ensemble.load(state)
+        cheap.binarize_frozen(self.ensemble)
         for name, p in self.trained.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             found = {k: state[f"adam.{k}:{name}"] for k in keys if f"adam.{k}:{name}" in state}

@@ -1,0 +1,606 @@
+"""How fast ensembles train, against torchensemble and against fewer actors; what memory they take.
+
+    python benchmarks/training.py                   everything; half an hour on two idle cores
+    python benchmarks/training.py --quick           smaller steps, nothing compiled; about a minute
+    python benchmarks/training.py --gpu             on a CUDA device; needs neither Ray nor the peer
+    python benchmarks/training.py --json FILE       also write the rows as JSON
+
+Every row compares two ways to do the same work, measured in turns in one run; times are medians
+after a round of warm-up, ratio = peer_s / ours_s. The work is a training step: forward pass,
+gradients and Adam's step on one batch that is ready in memory.
+
+The peer trains the same binarized network made of plain torch modules, as the papers' code has
+them: sign by `torch.where`, filters binarized and scaled in every pass, `nn.BatchNorm2d` and
+`nn.PReLU`. Pictures and labels are random: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.rows import BF16, Bench, machine, table
+from bnncore.backbones import ModelSpec
+from bnncore.binarize import BinaryActivation, BinaryConv2d
+from bnncore.data import Dataset, Split
+from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.params import Binarizer, Recipe
+from bnncore.train import Job, Trainer, train_many
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = 10
+GIB = 2**30
+
+
+# ---- what is trained --------------------------------------------------------------------------
+
+
+def dataset(train: int, val: int = 2) -> Dataset:
+    """Random pictures of CIFAR's shape; hardly any to validate on, which is not measured."""
+    random = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        images = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        return Split(images, random.integers(0, CLASSES, count))
+
+    parts = (split(train), split(val), split(val))
+    return Dataset("random", tuple("0123456789"), *parts, (0.5,) * 3, (0.25,) * 3)
+
+
+def job(backbone: str, members: int, sharing: str = "shared_conv", **recipe: Any) -> Job:
+    """A joint job at the paper's width: fusion, or a TentacleNet."""
+    tentacles = sharing == "tentaclenet"
+    spec = EnsembleSpec(
+        ModelSpec(backbone, (32, 32, 3), CLASSES, recipe.pop("width", None), 0.0, Binarizer()),
+        members,
+        SHARING[sharing],
+        "sum" if tentacles else "mean",
+        "features" if tentacles else None,
+    )
+    settings = Recipe(**{"epochs": 1, "batch_size": 128, **recipe})
+    start = Ensemble(spec, seed=0).state()
+    return Job("job", spec, tuple(range(members)), settings, 0, start)
+
+
+def stepper(trainer: Trainer, batch: int) -> Callable[[], object]:
+    """One training step on the first images."""
+    x, y = trainer._normalized(trainer.images[:batch]), trainer.labels[:batch]
+    trainer.ensemble.train()
+
+    def step() -> None:
+        trainer.step(x, y, {})
+        trainer.optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+class PlainSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() <= 1)
+
+
+class PlainActivation(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return PlainSign.apply(x)
+
+
+class PlainConv(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        alpha = self.weight.abs().mean(dim=(1, 2, 3), keepdim=True)
+        weight = PlainSign.apply(self.weight) * alpha
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class PlainDropout(nn.Dropout):
+    pass
+
+
+def plain(member: nn.Module) -> nn.Module:
+    """The same network, weights and frozen layers included, as plain torch modules."""
+
+    def replaced(module: nn.Module) -> nn.Module:
+        if isinstance(module, BinaryActivation):
+            return PlainActivation()
+        if isinstance(module, BinaryConv2d):
+            channels = (module.in_channels, module.out_channels)
+            shape: Any = (module.kernel_size, module.stride, module.padding)
+            conv = PlainConv(*channels, *shape, bias=module.bias is not None)
+            conv.weight, conv.bias = module.weight, module.bias
+            return conv
+        if type(module).__name__ == "Dropout":
+            return PlainDropout(module.p)  # type: ignore[arg-type]
+        for name, child in module.named_children():
+            setattr(module, name, replaced(child))
+        return module
+
+    return replaced(copy.deepcopy(member))
+
+
+def peers_network(of: Job) -> nn.Module:
+    """One member of an ensemble for a library that copies it."""
+    ensemble = Ensemble(of.spec, seed=0)
+    for module in ensemble.modules():
+        if hasattr(module, "generator"):
+            module.generator = None  # not drawn from without dropout, and not copyable
+    return plain(ensemble.members[0])
+
+
+# ---- against torchensemble --------------------------------------------------------------------
+
+
+class Turns:
+    """A loader for a library's `fit`, which times its steps and lets others have theirs between.
+
+    Attributes:
+        taken: label -> seconds of each step but the first; the library's under "".
+    """
+
+    def __init__(self, bench: Bench, batch: tuple, rounds: int, others: dict[str, Callable]):
+        self.bench, self.batch, self.rounds, self.others = bench, batch, rounds, others
+        self.taken: dict[str, list[float]] = {label: [] for label in ("", *others)}
+        self.dataset = self  # where the library looks for the classes
+        self.classes = range(CLASSES)
+
+    def __iter__(self) -> Iterator[tuple]:
+        for number in range(self.rounds + 1):
+            for label, work in self.others.items():
+                self._time(label, number, work)
+            start = self.bench.clock()
+            yield self.batch  # what the library does with it ends with its asking for the next
+            if number:
+                self.taken[""].append(self.bench.clock() - start)
+
+    def _time(self, label: str, number: int, work: Callable) -> None:
+        start = self.bench.clock()
+        work()
+        if number:
+            self.taken[label].append(self.bench.clock() - start)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """In an empty folder, without output: torchensemble prints each step and writes logs."""
+    here = os.getcwd()
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+            logging.disable(logging.NOTSET)
+
+
+def fusion(bench: Bench, quick: bool) -> None:
+    """A step of ours, eager and compiled, against one of torchensemble's FusionClassifier."""
+    import torchensemble
+
+    members, batch, rounds = (4, 64, 3) if quick else (8, 128, 7)
+    threads = 1 if bench.clock is time.process_time else 2
+    torch.set_num_threads(threads)
+    work = job("resnet20", members, batch_size=batch)
+    data = dataset(batch)
+    others = {"eager": stepper(Trainer(work, data, device="cpu"), batch)}
+    if not quick:
+        compiling = replace(work, recipe=replace(work.recipe, compile="always"))
+        others["compiled, float32"] = stepper(Trainer(compiling, data, device="cpu"), batch)
+    reference = Trainer(work, data, device="cpu")
+    x = reference._normalized(reference.images)
+    turns = Turns(bench, (x, reference.labels), rounds, others)
+    library = torchensemble.FusionClassifier(peers_network(work), members, cuda=False)
+    library.set_optimizer("Adam", lr=work.recipe.lr)
+    with quietly():
+        library.fit(turns, epochs=1, save_model=False)
+    theirs = statistics.median(turns.taken[""])
+    for label in others:
+        name = f"ResNet-20, fusion, M = {members}, batch {batch}, {label}"
+        ours = statistics.median(turns.taken[label])
+        bench.add(name, "torchensemble FusionClassifier", threads, ours, theirs)
+    if not BF16:
+        bench.note("bf16: not measured, this processor has no bf16 instructions")
+    elif not quick:
+        bench.note("bf16: not measured, there is no such option")
+
+
+def voting(bench: Bench, quick: bool) -> None:
+    """An epoch of 8 members side by side on two actors, against torchensemble's two processes.
+
+    Ours is the whole of `Cluster.train_many`, with the members' networks built and sent; the peer's
+    is one of its later epochs.
+    """
+    import torchensemble
+
+    from bnncore.actors import Cluster, connect
+    from bnncore.params import RayParams
+
+    members, batch, steps, rounds = (2, 32, 2, 1) if quick else (8, 128, 4, 3)
+    whole = job("resnet20", members, batch_size=batch)
+    jobs = [replace(whole, name=f"member-{i}", ids=(i,)) for i in whole.ids]
+    data = dataset(batch * steps)
+    reference = Trainer(jobs[0], data, device="cpu")
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(reference._normalized(reference.images), reference.labels),
+        batch_size=batch,
+    )
+    taken: dict[str, list[float]] = {"ours": [], "theirs": []}
+
+    class Timed(torchensemble.VotingClassifier):
+        """Tells when its epochs begin, and lets ours have a turn before."""
+
+        began: float | None = None
+
+        def train(self, mode: bool = True):
+            now = time.perf_counter()
+            if self.began is not None:
+                taken["theirs"].append(now - self.began)
+            cluster.train_many(jobs, data)
+            taken["ours"].append(time.perf_counter() - now)
+            self.began = time.perf_counter()
+            return super().train(mode)
+
+    connect(RayParams(), num_cpus=2)
+    with Cluster(RayParams(actors=2)) as cluster, quietly():
+        library = Timed(estimator=peers_network(whole), n_estimators=members, cuda=False, n_jobs=2)
+        library.set_optimizer("Adam", lr=whole.recipe.lr)
+        library.fit(loader, epochs=rounds + 2, save_model=False)
+    end_ray()
+    bench.add(
+        f"ResNet-20, voting, M = {members}, batch {batch}, an epoch of {steps} steps, 2 actors",
+        "torchensemble VotingClassifier(n_jobs=2)",
+        1,
+        statistics.median(taken["ours"][1:]),
+        statistics.median(taken["theirs"][1:]),
+    )
+
+
+# ---- over actors ------------------------------------------------------------------------------
+
+
+def actors(bench: Bench, quick: bool) -> None:
+    """Joint training over two actors of one thread, against one, and against one process of two."""
+    from bnncore.actors import Cluster, connect
+    from bnncore.params import RayParams
+
+    batch, steps, rounds = (32, 2, 2) if quick else (128, 2, 5)
+    members = 8
+    data = dataset(batch * steps)
+    last: dict[str, Any] = {}
+
+    def keep(_: Job, epoch: dict[str, Any]) -> None:
+        last.update(epoch)
+
+    for sharing, scheme in (("shared_conv", "fusion"), ("tentaclenet", "TentacleNet")):
+        # The first epoch of a job warms its actors up, the second is measured.
+        work = job("resnet20", members, sharing, batch_size=batch, epochs=2)
+        connect(RayParams(), num_cpus=3)
+        taken: dict[str, list[float]] = {"two": [], "one": [], "process": []}
+        with Cluster(RayParams(actors=1)) as one, Cluster(RayParams(actors=2)) as two:
+            runs = {
+                "two": two.train_many,
+                "one": one.train_many,
+                "process": partial(train_many, threads=2, replay=False),
+            }
+            for _ in range(rounds):
+                for label, run in runs.items():
+                    run([work], data, on_epoch=keep)
+                    taken[label].append(last["seconds"] / steps)
+                    if label == "two":
+                        sent, waited = last["sent_per_step"], last["exchange_share"]
+        end_ray()
+        medians = {label: statistics.median(times) for label, times in taken.items()}
+        name = f"ResNet-20, {scheme}, M = {members}, batch {batch}, 2 actors of 1 thread"
+        bench.add(name, "1 actor of 1 thread", 1, medians["two"], medians["one"])
+        bench.add(name, "1 process of 2 threads", 2, medians["two"], medians["process"])
+        trainer = Trainer(work, data, device="cpu")
+        logits = batch * CLASSES * 4
+        shared = sum(4 * p.numel() for p in trainer.shared)
+        bench.note(
+            f"{scheme}: an actor of two sent {sent:.0f} bytes a step; B * C * 4 = {logits} and "
+            f"the shared gradients are {shared}: {sent / (logits + shared):.2f} times their sum. "
+            f"{100 * waited:.1f} % of its time went into sums, waiting for the other included."
+        )
+        predict(bench, scheme, medians["one"] / members, batch, trainer)
+
+
+def predict(bench: Bench, scheme: str, member: float, batch: int, trainer: Trainer) -> None:
+    """Step times on 1 to 64 actors, from one actor's time and that of sums between two."""
+    sizes = (1, 250_000)
+    times = sums(sizes)
+    latency, per_byte = times[0], (times[-1] - times[0]) / (4 * sizes[-1])
+    exchanged = [batch * CLASSES] + [sum(p.numel() for p in trainer.shared)] * bool(trainer.shared)
+    members = 64
+    lines = [
+        f"{scheme} of {members} members at batch {batch}, predicted seconds a step:",
+        "",
+        "| actors | members each | compute | sums | step | speed-up |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        compute = -(-members // count) * member
+        wait = sum(
+            2 * (count - 1) * (latency / 2 + per_byte * 2 * 4 * n / count / 2) for n in exchanged
+        )
+        total = compute + wait
+        lines.append(
+            f"| {count} | {-(-members // count)} | {compute:.3f} | {wait:.5f} | {total:.3f} "
+            f"| {members * member / total:.1f} |"
+        )
+    lines += [
+        "",
+        f"Assumed: a member takes {member:.3f} s on one thread (measured: one actor's step over its"
+        f" members), whoever trains it; each actor has a core of its own; a sum is two rounds of"
+        f" R - 1 messages one after another (in truth they overlap), a message takes half of the"
+        f" {1e3 * latency:.2f} ms of a sum of 4 bytes between two actors here and"
+        f" {1e9 * per_byte:.2f} ns a byte (measured over loopback: a real network has more of"
+        f" both). Waiting for a slower actor is not in it.",
+    ]
+    bench.note("\n".join(lines))
+
+
+def sums(sizes: tuple[int, ...], repeats: int = 30) -> list[float]:
+    """Seconds of `actors.Collective.sum` of so many floats between two processes, medians."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from benchmarks.training import _sum\n"
+        "_sum(sys.argv[2], int(sys.argv[3]), eval(sys.argv[4]), int(sys.argv[5]))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code, str(ROOT), f"{folder}/meet"]
+        rest = [repr(sizes), str(repeats)]
+        other = subprocess.Popen([*command, "1", *rest])
+        done = subprocess.run([*command, "0", *rest], capture_output=True, text=True, check=True)
+        other.wait()
+    return [float(word) for word in done.stdout.split()]
+
+
+def _sum(meet: str, rank: int, sizes: tuple[int, ...], repeats: int) -> None:
+    from torch import distributed as dist
+
+    from bnncore.actors import Collective
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    collective = Collective("gloo")
+    for size in sizes:
+        value, times = torch.ones(size), []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            collective.sum(value)
+            times.append(time.perf_counter() - start)
+        if rank == 0:
+            print(statistics.median(times))
+    dist.destroy_process_group()
+
+
+def end_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def memory(bench: Bench, quick: bool) -> None:
+    """Replay: what it saves in a process of its own, and what it costs in time."""
+    members, batch, threads = (3, 16, 1) if quick else (10, 256, 2)
+    if bench.clock is time.process_time:
+        threads = 1
+    seconds, peak = fresh_step(members, batch, threads, bench.clock)
+    name = f"ResNet-18, fusion, M = {members}, batch {batch}, one step with replay"
+    bench.add(name, "", threads, seconds, None)
+    bench.note(
+        f"{name}: the process took {peak / GIB:.2f} GiB at most, torch included"
+        + ("" if quick else " (target 3 GiB, goal 1.5 GiB)")
+    )
+    threads = 1 if bench.clock is time.process_time else 2
+    torch.set_num_threads(threads)
+    members, batch = (2, 16) if quick else (4, 32)
+    work, data = job("resnet18", members, batch_size=batch), dataset(batch)
+    keeping, replaying = (Trainer(work, data, device="cpu", replay=r) for r in (False, True))
+    steps = [stepper(trainer, batch) for trainer in (keeping, replaying)]
+    for step in steps:
+        step()
+    for (name, a), (_, b) in zip(*(t.trained.items() for t in (keeping, replaying)), strict=True):
+        if not torch.equal(a.grad, b.grad):
+            raise SystemExit(f"{name}: expected the same gradient with and without replay")
+    bench.compare(
+        f"ResNet-18, fusion, M = {members}, batch {batch}, with replay (same bits)",
+        threads,
+        steps[1],
+        {"without replay": steps[0]},
+        2 if quick else 5,
+    )
+
+
+def fresh_step(
+    members: int, batch: int, threads: int, clock: Callable[[], float]
+) -> tuple[float, int]:
+    """Seconds and peak bytes of one step of ResNet-18 with replay in a fresh process."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from benchmarks.training import _step\n"
+        "_step(sys.argv[2], *map(int, sys.argv[3:]))"
+    )
+    numbers = map(str, (members, batch, threads))
+    command = [sys.executable, "-c", code, str(ROOT), clock.__name__, *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak)
+
+
+def _step(clock_name: str, members: int, batch: int, threads: int) -> None:
+    clock = getattr(time, clock_name)
+    torch.set_num_threads(threads)
+    work = job("resnet18", members, batch_size=batch)
+    step = stepper(Trainer(work, dataset(batch), device="cpu", replay=True), batch)
+    start = clock()
+    step()
+    seconds = clock() - start
+    print(seconds, peak_bytes())
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had, not what its parent had before."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------
+
+
+def gpu(
+    bench: Bench,
+    device: str = "cuda",
+    counts: tuple[int, ...] = (1, 2, 4, 10),
+    batch: int = 128,
+    rounds: int = 20,
+    compiling: bool = True,
+    backbone: str = "resnet20",
+    images: int = 50_000,
+    epochs: int = 200,
+    **changes: Any,
+) -> None:
+    """Steps on one device against a plain loop over members, and what a whole training would take.
+
+    The loop is torchensemble's, without the library: every member's outputs, their mean, one
+    backward pass, one optimizer.
+    """
+    data = dataset(batch)
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    lines = ["| M | ours | compiled | plain loop |", "| ---: | ---: | ---: | ---: |"]
+    for members in counts:
+        work = job(backbone, members, batch_size=batch, **changes)
+        rates, steps = [], {"": stepper(Trainer(work, data, device=device), batch)}
+        if compiling:
+            recipe = replace(work.recipe, compile="always")
+            trainer = Trainer(replace(work, recipe=recipe), data, device=device)
+            steps["compiled"] = stepper(trainer, batch)
+        loop = plain_loop(work, data, batch, device)
+        for label, step in steps.items():
+            name = f"{backbone}, fusion, M = {members}, batch {batch}, {label or 'eager'}"
+            ours = bench.compare(name, 1, step, {"plain loop over members": loop}, rounds)
+            rates.append(batch / ours)
+        theirs = bench.rows[-1]["peer_s"]
+        rates += [float("nan")] * (2 - len(rates)) + [batch / theirs]
+        lines.append(f"| {members} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |")
+    best = max(rate for rate in rates[:2] if rate == rate)
+    whole = [epochs * images / rate for rate in (best, rates[2])]
+    bench.note(f"images a second on {where}:\n\n" + "\n".join(lines))
+    bench.note(
+        f"projected for {epochs} epochs of {images} images at M = {counts[-1]}: {whole[0]:.0f} s, "
+        f"of the plain loop {whole[1]:.0f} s (steps only: no augmentation, no validation)"
+    )
+
+
+def plain_loop(work: Job, data: Dataset, batch: int, device: str) -> Callable[[], object]:
+    """A fusion step as one writes it: plain modules, one after another."""
+    network = peers_network(work)
+    members = nn.ModuleList(copy.deepcopy(network) for _ in work.ids).to(device).train()
+    optimizer = torch.optim.Adam(members.parameters(), lr=work.recipe.lr)
+    reference = Trainer(replace(work, ids=(0,)), data, device=device)
+    x, y = reference._normalized(reference.images[:batch]), reference.labels[:batch]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = torch.stack([member(x) for member in members]).mean(0)
+        nn.functional.cross_entropy(logits, y).backward()
+        optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return step
+
+
+# ---- all of it --------------------------------------------------------------------------------
+
+SECTIONS: dict[str, Callable[[Bench, bool], None]] = {
+    "fusion": fusion,
+    "voting": voting,
+    "actors": actors,
+    "memory": memory,
+}
+SIDE_BY_SIDE = ("voting", "actors")  # of several processes: processor time says nothing of them
+
+
+def describe() -> str:
+    named = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+    return machine(
+        named,
+        ("numpy", "torch", "ray", "torchensemble"),
+        f"torch: {torch.backends.cpu.get_cpu_capability()}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small steps, nothing compiled")
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA device instead")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count processor time, on a busy machine: one thread, no rows of several processes",
+    )
+    parser.add_argument("--only", choices=tuple(SECTIONS), help="one section")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error(f"--gpu: expected a CUDA device, got none (torch {torch.__version__})")
+    began = time.perf_counter()
+    about = describe()
+    bench = Bench(time.process_time if options.cpu_time else time.perf_counter)
+    if options.cpu_time:
+        about += "\nseconds of processor time, on one thread: the machine was busy"
+    print(about, *table([])[:2], sep="\n", flush=True)
+    if options.gpu:
+        gpu(bench)
+    else:
+        for name, section in SECTIONS.items():
+            if options.only not in (None, name):
+                continue
+            if options.cpu_time and name in SIDE_BY_SIDE:
+                bench.note(f"{name}: not measured, processor time says nothing of it")
+            else:
+                section(bench, options.quick)
+    print(f"{time.perf_counter() - began:.0f} s")
+    bench.write(about, options.json, options.markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -223,10 +223,12 @@ def _labels(
     ax: Axes,
     points: Sequence[tuple[float, float, str]],
     front: Sequence[tuple[float, float]],
+    others: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Puts each point's name beside it where it covers no name, point or legend.
 
-    Of the places left the one that the front's steps cross least, then the nearest.
+    `others` are points without a name. Of the places left the one that the front's steps cross
+    least, then the nearest.
     """
     from matplotlib.transforms import Bbox
 
@@ -234,7 +236,8 @@ def _labels(
     frame = ax.get_window_extent()
     to_pixels = ax.transData.transform
     taken = [
-        Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in map(to_pixels, [p[:2] for p in points])
+        Bbox.from_bounds(x - 7, y - 7, 14, 14)
+        for x, y in map(to_pixels, [*(p[:2] for p in points), *others])
     ]
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent())

@@ -118,7 +118,7 @@ def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str 
     """Count `spec`, packed as `params` say: one member is drawn, the rest is multiplication."""
     drawing = blueprint.draw(spec)
     if count == "file":
-        size = blueprint.file_range(spec, params.pack, classes, facts(params))[1]
+        size = blueprint.file_bound(spec, params.pack, classes, facts(params))
         counted = size / 1024
     else:
         counts = storage.count(spec, params.pack, classes, facts(params))
@@ -185,7 +185,8 @@ class Space:
         key = (config["backbone"], config["scheme"], config["sharing"], few)
         if key not in self._problems:
             try:
-                p = preset(self.params, config | {"members": few})
+                narrow = {"width": min(self.values["width"]), "members": few}
+                p = preset(self.params, config | narrow)
                 schemes.check(p, self.image, len(self.classes))
                 self._problems[key] = None
             except ValueError as error:

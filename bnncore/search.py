@@ -639,7 +639,10 @@ class Search:
                 figures |= {k: result[k] for k in keys if k in result}
                 if outcome == STOPPED:  # not a result that compares with the others'
                     figures["stopped_top1"] = figures.pop("val_top1")
-            child.metrics(figures)
+            if outcome == REJECTED:  # no result: `make ui` links to a comparison of results
+                child.history([{"epoch": 0, **figures}])
+            else:
+                child.metrics(figures)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -293,9 +293,9 @@ def markdown(p: Params, pieces: Pieces, found: dict[str, Any]) -> str:
     lines = [
         "Written by `python benchmarks/search.py`, which says how each figure is taken.",
         "",
-        f"Digits, budget {p.search.budget_kib:g} KiB. Studies of **{found['trials']} trials**, "
+        f"Digits, budget {p.search.budget_kib:g} KiB. Studies of **{found['trials']} trials**; "
         f"study seeds complete: **{found['seeds'] or 'none'}**; splits complete: "
-        f"**{len(found['splits'])}** {found['splits'] or ''}.",
+        f"**{found['splits'] or 'none'}**.",
         "",
     ]
 
@@ -321,6 +321,8 @@ def markdown(p: Params, pieces: Pieces, found: dict[str, Any]) -> str:
                 "of the script.",
                 "",
             ]
+    else:
+        lines += ["No seed has been retrained yet: there is no comparison here.", ""]
     rows = [(n, v) for n, v in known.items() if n.startswith("study/")]
     if rows:
         lines += [

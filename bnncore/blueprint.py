@@ -11,14 +11,15 @@ Legend: `M` members, `O` filters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._device import DeviceContext
 
 from bnncore import execute, lower, packfile
 from bnncore import program as P
@@ -39,17 +40,29 @@ CLASS_NAME = 12  # characters of a class name that is not known yet
 GRAPH_SLACK = 1.02, 16
 
 
-@dataclass(frozen=True, eq=False)
+_End = Literal["least", "most"]
+_ENDS: tuple[_End, _End] = ("least", "most")
+
+
 class Drawing:
     """An ensemble without values.
 
     Attributes:
         least, most: Programs of one member whose `own` flags are those of the whole ensemble: the
             smallest and the largest that training can give. Their tensors are zeros without memory.
+            Each is made when first asked for: a search never asks for the smallest.
     """
 
-    least: P.Program
-    most: P.Program
+    def __init__(self, make: Callable[[_End], P.Program]):
+        self._make = make
+
+    @cached_property
+    def least(self) -> P.Program:
+        return self._make("least")
+
+    @cached_property
+    def most(self) -> P.Program:
+        return self._make("most")
 
     def macs(self, members: int) -> tuple[int, int]:
         """(binary, float) multiply-accumulates for one image and `members` members."""
@@ -83,18 +96,14 @@ def _draw(model: ModelSpec, sharing: Sharing, combine: str, classifier: str | No
     shared = tuple(f"{name}." for name in weight_layers(member) if name not in own)
     if sharing.block:
         shared = ("stem.", *shared)
-    bias = classifier is not None
-    programs = []
-    for end in _ENDS:
+
+    def make(end: _End) -> P.Program:
         copies = _copies(values, shared)
         last = copies[values.index(output)]
         lower.fold(copies, partial(_folded, most=end == "most"))
-        programs.append(_program(model, copies, last, combine, bias))
-    return Drawing(*programs)
+        return _program(model, copies, last, combine, classifier is not None)
 
-
-_End = Literal["least", "most"]
-_ENDS: tuple[_End, _End] = ("least", "most")
+    return Drawing(make)
 
 
 @lru_cache(maxsize=256)
@@ -102,7 +111,7 @@ def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Valu
     """A member without memory, and what `lower` makes of it before anything is folded."""
     combine = "mean" if classifier is None else "sum"
     spec = EnsembleSpec(model, 1, SHARING["no_shared"], combine, classifier)
-    with torch.device("meta"):
+    with _Meta("meta"):
         ensemble = Ensemble(spec).eval()
     for module in ensemble.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -116,6 +125,17 @@ def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Valu
     with torch.no_grad():
         values, output = _Blank(ensemble, (0.0,) * channels, (1.0,) * channels).run()
     return ensemble.members[0], values, output
+
+
+class _Meta(DeviceContext):
+    """``torch.device("meta")`` without `torch.nn.init`, which has nothing to fill there and takes a
+    third of the time.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class _Blank(lower._Lowering):
@@ -222,17 +242,27 @@ def file_range(
         classes, info: what the file will say of itself; where None, room for usual ones is in the
             most and nothing is in the least.
     """
-    pack = pack or PackParams()
-    drawing = draw(spec)
-    sizes = []
-    for end, program in zip(_ENDS, (drawing.least, drawing.most), strict=True):
-        known = tuple(classes) if classes is not None else None
-        facts = tuple(info.items()) if info is not None else None
-        shared, own, overhead = _sizes(program, pack, known, facts, end)
-        votes = end == "most" and _votes(spec.combine, spec.classifier is not None)
-        weights = 4 * spec.members if votes else 0
-        sizes.append(shared + spec.members * own + overhead + weights)
-    return sizes[0], sizes[1]
+    least, most = (_file_size(spec, pack, classes, info, end) for end in _ENDS)
+    return least, most
+
+
+def file_bound(
+    spec: EnsembleSpec,
+    pack: PackParams | None = None,
+    classes: Sequence[str] | None = None,
+    info: dict[str, Any] | None = None,
+) -> int:
+    """The greater of `file_range`, alone."""
+    return _file_size(spec, pack, classes, info, "most")
+
+
+def _file_size(spec: EnsembleSpec, pack, classes, info, end: _End) -> int:
+    program = getattr(draw(spec), end)
+    known = tuple(classes) if classes is not None else None
+    facts = tuple(info.items()) if info is not None else None
+    shared, own, overhead = _sizes(program, pack or PackParams(), known, facts, end)
+    votes = end == "most" and _votes(spec.combine, spec.classifier is not None)
+    return shared + spec.members * own + overhead + (4 * spec.members if votes else 0)
 
 
 @lru_cache(maxsize=8192)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bnncore import params as P
+from bnncore import report as report_plots
 from bnncore import search as S
-from bnncore.params import Params
+from bnncore.params import Params, SearchParams
 from bnncore.space import described, preset
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def write(report: S.Report, search: S.Search, out: Path) -> list[Path]:
         writer.writerows(rows)
     text = json.dumps(report.importances, indent=1)
     (out / "importances.json").write_text(text + "\n", encoding="utf-8")
-    plot(report, budget, out / "front.png")
+    plot(report, search.search, out / "front.png")
     written = [out / n for n in ("front.json", "front.csv", "front.png", "importances.json")]
     best = out / "best.yaml"
     best.unlink(missing_ok=True)
@@ -139,60 +140,101 @@ def show(report: S.Report, search: S.Search, say: Callable[[str], None] = print)
 
 # -- plot --------------------------------------------------------------------------------------
 
-_RIVALS = {"marker": "D", "color": "#d55e00", "zorder": 4}
+_TRAINED, _RIVAL, _OVER = "#009e73", "#d55e00", "#b22222"
 
 
-def plot(report: S.Report, budget_kib: float | None, path: Path) -> None:
-    """Validation accuracy against KiB of the file (log): trials, the front, rivals, the budget."""
+def plot(report: S.Report, search: SearchParams, path: Path) -> None:
+    """Validation accuracy against KiB of the file (log): trials, the front, rivals, the budget; and
+    beside it what accuracy depended on.
+
+    Trials far below the others are drawn at the lower edge, rejections as ticks on it.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
-    ax = figure.add_subplot()
+    figure = Figure(figsize=(9, 5.4), dpi=130, layout="constrained")
+    grid = figure.add_gridspec(1, 2, width_ratios=(3.4, 1)) if report.importances else None
+    ax = figure.add_subplot(grid[0] if grid else 111)
     ax.grid(True, color="#e4e4e4", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     trained = [r for r in report.rows if r["outcome"] == S.TRAINED]
-    _scatter(ax, trained, "val_top1", label="trained", color="#009e73", marker="^", zorder=3)
     stopped = [r for r in report.rows if r["outcome"] == S.STOPPED]
-    _scatter(ax, stopped, "stopped_top1", label="stopped early, at its rung", color="#9a9a9a",
-             marker="v", zorder=2)  # fmt: skip
-    front = [(r["file_bytes"] / 1024, r["val_top1"]) for r in pareto(trained)]
-    if front:
-        ax.step(*zip(*front, strict=True), where="post", color="#009e73", lw=1.2)
-    _scatter(ax, report.rivals, "val_top1", label="rivals", **_RIVALS)
-    for k, row in enumerate(sorted(report.rivals, key=lambda r: r["val_top1"])):
-        at = (row["file_bytes"] / 1024, row["val_top1"])
-        style: dict[str, Any] = {
-            "textcoords": "offset points",
-            "ha": "right",
-            "fontsize": 8,
-            "color": "#7a3600",
-        }
-        ax.annotate(row["rival"], at, (-8, -3 + 4 * (k % 2)), **style)
     rows = [r for r in report.rows if r["outcome"] == S.REJECTED and r["file_bytes"]]
-    rejected = [r["file_bytes"] / 1024 for r in rows]
-    sizes = [x for x, _ in front] + [r["file_bytes"] / 1024 for r in report.rivals]
-    if rejected:
-        low = ax.get_ylim()[0]
-        ax.plot(rejected, [low] * len(rejected), "|", color="#b22222", ms=9, clip_on=False,
-                label="rejected untrained")  # fmt: skip
-        ax.set_ylim(bottom=low)
-    ax.set_xscale("log")
+    rejected = [_kib(r) for r in rows]
+    budget = search.budget_kib if search.count == "file" else None
+    front = [(_kib(r), r["val_top1"]) for r in pareto(trained)]
+
+    # Few bad trials shall not press all good ones together.
+    usual = [r["val_top1"] for r in trained] + [r["stopped_top1"] for r in stopped]
+    shown = sorted(usual)[len(usual) // 2 :] + [r["val_top1"] for r in report.rivals]
+    low, high = min(shown, default=0.0), max(shown, default=100.0)
+    span = max(high - low, 2.0)
+    bottom = low - 0.12 * span
+    ax.set_ylim(bottom, high + 0.1 * span)
+    edge = bottom + 0.035 * span
+    below = sum(y < bottom for y in usual)
+
+    def scatter(rows: Sequence[Row], key: str, label: str, **style: Any) -> list:
+        points = [(_kib(r), max(r[key], edge) if r[key] < bottom else r[key]) for r in rows]
+        if points:
+            ax.scatter(*zip(*points, strict=True), 40, label=label, edgecolors="white", **style)
+        return points
+
+    others = scatter(trained, "val_top1", "trained", color=_TRAINED, marker="^", zorder=3)
+    others += scatter(stopped, "stopped_top1", "stopped early, at its rung", color="#9a9a9a",
+                      marker="v", zorder=2)  # fmt: skip
+    named = [(_kib(r), r["val_top1"], f"{r['rival']}, {r['val_top1']:.1f}") for r in report.rivals]
+    if report.rivals:
+        scatter(report.rivals, "val_top1", "rivals", color=_RIVAL, marker="D", zorder=4)
+    if report.best:
+        best = _kib(report.best), report.best["val_top1"]
+        ax.scatter(*best, 170, facecolors="none", edgecolors=_TRAINED, lw=1.6, label="the answer")
+        named.append((*best, f"the answer, {best[1]:.1f}"))
     # Rejections far over the budget need not be seen.
-    near = [x for x in rejected if budget_kib is None or x < 8 * budget_kib]
-    right = max([*sizes, *near, 1.6 * (budget_kib or 0.625)])
-    ax.set_xlim(right=1.1 * right)
-    if budget_kib is not None:
-        ax.axvspan(budget_kib, 1.1 * right, color="#b22222", alpha=0.08, lw=0)
-        ax.axvline(budget_kib, color="#b22222", lw=1, ls="--", label=f"budget, {budget_kib:g} KiB")
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    near = [x for x in rejected if budget is None or x < 6 * budget]
+    sizes = [x for x, *_ in others + named] + near + ([budget] if budget else [])
+    left, right = min(sizes, default=1.0), max(sizes, default=10.0)
+    right = max(right, 2.2 * budget) if budget else right
+    ax.set_xscale("log")
+    ax.set_xlim(left / 1.15, 1.15 * right)
+    if front:
+        steps = [*front, ((budget or 1.15 * right), front[-1][1])]
+        ax.step(*zip(*steps, strict=True), where="post", color=_TRAINED, lw=1.2, zorder=1)
+    if rejected:
+        ax.plot(near, [bottom] * len(near), "|", color=_OVER, ms=14, label="rejected untrained")
+    if budget is not None:
+        ax.axvspan(budget, 1.15 * right, color=_OVER, alpha=0.08, lw=0)
+        ax.axvline(budget, color=_OVER, lw=1, ls="--", label=f"budget, {budget:g} KiB")
+    report_plots._log_ticks(ax, [left / 1.15, 1.15 * right])
     ax.set_xlabel("KiB of the packed file (log scale)")
     ax.set_ylabel("validation accuracy, %")
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    said = []
+    if not usual:
+        said.append("nothing that was asked for fits")
+        ax.set_yticks([])
+    if budget is None:
+        said.append(f"the budget, {search.budget_kib:g} KiB, is by the count of {search.count}, "
+                    "not on this axis")  # fmt: skip
+    if below:
+        said.append(f"{below} at the lower edge are below it, down to {min(usual):.1f} %")
+    ax.set_title("; ".join(said), fontsize=8, color="#555555", loc="left")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    if grid:
+        _bars(figure.add_subplot(grid[1]), report.importances)
+    report_plots._labels(figure, ax, named, front, [(x, max(y, edge)) for x, y in others])
     figure.savefig(path, metadata={"Software": None})
 
 
-def _scatter(ax: Axes, rows: Sequence[Row], key: str, **style: Any) -> None:
-    if rows:
-        x = [r["file_bytes"] / 1024 for r in rows]
-        ax.scatter(x, [r[key] for r in rows], 36, edgecolors="white", **style)
+def _kib(row: Row) -> float:
+    return row["file_bytes"] / 1024
+
+
+def _bars(ax: Axes, importances: dict[str, float]) -> None:
+    names = list(importances)[::-1]
+    bars = ax.barh(names, [100 * importances[n] for n in names], color="#0072b2", height=0.6)
+    ax.bar_label(bars, fmt="%.0f %%", fontsize=8, padding=2)
+    ax.set_title("what accuracy depended on", fontsize=9)
+    ax.set_xlim(right=1.25 * max(100 * share for share in importances.values()) or 1)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.tick_params(left=False, labelsize=8)
+    ax.set_xticks([])

@@ -223,10 +223,12 @@ def _labels(
     ax: Axes,
     points: Sequence[tuple[float, float, str]],
     front: Sequence[tuple[float, float]],
+    others: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Puts each point's name beside it where it covers no name, point or legend.
 
-    Of the places left the one that the front's steps cross least, then the nearest.
+    `others` are points without a name. Of the places left the one that the front's steps cross
+    least, then the nearest.
     """
     from matplotlib.transforms import Bbox
 
@@ -234,7 +236,8 @@ def _labels(
     frame = ax.get_window_extent()
     to_pixels = ax.transData.transform
     taken = [
-        Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in map(to_pixels, [p[:2] for p in points])
+        Bbox.from_bounds(x - 7, y - 7, 14, 14)
+        for x, y in map(to_pixels, [*(p[:2] for p in points), *others])
     ]
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent())
@@ -435,15 +438,17 @@ def page(reports: Path | str, path: Path | str | None = None) -> Path:
 
     Reads results.json, histories.json, anytime.json and search/front.json ({"budget_bytes",
     "trials": [{configuration..., "val_top1", "file_bytes", "feasible"}]}; a trial with "rival", a
-    text, is marked as one). Each but results.json may be missing. The page holds its data, styles
-    and scripts; it loads nothing.
+    text, is marked as one). Each may be missing, but not both results.json and search/front.json.
+    The page holds its data, styles and scripts; it loads nothing.
 
-    Raises FileNotFoundError if there is no results.json, ValueError if a file is not what it
-    should be, both naming the path.
+    Raises FileNotFoundError if there is neither, ValueError if a file is not what it should be,
+    both naming the path.
     """
     reports = Path(reports)
-    if not (reports / "results.json").exists():
-        raise FileNotFoundError(f"expected {reports / 'results.json'}: run the pipeline first")
+    if not any((reports / name).exists() for name in ("results.json", "search/front.json")):
+        raise FileNotFoundError(
+            f"expected {reports / 'results.json'}: run the pipeline, or a search, first"
+        )
 
     def read(name: str, kind: type) -> Any:
         file = reports / name
@@ -457,7 +462,7 @@ def page(reports: Path | str, path: Path | str | None = None) -> Path:
             raise ValueError(f"{file}: expected a {kind.__name__}, got {type(content).__name__}")
         return content
 
-    results = complete(read("results.json", list))
+    results = complete(read("results.json", list) or [])
     data = {
         "results": results,
         "members": members_curves(results),
@@ -482,7 +487,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         where = page(args.reports) if args.html else None
-        print_table(json.loads((args.reports / "results.json").read_text(encoding="utf-8")))
+        results = args.reports / "results.json"
+        if results.exists() or not where:  # after a search alone there is the page only
+            print_table(json.loads(results.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

@@ -268,6 +268,7 @@ class Search:
         self.folder, self.tracker, self.say = folder, tracker, say
         self.space = Space(self.params, data)
         self.ended: str | None = None
+        self._wanted = self.search.trials
         self._keys: dict[str, str] = {}  # network -> the name of what is kept of it
         self._rejecting: list[float] = []
         self._stop = threading.Event()
@@ -459,16 +460,23 @@ class Search:
     # -- training --------------------------------------------------------------------------
 
     def run(
-        self, cluster: Cluster, trials: int | None = None, timeout: float | None = None
+        self,
+        cluster: Cluster,
+        trials: int | None = None,
+        timeout: float | None = None,
+        answered: Callable[[Report], object] = lambda report: None,
     ) -> Report:
         """Train until the study has `trials` trials, or `timeout` seconds are over, or Ctrl-C.
 
         Ctrl-C once: what runs is finished, nothing new is begun. Twice: at once; what ran is
         repeated when the study goes on.
+
+        Args:
+            answered: gets the report before rivals are trained, which may take as long again.
         """
         started = time.monotonic()
         deadline = started + timeout if timeout is not None else math.inf
-        wanted = trials or self.search.trials
+        self._wanted = wanted = trials or self.search.trials
         crew = Crew(cluster, self.data)
 
         def stopping() -> bool:
@@ -488,6 +496,7 @@ class Search:
                 if self.ended:
                     break
             if self.search.rivals and not stopping():
+                answered(self.report())
                 self._train_rivals(crew, stopping)
         report = self.report()
         report.retried = crew.retried
@@ -608,7 +617,7 @@ class Search:
         done = len(self._trials(*COUNTED))
         top1 = f"{result['val_top1']:6.2f} %" if result else reason
         self.say(
-            f"{done:>4}/{self.search.trials} {trial.name} {outcome:<8} {top1}, at most "
+            f"{done:>4}/{self._wanted} {trial.name} {outcome:<8} {top1}, at most "
             f"{trial.cost.counted_kib:6.2f} KiB: {described(trial.config)}"
         )
         if self.tracker:
@@ -630,7 +639,10 @@ class Search:
                 figures |= {k: result[k] for k in keys if k in result}
                 if outcome == STOPPED:  # not a result that compares with the others'
                     figures["stopped_top1"] = figures.pop("val_top1")
-            child.metrics(figures)
+            if outcome == REJECTED:  # no result: `make ui` links to a comparison of results
+                child.history([{"epoch": 0, **figures}])
+            else:
+                child.metrics(figures)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -664,12 +676,16 @@ class Search:
         for rival in rivals.values():
             if known.get(f"rival {rival.label}", {}).get("about") == rival.about:
                 continue
-            self.say(f"     rival: {rival.label}: {rival.about}")
+            members = rival.row["members"]  # what trains longest begins first
             if rival.int8:
-                todo.append(Work(rival.label, tasks.int8, (rival.params,)))
+                todo.append(Work(rival.label, tasks.int8, (rival.params,), weight=members))
             else:
                 needs = self._bases(crew, rival.params, todo)
-                todo.append(Work(rival.label, tasks.ensemble, (rival.params, [(1.0, None)]), needs))
+                args = (rival.params, [(1.0, None)])
+                todo.append(Work(rival.label, tasks.ensemble, args, needs, members))
+        missing = [work.name for work in todo if work.name in rivals]
+        if missing:
+            self.say(f"     rivals of the answer, to be trained: {', '.join(missing)}")
 
         def done(work: Work, result: Any) -> None:
             if work.name not in rivals:
@@ -682,6 +698,10 @@ class Search:
                 return
             row = {"about": rival.about, "val_top1": result["val_top1"], **rival.row}
             row["file_bytes"] = result["file_bytes"]
+            self.say(
+                f"     rival {rival.label} {row['val_top1']:6.2f} %, "
+                f"{row['file_bytes'] / 1024:6.2f} KiB: {rival.about}"
+            )
             self.study.set_user_attr(f"rival {rival.label}", row)
             if self.tracker:
                 with self.tracker.model(f"rival-{rival.label}", rival.row) as child:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from bnncore.program import Program
 
 Config = dict[str, Any]
 WIDTHS = 4, 1024  # between which a rival's width is looked for
+TRACED = 64  # networks that are traced before they are asked for
 
 
 # -- configurations ----------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str 
     """Count `spec`, packed as `params` say: one member is drawn, the rest is multiplication."""
     drawing = blueprint.draw(spec)
     if count == "file":
-        size = blueprint.file_range(spec, params.pack, classes, facts(params))[1]
+        size = blueprint.file_bound(spec, params.pack, classes, facts(params))
         counted = size / 1024
     else:
         counts = storage.count(spec, params.pack, classes, facts(params))
@@ -147,6 +148,7 @@ class Space:
         self.size = math.prod(map(len, self.values.values()))
         self.distributions = {name: _distribution(v) for name, v in self.values.items()}
         self._problems: dict[tuple, str | None] = {}
+        self._specs: dict[tuple, EnsembleSpec] = {}
         for name, known in (("scheme", schemes.SCHEMES), ("sharing", SHARING)):
             for value in self.values[name]:
                 if value not in known:
@@ -168,10 +170,29 @@ class Space:
                 f"smallest configuration, {described(self.smallest)}, takes "
                 f"{self.least.counted_kib:.2f} KiB"
             )
+        self._draw_networks()
+
+    def _draw_networks(self) -> None:
+        """Trace every network once, now, so that no rejection waits for it; of a very large space
+        each when it is first seen.
+        """
+        if len(self.values["backbone"]) * len(self.values["width"]) > TRACED:
+            return
+        for backbone, width, scheme, sharing in product(
+            *(self.values[k] for k in ("backbone", "width", "scheme", "sharing"))
+        ):
+            changed = {"backbone": backbone, "scheme": scheme, "sharing": sharing}
+            config = self.smallest | changed | {"members": min(self.values["members"])}
+            if not self.problem(config):
+                blueprint.draw(self.spec(config | {"width": width}))
 
     def spec(self, config: Config) -> EnsembleSpec:
-        p = preset(self.params, config)
-        return schemes.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
+        key = tuple(config[k] for k in ("backbone", "width", "scheme", "sharing"))
+        if key not in self._specs:  # finding it takes as long as all else
+            p = preset(self.params, config)
+            spec = schemes.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
+            self._specs[key] = spec
+        return replace(self._specs[key], members=config["members"])
 
     def cost(self, config: Config) -> Cost:
         p = preset(self.params, config)
@@ -185,7 +206,8 @@ class Space:
         key = (config["backbone"], config["scheme"], config["sharing"], few)
         if key not in self._problems:
             try:
-                p = preset(self.params, config | {"members": few})
+                narrow = {"width": min(self.values["width"]), "members": few}
+                p = preset(self.params, config | narrow)
                 schemes.check(p, self.image, len(self.classes))
                 self._problems[key] = None
             except ValueError as error:

@@ -241,7 +241,9 @@ def file_bound(
     info: dict[str, Any] | None = None,
 ) -> int:
     """The most bytes that the packed file of `spec` can take, known before it is trained."""
-    return count(spec, pack, classes, info).file
+    from bnncore import blueprint
+
+    return blueprint.file_bound(spec, pack, classes, info)
 
 
 def layout_table(program: Program, members: int | None = None) -> list[dict[str, Any]]:

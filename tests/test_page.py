@@ -359,3 +359,33 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     (tmp_path / "results.json").write_text("[")
     assert report.main(["--html", "--reports", str(tmp_path)]) == 1
     assert "results.json: expected JSON" in capsys.readouterr().err
+
+
+def test_a_search_alone_makes_a_page(tmp_path, capsys):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "front.json").write_text(json.dumps(a_search()))
+    assert report.main(["--html", "--reports", str(tmp_path)]) == 0
+    assert "index.html" in capsys.readouterr().out
+    assert "int8 of the same bytes" in (tmp_path / "index.html").read_text()
+
+
+@browser_only
+@pytest.mark.slow
+def test_a_search_alone_is_shown(tmp_path):
+    (tmp_path / "search").mkdir()
+    content = a_search()
+    content["trials"][0]["val_top1"] = 10.0  # far below the others: on the lower edge
+    (tmp_path / "search" / "front.json").write_text(json.dumps(content))
+    url = report.page(tmp_path).as_uri()
+
+    async def drive(browser):
+        await browser.open(url, 800, 900)
+        text = await browser.value("document.body.textContent")
+        assert "Models" not in await browser.value(
+            "[...document.querySelectorAll('h2')].map((h) => h.textContent).join()"
+        )
+        assert "Rivals within the same budget: int8 of the same bytes 88.0" in text
+        assert "scored lower, down to 10.0" in text
+        assert not browser.complaints()
+
+    in_browser(tmp_path, drive)

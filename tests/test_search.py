@@ -263,6 +263,46 @@ def test_a_space_comes_to_an_end(tmp_path):
         assert "all 24 configurations" in search.ended
 
 
+def test_networks_are_traced_when_the_space_is_made():
+    """What is counted later costs no walk through a model."""
+    blueprint.forget()
+    found = space.Space(parse(), DATA)
+    walks = blueprint._walk.cache_info().misses
+    for choice in np.ndindex(*map(len, found.values.values())):
+        config = {k: v[i] for (k, v), i in zip(found.values.items(), choice, strict=True)}
+        if not found.problem(config):
+            cost = found.cost(config)
+            assert cost.file_bytes == storage.file_bound(
+                found.spec(config),
+                PackParams(),
+                DATA.classes,
+                space.facts(space.preset(parse(), config)),
+            )
+    assert blueprint._walk.cache_info().misses == walks > 0
+
+
+def test_the_plot_of_every_sort_of_study(tmp_path, monkeypatch):
+    """Drawn without complaint: some bad trials, none trained, and a budget by a paper's count."""
+    with S.Search(parse(), DATA, tmp_path / "a", say=silent) as search:
+        for _ in range(3):
+            for trial in search.ask(99):
+                result = answer(trial.config, trial.cost.file_bytes)
+                if trial.number % 3 == 0:
+                    result |= {"val_top1": 3.0}
+                search._tell(trial, result)
+        report = search.report()
+        p = search.search
+    empty = replace(report, rows=[], best=None, importances={})
+    cases = {
+        "some": (report, p),
+        "none": (empty, p),
+        "paper": (report, replace(p, count="tentaclenet")),
+    }
+    for name, (shown, limits) in cases.items():
+        front.plot(shown, limits, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_limits_that_nothing_meets_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(S, "IDLE", 20)
     p = parse(megaops=1e-6)

@@ -195,19 +195,20 @@ def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:
     found = PACKED.findall(client.get_job_logs(job))
     if not found:
         raise SubmitError(f"{job}: expected the line 'results: ...' in its log, found none")
-    name, size, digest = found[-1]
+    name, size, sha256 = found[-1]
     with tempfile.TemporaryDirectory(dir=root, prefix=".submit-") as folder:
         archive, new, old = (Path(folder) / n for n in ("archive.tar", "new", "old"))
         _download(client, job, name, archive)
-        with open(archive, "rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
-        if got != digest:
+        got = digest(archive)
+        if got != (int(size), sha256):
             raise SubmitError(
-                f"{job}: expected {size} bytes with SHA-256 {digest}, got "
-                f"{archive.stat().st_size} with {got}"
+                f"{job}: expected {size} bytes with SHA-256 {sha256}, got {got[0]} with {got[1]}"
             )
         with tarfile.open(archive) as tar:
-            tar.extractall(new, filter="data")
+            try:
+                tar.extractall(new, filter="data")
+            except tarfile.FilterError as error:
+                raise SubmitError(f"{job}: expected paths in the project: {error}") from error
         paths = [p for p in results(root, bring) if (new / p).exists()]
         for path in paths:
             for place in (root, old):
@@ -292,14 +293,6 @@ def here(command: list[str], bring: list[str]) -> int:
 
     # In a job RAY_ADDRESS names the cluster that the job runs in.
     actors.connect(parameters.load(ROOT / "params.yaml").ray)
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            print(
-                f"node {node['NodeID'][:8]} {node['NodeManagerAddress']}: "
-                f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU",
-                flush=True,
-            )
     context = ray.get_runtime_context()
     session = Path(context.get_temp_dir()) / context.get_session_name()
     ray.shutdown()
@@ -322,8 +315,8 @@ def here(command: list[str], bring: list[str]) -> int:
             return status
         name = f"bnncore-{secrets.token_hex(8)}.tar"
         archive = session / "logs" / name  # this folder is what Ray serves
-        size, digest = pack([*results(folder, bring), *STORE], folder, archive)
-    print(f"results: {name}, {size} bytes, sha256 {digest}", flush=True)
+        size, sha256 = pack([*results(folder, bring), *STORE], folder, archive)
+    print(f"results: {name}, {size} bytes, sha256 {sha256}", flush=True)
     return 0
 
 
@@ -342,8 +335,13 @@ def pack(paths: list[str], root: Path, archive: Path) -> tuple[int, str]:
         for path in paths:
             if (root / path).exists():
                 tar.add(root / path, path)
-    with open(archive, "rb") as file:
-        return archive.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    return digest(archive)
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """A file's size and SHA-256."""
+    with open(path, "rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -53,14 +53,14 @@ def kill(pids, how: int = signal.SIGKILL) -> None:
 def gone(pids, seconds: float) -> bool:
     """Whether all these processes end within so many seconds."""
     deadline = time.monotonic() + seconds
-    while any(_alive(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         stat = Path(f"/proc/{pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[0] != "Z"

@@ -1,0 +1,240 @@
+"""The pipeline as a job on a cluster of two nodes, as ``make submit`` runs it.
+
+The nodes are two `ray start` on this machine, each with folders and ports of its own and one token
+for both; the project they work for is a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import processes
+import pytest
+import test_pipeline
+import yaml
+
+from bnncore import packfile
+from pipeline import submit
+
+SHORT = {"epochs": 1, "batch_size": 64, "lr": 0.01}
+TINY = {
+    "data": {"name": "digits", "subset": 0.1},
+    "model": {"backbone": "nin", "width": 8},
+    "pretrain": SHORT,
+    "binarize": SHORT,
+    "ensembles": {
+        "recipe": SHORT,
+        "train": [{"name": "fused", "scheme": "fusion", "sharing": "shared_conv", "members": 2}],
+    },
+}
+
+
+def submitted(folder: Path, environment: dict[str, str], *arguments: str):
+    """`python -m pipeline.submit` in a copy of the project."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.submit", *arguments],
+        cwd=folder,
+        env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+
+
+class _Watch(threading.Thread):
+    """Looks, while work goes on, which processes each node has."""
+
+    def __init__(self, nodes: list[subprocess.Popen]):
+        super().__init__()
+        self.nodes, self.ended = nodes, threading.Event()
+        self.seen: list[dict[int, str]] = [{} for _ in nodes]
+        self.actors: list[set[int]] = [set() for _ in nodes]
+
+    def run(self) -> None:
+        while not self.ended.wait(0.05):
+            for node, seen, actors in zip(self.nodes, self.seen, self.actors, strict=True):
+                now = processes.descendants(node.pid)
+                seen |= now
+                actors |= {p for p, line in now.items() if line.startswith("ray::_Actor")}
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.join()
+
+    def __enter__(self) -> _Watch:
+        self.start()
+        return self
+
+
+@pytest.mark.slow
+def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
+    folder = test_pipeline.copy(tmp_path / "project", TINY)
+    (folder / "packed").mkdir()
+    (folder / "packed" / "old.bnn").write_bytes(b"what an earlier run left")
+    (folder / "reports").mkdir()
+    (folder / "reports" / "mine.txt").write_text("not the pipeline's")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with processes.two_nodes(tmp_path, dashboard=True, PATH=path) as (environment, nodes):
+        with _Watch(nodes) as watch:
+            failed = submitted(folder, environment, "--", "python", "-c", "print(1 + 1); 1 / 0")
+            assert failed.returncode == 1
+            assert "\n2\n" in failed.stdout
+            assert "ZeroDivisionError" in failed.stdout, "the end of its log"
+            assert "failed, nothing was brought back" in failed.stdout.splitlines()[-1]
+            assert (folder / "packed" / "old.bnn").exists()
+            assert not (folder / "dvc.lock").exists()
+
+            wrong = submitted(folder, environment | {"RAY_AUTH_TOKEN": "0" * 64})
+            assert wrong.returncode == 1
+            assert "expected the cluster's token" in wrong.stdout
+            assert "Invalid authentication token" in wrong.stdout
+
+            done = submitted(folder, environment)
+            print(done.stdout)
+            assert done.returncode == 0, done.stdout[-4000:]
+        for process in nodes:
+            watch.seen[0][process.pid] = "ray start"
+    # Work was done on both, by what the nodes ran, by the log, and by the curve.
+    assert all(watch.actors), [len(actors) for actors in watch.actors]
+    (line,) = [x for x in done.stdout.splitlines() if "fused: 2 actor(s) on " in x]
+    assert len(set(line.partition(" on ")[2].split(", "))) == 2
+    histories = json.loads((folder / "reports/histories.json").read_text())
+    assert [e["actors"] for e in histories["fused"]] == [2]
+    # What came back is whole, and is what the log says.
+    results = json.loads((folder / "reports/results.json").read_text())
+    assert [r["name"] for r in results] == ["fp32", "bnn", "fused"]
+    for row in results:
+        packed = folder / f"packed/{row['name']}.bnn"
+        assert packed.stat().st_size == row["file_bytes"]
+        assert packfile.load(packed).members == (2 if row["name"] == "fused" else 1)
+    assert not (folder / "packed" / "old.bnn").exists()
+    assert (folder / "reports" / "mine.txt").exists()
+    assert list(folder.glob(".submit-*")) == []
+    # It is the same as if it had been made here: DVC finds nothing to do.
+    assert test_pipeline.ran(test_pipeline.dvc(folder, "repro")) == []
+    runs = _runs(folder)
+    assert {"fp32", "bnn", "fused"} <= runs.keys()
+    (parent,) = (r for r in runs.values() if "mlflow.parentRunId" not in r.data.tags)
+    assert runs["fused"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert runs["fused"].data.metrics["file_bytes"] == results[2]["file_bytes"]
+    # Nothing lives on.
+    everything = watch.seen[0] | watch.seen[1]
+    assert any("raylet" in line for line in everything.values())
+    assert processes.gone(everything, 20), [p for p in everything if processes.alive(p)]
+
+
+def _runs(folder: Path) -> dict:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("bnncore")
+    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, "RAY_ADDRESS: expected the address .* got none"),
+        ("127.0.0.1:6379", "such as http://127.0.0.1:8265, got 127.0.0.1:6379"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:9: expected a Ray cluster's dashboard"),
+    ],
+)
+def test_no_cluster_there(monkeypatch, address, message):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(submit.SubmitError, match=message):
+        submit.connect(address)
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+# -- what goes and what comes ------------------------------------------------------------------
+
+
+def test_results_are_the_stages_outputs(tmp_path):
+    (tmp_path / "dvc.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "stages": {
+                    "a": {"cmd": "x", "outs": ["models/a", {"models/b": {"cache": False}}]},
+                    "b": {"cmd": "x", "metrics": ["reports/m.json"], "plots": ["reports/p.png"]},
+                }
+            }
+        )
+    )
+    expected = ["dvc.lock", "models/a", "models/b", "reports/m.json", "reports/p.png"]
+    assert submit.results(tmp_path, []) == expected
+    assert submit.results(tmp_path, ["reports", "models/a/x"]) == [*expected[:3], "reports"]
+
+
+class _Cluster:
+    """A job server that hands out one archive."""
+
+    def __init__(self, archive: Path, log: str):
+        self.archive, self.log = archive, log
+        self.status_code, self.driver_node_id = 200, "f" * 8
+
+    def get_job_logs(self, job):
+        return self.log
+
+    def get_job_info(self, job):
+        return self
+
+    def _do_request(self, method, path, params, stream):
+        return self
+
+    def iter_content(self, size):
+        yield self.archive.read_bytes()
+
+
+@pytest.fixture
+def there_and_here(tmp_path) -> tuple[Path, Path]:
+    for place, text in (("there", "new"), ("here", "old")):
+        (tmp_path / place / "packed").mkdir(parents=True)
+        (tmp_path / place / "packed" / "a.bnn").write_text(text)
+        (tmp_path / place / "Makefile").write_text(text)
+        (tmp_path / place / "params.yaml").write_text("{}")
+        (tmp_path / place / "dvc.yaml").write_text("stages: {a: {cmd: x, outs: [packed]}}")
+    return tmp_path / "there", tmp_path / "here"
+
+
+def test_only_results_are_taken_from_an_archive(tmp_path, there_and_here):
+    there, here = there_and_here
+    size, digest = submit.pack(["packed", "Makefile"], there, tmp_path / "x.tar")
+    log = f"results: x.tar, {size} bytes, sha256 {digest}\n"
+    submit.fetch(_Cluster(tmp_path / "x.tar", log), "job", [], here)
+    assert (here / "packed" / "a.bnn").read_text() == "new"
+    assert (here / "Makefile").read_text() == "old"
+    assert sorted(p.name for p in here.iterdir()) == [
+        "Makefile",
+        "dvc.yaml",
+        "packed",
+        "params.yaml",
+    ]
+
+
+@pytest.mark.parametrize("harm", ["cut", "outside", "no line"])
+def test_a_harmed_archive_changes_nothing(tmp_path, there_and_here, harm):
+    there, here = there_and_here
+    archive = tmp_path / "x.tar"
+    size, digest = submit.pack(["packed"], there, archive)
+    if harm == "cut":
+        archive.write_bytes(archive.read_bytes()[:700])
+    if harm == "outside":
+        with tarfile.open(archive, "w") as tar:
+            tar.add(there / "Makefile", "../Makefile")
+        size, digest = submit.digest(archive)
+    log = "" if harm == "no line" else f"results: x.tar, {size} bytes, sha256 {digest}\n"
+    with pytest.raises(submit.SubmitError):
+        submit.fetch(_Cluster(archive, log), "job", [], here)
+    assert (here / "packed" / "a.bnn").read_text() == "old"
+    assert (here / "Makefile").read_text() == "old"
+    assert list(here.glob(".submit-*")) == []

@@ -109,8 +109,9 @@ def connect(address: str | None) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("ray", "ray.dashboard.modules.job.sdk"):  # each file packed or not, and more
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("ray"):  # it tells of each file that it packs or not
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient()
     except AuthenticationError as error:
@@ -179,11 +180,8 @@ def follow(client: Any, job: str) -> None:
             break
         time.sleep(1)
     if info.status != "SUCCEEDED":
-        message = (info.message or "").split("\n")[0]
-        raise SubmitError(
-            f"{job}: {info.status.lower()}, nothing was brought back. {message} "
-            f"Its log is above; ray job logs {job} shows it again"
-        )
+        message = (info.message or "no reason given").partition(", last available logs")[0]
+        raise SubmitError(f"{job}: {info.status.lower()}, nothing was brought back: {message}")
 
 
 def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:

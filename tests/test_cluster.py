@@ -20,18 +20,20 @@ import test_pipeline
 import yaml
 
 from bnncore import packfile
+from bnncore.tracking import Tracker
 from pipeline import submit
 
 SHORT = {"epochs": 1, "batch_size": 64, "lr": 0.01}
 TINY = {
     "data": {"name": "digits", "subset": 0.1},
-    "model": {"backbone": "nin", "width": 8},
+    "model": {"backbone": "nin", "width": 8, "dropout": 0.0},
     "pretrain": SHORT,
     "binarize": SHORT,
     "ensembles": {
         "recipe": SHORT,
         "train": [{"name": "fused", "scheme": "fusion", "sharing": "shared_conv", "members": 2}],
     },
+    "evaluate": {"ops": "numpy"},
 }
 
 
@@ -58,7 +60,7 @@ class _Watch(threading.Thread):
         self.actors: list[set[int]] = [set() for _ in nodes]
 
     def run(self) -> None:
-        while not self.ended.wait(0.05):
+        while not self.ended.wait(0.3):
             for node, seen, actors in zip(self.nodes, self.seen, self.actors, strict=True):
                 now = processes.descendants(node.pid)
                 seen |= now
@@ -82,6 +84,7 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     (folder / "reports" / "mine.txt").write_text("not the pipeline's")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with processes.two_nodes(tmp_path, dashboard=True, PATH=path) as (environment, nodes):
+        environment["MLFLOW_TRACKING_URI"] = "none"  # test_a_jobs_runs_come has them
         with _Watch(nodes) as watch:
             failed = submitted(folder, environment, "--", "python", "-c", "print(1 + 1); 1 / 0")
             assert failed.returncode == 1
@@ -119,23 +122,10 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     assert list(folder.glob(".submit-*")) == []
     # It is the same as if it had been made here: DVC finds nothing to do.
     assert test_pipeline.ran(test_pipeline.dvc(folder, "repro")) == []
-    runs = _runs(folder)
-    assert {"fp32", "bnn", "fused"} <= runs.keys()
-    (parent,) = (r for r in runs.values() if "mlflow.parentRunId" not in r.data.tags)
-    assert runs["fused"].data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert runs["fused"].data.metrics["file_bytes"] == results[2]["file_bytes"]
     # Nothing lives on.
     everything = watch.seen[0] | watch.seen[1]
     assert any("raylet" in line for line in everything.values())
     assert processes.gone(everything, 20), [p for p in everything if processes.alive(p)]
-
-
-def _runs(folder: Path) -> dict:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("bnncore")
-    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
 
 
 @pytest.mark.parametrize(
@@ -238,3 +228,42 @@ def test_a_harmed_archive_changes_nothing(tmp_path, there_and_here, harm):
     assert (here / "packed" / "a.bnn").read_text() == "old"
     assert (here / "Makefile").read_text() == "old"
     assert list(here.glob(".submit-*")) == []
+
+
+@pytest.mark.slow
+def test_a_jobs_runs_come_into_the_store_of_here(tmp_path):
+    from mlflow import MlflowClient
+
+    there, here = tmp_path / "there", tmp_path / "here"
+    for place, name in ((there, "fused"), (here, "older")):
+        place.mkdir()
+        (place / "params.yaml").write_text("{}")
+        (place / "fused.bnn").write_text("a packed file")
+        with (
+            Tracker(place, {"seed": name}, "sqlite:///mlflow.db") as tracker,
+            tracker.model(name, {"members": 2}) as model,
+        ):
+            model.epoch(1, {"val_top1": 40.0})
+            model.epoch(2, {"val_top1": 50.0})
+            model.metrics({"test_top1": 45.0})
+            model.artifact(place / "fused.bnn")
+    assert submit.merge(there, here, "job-1") == 2
+    assert submit.merge(there, here, "job-1") == 0, "once is enough"
+    (there / "fused.bnn").unlink()
+    (there / "mlflow.db").unlink()  # nothing refers to it
+
+    client = MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("bnncore")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 4
+    (fused,) = (r for r in runs if r.info.run_name == "fused")
+    parent = client.get_run(fused.data.tags["mlflow.parentRunId"])
+    assert parent.data.params["seed"] == "fused"
+    assert fused.data.tags["bnncore.job"] == "job-1"
+    assert fused.data.params["members"] == "2"
+    assert fused.data.metrics["test_top1"] == 45.0
+    assert fused.info.status == "FINISHED"
+    curve = client.get_metric_history(fused.info.run_id, "val_top1")
+    assert [(m.step, m.value) for m in curve] == [(1, 40.0), (2, 50.0)]
+    path = client.download_artifacts(fused.info.run_id, "fused.bnn", str(tmp_path))
+    assert Path(path).read_text() == "a packed file"

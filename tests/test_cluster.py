@@ -12,12 +12,15 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tomllib
 from pathlib import Path
 
 import processes
 import pytest
 import test_pipeline
 import yaml
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from bnncore import packfile
 from bnncore.tracking import Tracker
@@ -267,3 +270,48 @@ def test_a_jobs_runs_come_into_the_store_of_here(tmp_path):
     assert [(m.step, m.value) for m in curve] == [(1, 40.0), (2, 50.0)]
     path = client.download_artifacts(fused.info.run_id, "fused.bnn", str(tmp_path))
     assert Path(path).read_text() == "a packed file"
+
+
+# -- cluster/ ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["local", "aws"])
+def test_the_cluster_files_are_valid_and_ask_for_the_token(name):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((test_pipeline.ROOT / f"cluster/{name}.yaml").read_text())
+    full = prepare_config(config)
+    validate_config(full)
+    starts = [c for key in ("head", "worker") for c in full[f"{key}_start_ray_commands"]]
+    starts = [command for command in starts if "ray start" in command]
+    assert len(starts) == 2
+    for command in starts:
+        assert "RAY_AUTH_MODE=token ray start" in command
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert full["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    nodes = full["available_node_types"]
+    if name == "local":
+        assert sum(node["max_workers"] for node in nodes.values()) == 1
+    else:
+        assert nodes["gpu"]["max_workers"] == full["max_workers"]
+
+
+def test_an_invalid_cluster_file_is_refused():
+    from jsonschema import ValidationError
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((test_pipeline.ROOT / "cluster/local.yaml").read_text())
+    with pytest.raises(ValidationError, match="worker_start"):
+        validate_config(prepare_config(config | {"worker_start": []}))
+
+
+def test_the_container_has_a_python_that_fits_and_copies_what_exists():
+    lines = (test_pipeline.ROOT / "cluster/Containerfile").read_text().splitlines()
+    (base,) = [line for line in lines if line.startswith("FROM ")]
+    version = base.partition("python:")[2].partition("-")[0]
+    project = tomllib.loads((test_pipeline.ROOT / "pyproject.toml").read_text())["project"]
+    assert Version(version) in SpecifierSet(project["requires-python"])
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert "pyproject.toml" in copied
+    assert all((test_pipeline.ROOT / path).exists() for path in copied)
+    assert "ENV RAY_AUTH_MODE=token" in lines

@@ -142,9 +142,10 @@ def submit(client: Any, options: argparse.Namespace) -> str:
                 | {name: os.environ[name] for name in options.env},
             },
         )
-    except ValueError as error:  # over Ray's limit on an upload
+    except (ValueError, RuntimeError) as error:  # most often too large an upload
         raise SubmitError(
-            f"{error} Or see docs/cluster.md on data that lies on the nodes"
+            f"expected a job that {client.get_address()} accepts: {error} (data of more than "
+            "100 MiB belongs onto the nodes, see docs/cluster.md)"
         ) from error
     print(f"{job} on {client.get_address()}: {shlex.join(options.command)}", flush=True)
     return job

@@ -12,17 +12,22 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import tomllib
 from pathlib import Path
 
 import processes
 import pytest
+import ray
 import test_pipeline
 import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.experimental.internal_kv import _internal_kv_get
 
-from bnncore import packfile
+from bnncore import actors, packfile
+from bnncore.params import RayParams
 from bnncore.tracking import Tracker
 from pipeline import submit
 
@@ -64,10 +69,10 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(0.3):
-            for node, seen, actors in zip(self.nodes, self.seen, self.actors, strict=True):
+            for node, seen, those in zip(self.nodes, self.seen, self.actors, strict=True):
                 now = processes.descendants(node.pid)
                 seen |= now
-                actors |= {p for p, line in now.items() if line.startswith("ray::_Actor")}
+                those |= {p for p, line in now.items() if line.startswith("ray::_Actor")}
 
     def __exit__(self, *_) -> None:
         self.ended.set()
@@ -89,13 +94,17 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     with processes.two_nodes(tmp_path, dashboard=True, PATH=path) as (environment, nodes):
         environment["MLFLOW_TRACKING_URI"] = "none"  # test_a_jobs_runs_come has them
         with _Watch(nodes) as watch:
-            failed = submitted(folder, environment, "--", "python", "-c", "print(1 + 1); 1 / 0")
-            assert failed.returncode == 1
-            assert "\n2\n" in failed.stdout
-            assert "ZeroDivisionError" in failed.stdout, "the end of its log"
-            assert "failed, nothing was brought back" in failed.stdout.splitlines()[-1]
+            fails = "dvc repro pretrain && echo now it ends && exit 3"
+            failed = submitted(folder, environment, "--", "sh", "-c", fails)
+            assert failed.returncode == 1, failed.stdout
+            assert test_pipeline.ran(failed.stdout) == ["pretrain"], failed.stdout
+            *_, log, end = failed.stdout.splitlines()
+            assert log == "now it ends"
+            assert "failed, nothing was brought back: " in end
+            assert "exit code 3" in end
             assert (folder / "packed" / "old.bnn").exists()
             assert not (folder / "dvc.lock").exists()
+            assert not (folder / "models").exists()
 
             wrong = submitted(folder, environment | {"RAY_AUTH_TOKEN": "0" * 64})
             assert wrong.returncode == 1
@@ -105,10 +114,12 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
             done = submitted(folder, environment)
             print(done.stdout)
             assert done.returncode == 0, done.stdout[-4000:]
+            rest = list(test_pipeline.STAGES[1:])
+            assert test_pipeline.ran(done.stdout) == rest, "it goes on where the other failed"
         for process in nodes:
             watch.seen[0][process.pid] = "ray start"
     # Work was done on both, by what the nodes ran, by the log, and by the curve.
-    assert all(watch.actors), [len(actors) for actors in watch.actors]
+    assert all(watch.actors), [len(those) for those in watch.actors]
     (line,) = [x for x in done.stdout.splitlines() if "fused: 2 actor(s) on " in x]
     assert len(set(line.partition(" on ")[2].split(", "))) == 2
     histories = json.loads((folder / "reports/histories.json").read_text())
@@ -315,3 +326,49 @@ def test_the_container_has_a_python_that_fits_and_copies_what_exists():
     assert "pyproject.toml" in copied
     assert all((test_pipeline.ROOT / path).exists() for path in copied)
     assert "ENV RAY_AUTH_MODE=token" in lines
+
+
+# -- what a stage asks of a cluster ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    actors.connect(RayParams(), num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+def _asked() -> list:
+    stored = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    return json.loads(stored) if stored else []
+
+
+@pytest.mark.slow
+def test_with_too_few_it_asks_waits_and_goes_on(two_cpus, caplog):
+    began = time.monotonic()
+    with actors.Cluster(RayParams(actors=3, gpus_per_actor=0, wait_s=2)) as cluster:
+        assert time.monotonic() - began >= 2
+        assert _asked() == [{"CPU": 1}] * 3
+        assert cluster.slots() == 2
+    assert _asked() == [], "nodes that came for it may go"
+    (line,) = caplog.messages
+    assert "3 actor(s) of 1 CPU each were asked for; the cluster has 2 CPU, 0 GPU" in line
+    assert "after waiting 2 s): room for 2; going on with those" in line
+
+
+@pytest.mark.slow
+def test_with_none_it_waits_and_names_what_is_missing(two_cpus):
+    message = r"1 actor\(s\) of 1 CPU and 0.5 GPU each .* has 2 CPU, 0 GPU .* room for 0; expected"
+    with (
+        pytest.raises(actors.ClusterError, match=message),
+        actors.Cluster(RayParams(gpus_per_actor=0.5, wait_s=1)),
+    ):
+        pass
+    assert _asked() == []
+
+
+@pytest.mark.slow
+def test_with_enough_it_neither_asks_nor_waits(two_cpus, caplog):
+    with actors.Cluster(RayParams(actors=2, gpus_per_actor=0, wait_s=300)):
+        assert _asked() == []
+    assert caplog.messages == []

@@ -61,10 +61,15 @@ def gone(pids, seconds: float) -> bool:
 
 
 def alive(pid: int) -> bool:
+    return began(pid) is not None
+
+
+def began(pid: int) -> int | None:
+    """When a living process began, which tells it from a later one of the same id."""
     with contextlib.suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] != "Z"
-    return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
+    return None
 
 
 def free_ports(count: int) -> list[int]:

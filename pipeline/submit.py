@@ -216,6 +216,14 @@ def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:
                 (root / path).rename(old / path)
             (new / path).rename(root / path)
         runs = merge(new, root, job)
+    if "dvc.lock" in paths:
+        # Into DVC's cache, or it would make them again. It refuses if the code has changed since.
+        command = [sys.executable, "-m", "dvc", "commit", "--quiet", "dvc.yaml"]
+        done = subprocess.run(
+            command, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if done.returncode:
+            print(f"DVC will make them again: {done.stderr.strip()}")
     print(f"brought back: {', '.join(paths)}; {runs} MLflow runs")
 
 

@@ -105,7 +105,7 @@ def two_nodes(
         RAY_worker_niceness="0",
         **extra,
     )
-    ray_start = [Path(sys.executable).parent / "ray", "start", "--block", "--num-cpus=1"]
+    ray_start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
     ray_start += ["--disable-usage-stats"]
     head = [f"--port={port}", "--head", f"--ray-client-server-port={client}"]
     head += ["--node-ip-address=127.0.0.1", f"--include-dashboard={str(dashboard).lower()}"]

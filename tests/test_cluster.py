@@ -84,7 +84,7 @@ class _Watch(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # it starts some forty processes, slowly on a busy machine
+@pytest.mark.timeout(1500)  # it starts many processes, slowly on a busy machine
 def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     folder = test_pipeline.copy(tmp_path / "project", TINY)
     (folder / "packed").mkdir()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env repro search test check soak ui report paper clean
+.PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -18,6 +18,9 @@ repro: $(STAMP)  ## the whole pipeline on the parameters in params.yaml, then it
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@$(BIN)/python -m bnncore.report
 	@echo; echo "plots and tables: $(CURDIR)/reports    MLflow's store: $(CURDIR)/mlflow.db, shown by 'make ui'"
+
+submit: $(STAMP)  ## the pipeline as a job on a cluster: make submit RAY_ADDRESS=http://HEAD:8265 (docs/cluster.md)
+	$(BIN)/python -m pipeline.submit $(SUBMIT)
 
 search: $(STAMP)  ## the best ensemble under search.budget_kib; SEARCH='--trials 10 --finish' for options
 	$(BIN)/python -m pipeline.search $(SEARCH)

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import (
     GetTimeoutError,
     OutOfMemoryError,
@@ -145,8 +146,8 @@ class _Actor:
         self.store: dist.TCPStore | None = None
 
     def where(self) -> dict[str, Any]:
-        context = ray.get_runtime_context()
-        return {"node": context.get_node_id(), "pid": os.getpid()}
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": f"{ray.util.get_node_ip_address()}/{node[:8]}", "pid": os.getpid()}
 
     def host(self) -> tuple[str, int]:
         """Open the meeting place of a group; returns its address."""
@@ -211,6 +212,13 @@ class _Group:
 
     def __init__(self, job: Job, data: ray.ObjectRef, actors: list, plan: _Layout):
         self.job, self.actors, self.depth = job, actors, plan.depth
+        places = self._get([actor.where.remote() for actor in actors])
+        log.info(
+            "%s: %d actor(s) on %s",
+            job.name,
+            len(actors),
+            ", ".join(sorted({place["node"] for place in places})),
+        )
         size, each = len(actors), job.recipe.shards // plan.depth
         held = [hold for hold in blocks(job.ids, size // plan.depth) for _ in range(plan.depth)]
         meet = self._get([actors[0].host.remote()])[0] if size > 1 else None
@@ -326,6 +334,7 @@ class Cluster:
         self.params = params or RayParams()
         self.lost = 0
         self._owner = False
+        self._asked = False
         self._idle: list = []
         self._busy = 0
         self._free = threading.Condition()
@@ -347,6 +356,9 @@ class Cluster:
             ray.kill(actor)
         self._idle.clear()
         self._data = None
+        if self._asked:  # else the autoscaler would keep those nodes for ever
+            request_resources(bundles=[])
+            self._asked = False
         if self._owner:
             ray.shutdown()
             self._owner = False
@@ -378,13 +390,12 @@ class Cluster:
         wanted = self.params.actors or 1
         asks = {"CPU": self.params.cpus_per_actor, "GPU": self.gpus_per_actor}
         deadline = time.monotonic() + self.params.wait_s
-        if self.slots() < wanted and not self._owner:
-            # An autoscaler adds nodes for what is asked of it, not for what is waited for.
-            from ray.autoscaler.sdk import request_resources
-
-            request_resources(bundles=[{k: v for k, v in asks.items() if v}] * wanted)
         # A cluster that was started here does not grow.
         local = self._owner and _address(self.params) == "local"
+        if self.slots() < wanted and not local and self.params.wait_s:
+            # An autoscaler adds nodes for what is asked of it, not for what is waited for.
+            request_resources(bundles=[{k: v for k, v in asks.items() if v}] * wanted)
+            self._asked = True
         while self.slots() < wanted and not local and time.monotonic() < deadline:
             time.sleep(0.5)
         slots = self.slots()
@@ -599,6 +610,8 @@ class _Run:
             group = _Group(job, self.ref, actors, self.cluster._layout(job, len(actors)))
             trained = drive(job, self.data, group, checkpoint, finished)
             group.close()
+            if trained.history:
+                _tell(job, trained.history[-1])
         except BaseException:
             self.cluster._discard(actors)
             raise
@@ -607,6 +620,14 @@ class _Run:
                 del self.running[job.name]
         self.cluster._give_back(actors)
         return trained
+
+
+def _tell(job: Job, epoch: dict[str, Any]) -> None:
+    """How fast the actors of a job were, and how much of it went into the exchange."""
+    text = "{images_per_s:.0f} images/s"
+    if "exchange_share" in epoch:
+        text += ", {exchange_share:.0%} of the time exchanging {sent_per_step:.0f} bytes a step"
+    log.info("%s: last epoch %s", job.name, text.format(**epoch))
 
 
 def _address(params: RayParams) -> str:
@@ -630,5 +651,17 @@ def connect(params: RayParams, **options: Any) -> None:
         ray.init(address, **options)
     except ConnectionError as error:
         raise ClusterError(
-            f"ray.address: expected a running Ray cluster at {address!r}: {error}"
+            f"ray.address: expected a running Ray cluster at {address!r}, and its token in "
+            f"RAY_AUTH_TOKEN or ~/.ray/auth_token: {error}"
         ) from error
+    if address != "local":  # which nodes there are, and later who does what
+        log.setLevel(logging.INFO)
+        for node in ray.nodes():
+            if node["Alive"]:
+                log.info(
+                    "node %s/%s: %g CPU, %g GPU",
+                    node["NodeManagerAddress"],
+                    node["NodeID"][:8],
+                    node["Resources"].get("CPU", 0),
+                    node["Resources"].get("GPU", 0),
+                )

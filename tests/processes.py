@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+TESTS = Path(__file__).parent
 
 
 def descendants(pid: int | None = None) -> dict[int, str]:
@@ -44,18 +53,23 @@ def kill(pids, how: int = signal.SIGKILL) -> None:
 def gone(pids, seconds: float) -> bool:
     """Whether all these processes end within so many seconds."""
     deadline = time.monotonic() + seconds
-    while any(_alive(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    return began(pid) is not None
+
+
+def began(pid: int) -> int | None:
+    """When a living process began, which tells it from a later one of the same id."""
     with contextlib.suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] != "Z"
-    return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
+    return None
 
 
 def free_ports(count: int) -> list[int]:
@@ -66,3 +80,76 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """That of a process of this project, without a cluster's address."""
+    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
+
+
+@contextmanager
+def two_nodes(
+    folder: Path, dashboard: bool = False, **extra: str
+) -> Iterator[tuple[dict[str, str], list[subprocess.Popen]]]:
+    """Two Ray nodes of one CPU each on this machine, with a token: (environment, nodes).
+
+    With a dashboard, which takes jobs, RAY_ADDRESS of the environment is its address.
+    """
+    port, client, http, *others = free_ports(11)
+    env = environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_enable_open_telemetry="false",
+        RAY_worker_niceness="0",
+        **extra,
+    )
+    ray_start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+    ray_start += ["--disable-usage-stats"]
+    head = [f"--port={port}", "--head", f"--ray-client-server-port={client}"]
+    head += ["--node-ip-address=127.0.0.1", f"--include-dashboard={str(dashboard).lower()}"]
+    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={http}"]
+    worker = [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.1"]
+    nodes: list[subprocess.Popen] = []
+    # Folders of their own, as on two machines; a socket's path has 107 characters at most.
+    temporary = Path(tempfile.mkdtemp(prefix="ray"))
+    logs = [open(folder / f"node{k}.log", "w") for k in range(2)]  # noqa: SIM115
+    try:
+        for k, (own, log) in enumerate(zip((head, worker), logs, strict=True)):
+            own += [f"--temp-dir={temporary / str(k)}"]
+            metrics, agent, grpc = others[3 * k : 3 * k + 3]
+            own += [f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={agent}"]
+            own += [f"--dashboard-agent-grpc-port={grpc}"]
+            for _ in range(3):  # Ray gives a node 30 s, which is short beside other work
+                nodes[k:] = [subprocess.Popen([*ray_start, *own], env=env, stdout=log, stderr=log)]
+                if _wait_for_line(folder / log.name, "Ray runtime started", nodes[k]):
+                    break
+            else:
+                raise AssertionError((folder / log.name).read_text())
+        address = f"http://127.0.0.1:{http}" if dashboard else f"127.0.0.1:{port}"
+        yield env | {"RAY_ADDRESS": address}, nodes
+    finally:
+        for node in reversed(nodes):
+            offspring = descendants(node.pid)
+            node.terminate()
+            try:
+                node.wait(30)
+            except subprocess.TimeoutExpired:
+                node.kill()
+            if not gone(offspring, 10):
+                kill(offspring)
+        for log in logs:
+            log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_line(path: Path, line: str, process: subprocess.Popen, seconds: float = 120) -> bool:
+    """Whether a process writes a line before it ends."""
+    deadline = time.monotonic() + seconds
+    while line not in path.read_text():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, path.read_text()
+        time.sleep(0.2)
+    return True

@@ -10,13 +10,11 @@ import json
 import os
 import random
 import resource
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import processes
@@ -133,16 +131,10 @@ def test_a_job_that_always_loses_its_actors_is_given_up(cluster):
 # -- the driver --------------------------------------------------------------------------------
 
 
-def _environment(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
-
-
 def _driver(folder: Path, *args: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(TESTS / "driver.py"), str(folder), str(EPOCHS), *args],
-        env=_environment(**environment),
+        env=processes.environment(**environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -211,56 +203,8 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, undisturbed):
 # -- nodes -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def two_nodes(folder: Path):
-    """Two Ray nodes of one CPU each on this machine: (address, environment, second node)."""
-    port, client, metrics, *others = processes.free_ports(9)
-    environment = _environment(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
-        RAY_ADDRESS=f"127.0.0.1:{port}",
-        RAY_enable_open_telemetry="false",
-    )
-    ray_start = [Path(sys.executable).parent / "ray", "start", "--block", "--num-cpus=1"]
-    common = ["--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    head = [f"--port={port}", "--head", "--include-dashboard=false"]
-    head += [f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}"]
-    worker = [f"--address=127.0.0.1:{port}", f"--metrics-export-port={others[0]}"]
-    nodes: list[subprocess.Popen] = []
-    logs = [open(folder / f"node{k}.log", "w") for k in range(2)]  # noqa: SIM115
-    try:
-        for extra, log in zip((head, worker), logs, strict=True):
-            # Not RAY_ADDRESS: `ray start --head` refuses to start beside it.
-            clean = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
-            nodes.append(
-                subprocess.Popen([*ray_start, *common, *extra], env=clean, stdout=log, stderr=log)
-            )
-            _wait_for_line(folder / log.name, "Ray runtime started", nodes[-1])
-        yield environment, nodes[1]
-    finally:
-        for node in reversed(nodes):
-            offspring = processes.descendants(node.pid)
-            node.terminate()
-            try:
-                node.wait(30)
-            except subprocess.TimeoutExpired:
-                node.kill()
-            if not processes.gone(offspring, 10):
-                processes.kill(offspring)
-        for log in logs:
-            log.close()
-
-
-def _wait_for_line(path: Path, line: str, process: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while line not in path.read_text():
-        assert process.poll() is None, path.read_text()
-        assert time.monotonic() < deadline, path.read_text()
-        time.sleep(0.2)
-
-
 def _kill_node(folder: Path, rng: random.Random, undisturbed) -> None:
-    with two_nodes(folder) as (environment, second):
+    with processes.two_nodes(folder) as (environment, (_, second)):
         driver = _driver(folder, **environment)
         try:
             _epochs(driver, rng.randrange(1, EPOCHS - 1))

@@ -177,7 +177,8 @@ def plot(report: S.Report, search: SearchParams, path: Path) -> None:
     def scatter(rows: Sequence[Row], key: str, label: str, **style: Any) -> list:
         points = [(_kib(r), max(r[key], edge) if r[key] < bottom else r[key]) for r in rows]
         if points:
-            ax.scatter(*zip(*points, strict=True), 40, label=label, edgecolors="white", **style)
+            x, y = zip(*points, strict=True)
+            ax.scatter(x, y, s=40, label=label, edgecolors="white", **style)
         return points
 
     others = scatter(trained, "val_top1", "trained", color=_TRAINED, marker="^", zorder=3)

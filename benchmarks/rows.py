@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Bench:
         taken: dict[str, list[float]] = {label: [] for label in every}
         for number in range(rounds + 1):
             for label, work in every.items():
+                if threads > 1:  # a peer's threads spin for a while after their work
+                    time.sleep(0.3)
                 start = self.clock()
                 work()
                 if number:  # the first round warms up

@@ -14,21 +14,20 @@ Seeds that the JSON file holds already are not trained again. Table and plot sta
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bnncore import data, execute, lower, params, schemes, train
+from benchmarks import seeds
+from bnncore import data, execute, lower, schemes, train
 from bnncore.params import EnsembleParams, Params
 
-ROOT = Path(__file__).parent.parent
 JOINT = ("tentaclenet", "fusion")
 LOSS = 0.002  # of the validation images, that early exit may lose
 
@@ -44,24 +43,19 @@ def wanted(p: Params) -> Iterator[tuple[EnsembleParams, bool]]:
 
 
 def one_seed(p: Params, seed: int) -> list[dict[str, Any]]:
-    p = replace(p, seed=seed, data=replace(p.data, seed=seed))
-    images = data.load(p.data, ROOT)
-
-    def many(jobs):
-        return train.train_many(jobs, images)
-
-    (fp32,) = many([schemes.first_job(p, images, None)])
-    (bnn,) = many([schemes.first_job(p, images, fp32.state)])
+    images = data.load(p.data, seeds.ROOT)
+    bases = seeds.base(p, images)
     rows = []
     for ensemble, prefixes in wanted(p):
-        plan = schemes.plan(p, ensemble, images, fp32.state, bnn.state)
-        made = schemes.train(plan, many)
+        plan = schemes.plan(p, ensemble, images, *bases)
+        made = schemes.train(plan, partial(train.train_many, data=images))
         program = lower.lower(made.ensemble(), images.mean, images.std, images.classes)
         model = execute.Model(program)
         threshold = execute.choose_threshold(model, images.val.images, images.val.labels, LOSS)
         test = images.test.images, images.test.labels
-        (early,) = execute.exit_curve(model, *test, [threshold])
-        curve = execute.curve(model, *test)
+        outputs = model.outputs(images.test.images)
+        (early,) = execute.exit_curve(model, *test, [threshold], outputs)
+        curve = execute.curve(model, *test, outputs)
         rows.append({"seed": seed, "name": ensemble.name, "scheme": ensemble.scheme,
                      "prefixes": prefixes, "curve": curve, "early": early})  # fmt: skip
         shown = " ".join(f"{100 * r['accuracy']:.1f}" for r in curve)
@@ -128,23 +122,5 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
-    args = parser.parse_args()
-    p = params.load(args.params)
-    rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    for seed in args.seeds:
-        if not any(r["seed"] == seed for r in rows):
-            rows += one_seed(p, seed)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    table = summary(rows)
-    args.json.with_suffix(".md").write_text(markdown(table))
-    plot(table, args.json.with_suffix(".png"))
-    print(markdown(table))
-
-
 if __name__ == "__main__":
-    main()
+    seeds.main(__file__, __doc__.splitlines()[0], one_seed, summary, markdown, plot)

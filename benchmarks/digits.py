@@ -10,8 +10,6 @@ trained again, so it can be stopped and started. The table and the plot stand be
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -19,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bnncore import data, execute, lower, metrics, packfile, params, schemes, storage, train
+from benchmarks import seeds
+from bnncore import data, execute, lower, metrics, packfile, schemes, storage, train
 from bnncore.params import Params
 
-ROOT = Path(__file__).parent.parent
 RIVALS = ("tentaclenet", "fusion")  # kinds whose largest ensemble a wider BNN is set against
 
 
@@ -45,8 +43,7 @@ def wider(p: Params, images: data.Dataset, size: int) -> Params:
 
 
 def one_seed(p: Params, seed: int) -> list[dict]:
-    p = replace(p, seed=seed, data=replace(p.data, seed=seed))
-    images = data.load(p.data, ROOT)
+    images = data.load(p.data, seeds.ROOT)
     rows: list[dict] = []
 
     def many(jobs):
@@ -138,23 +135,5 @@ def plot(table: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
-    args = parser.parse_args()
-    p = params.load(args.params)
-    rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    for seed in args.seeds:
-        if not any(r["seed"] == seed for r in rows):
-            rows += one_seed(p, seed)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    table = summary(rows)
-    args.json.with_suffix(".md").write_text(markdown(table))
-    plot(table, args.json.with_suffix(".png"))
-    print(markdown(table))
-
-
 if __name__ == "__main__":
-    main()
+    seeds.main(__file__, __doc__.splitlines()[0], one_seed, summary, markdown, plot)

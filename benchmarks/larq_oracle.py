@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -162,8 +163,9 @@ def oracle(larq: Larq) -> list[str]:
 
 def peer(larq: Larq) -> list[str]:
     import packed
+    from benchmarks.rows import Bench, table
 
-    bench = packed.Bench(packed.time.perf_counter)
+    bench = Bench(time.perf_counter)
     for channels, filters, size, side in packed.LAYERS:
         random = np.random.default_rng(0)
         x = random.normal(size=(packed.BATCH, side, side, channels)).astype(np.float32)
@@ -175,7 +177,7 @@ def peer(larq: Larq) -> list[str]:
             f"{channels}->{filters} {size}x{size}, {side}x{side}, numbers to numbers", 1,
             numbers, {"Larq Compute Engine": partial(larq.run, name)},
         )  # fmt: skip
-    return packed.table(bench.rows)
+    return table(bench.rows)
 
 
 def main() -> None:
@@ -190,9 +192,10 @@ def main() -> None:
         parser.error("expected the Python of an environment that has Larq Compute Engine")
     os.environ["NUMBA_NUM_THREADS"] = "1"
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    import packed
 
-    cpu, flags = packed.processor()
+    from benchmarks.rows import processor
+
+    cpu, flags = processor()
     with Larq(args.python) as larq:
         versions = ", ".join(f"{name} {number}" for name, number in larq.versions.items())
         head = [f"`python benchmarks/{Path(__file__).name}`: {versions}; {cpu}, "

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
+from benchmarks import seeds
+from benchmarks.rows import processor
 from bnncore import data, execute, metrics, packfile, params, schemes, space, tasks, train
 from bnncore import search as S
 from bnncore.actors import Cluster
@@ -67,17 +70,9 @@ class Pieces:
         return name in self.known
 
 
-def machine() -> str:
-    processors = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{processors[0] if processors else 'unknown'}, {len(os.sched_getaffinity(0))} in use"
-
-
 def surroundings() -> dict[str, Any]:
-    return {"machine": machine(), "load": round(os.getloadavg()[0], 1)}
+    machine = f"{processor()[0] or 'unknown'}, {len(os.sched_getaffinity(0))} in use"
+    return {"machine": machine, "load": round(os.getloadavg()[0], 1)}
 
 
 # -- rejections --------------------------------------------------------------------------------
@@ -192,21 +187,16 @@ def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) ->
         piece = f"{name}/{split}"
         if piece in pieces:
             continue
-        one = replace(one, seed=split, data=replace(one.data, seed=split))
+        one = seeds.seeded(one, split)
         images = images or data.load(one.data, ROOT)
-
-        def many(jobs, images=images):
-            return train.train_many(jobs, images)
-
         key = (one.model.backbone, one.model.width)
         if key not in bases:
-            (fp32,) = many([schemes.first_job(one, images, None)])
-            (bnn,) = many([schemes.first_job(one, images, fp32.state)])
-            bases[key] = fp32.state, bnn.state
+            bases[key] = seeds.base(one, images)
         plan = schemes.plan(one, one.ensembles.train[0], images, *bases[key])
-        program, _ = tasks.packed(schemes.train(plan, many), one, images)
-        size = len(packfile.encode(program))
-        model = execute.Model(packfile.decode(packfile.encode(program)), ops="numpy")
+        made = schemes.train(plan, partial(train.train_many, data=images))
+        program, _ = tasks.packed(made, one, images)
+        content = packfile.encode(program)
+        size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")
         top1 = 100 * metrics.accuracy(model.predict(images.test.images), images.test.labels)
         print(f"{piece}: {top1:.2f} %, {size:,} bytes", flush=True)
         pieces[piece] = {"test_top1": top1, "file_bytes": size}

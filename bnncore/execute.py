@@ -315,14 +315,19 @@ def probabilities(program: Program, scores: np.ndarray) -> np.ndarray:
     return scores / scores.sum(1, keepdims=True)
 
 
-def curve(model: Model, images: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
+def curve(
+    model: Model, images: np.ndarray, labels: np.ndarray, outputs: np.ndarray | None = None
+) -> list[dict[str, float]]:
     """Accuracy and cost over the number of members used.
+
+    Args:
+        outputs: `Model.outputs` of these images, where they are there already.
 
     Returns:
         For each m of 1..M ``{members, accuracy, binary_macs, float_macs}``: a fraction, and
         multiply-accumulates an image.
     """
-    outputs = model.outputs(images)
+    outputs = model.outputs(images) if outputs is None else outputs
     rows = []
     for m in range(1, len(outputs) + 1):
         accuracy = metrics.accuracy(combine(model.program, outputs[:m])[1], labels)
@@ -334,10 +339,18 @@ def curve(model: Model, images: np.ndarray, labels: np.ndarray) -> list[dict[str
 
 
 def exit_curve(
-    model: Model, images: np.ndarray, labels: np.ndarray, thresholds: Sequence[float | None]
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    thresholds: Sequence[float | None],
+    outputs: np.ndarray | None = None,
 ) -> list[dict[str, float | None]]:
-    """What `Model.anytime` reaches with each threshold: ``{threshold, accuracy, mean_members}``."""
-    outputs = model.outputs(images)
+    """What `Model.anytime` reaches with each threshold: ``{threshold, accuracy, mean_members}``.
+
+    Args:
+        outputs: `Model.outputs` of these images, where they are there already.
+    """
+    outputs = model.outputs(images) if outputs is None else outputs
     rows: list[dict[str, float | None]] = []
     for threshold in thresholds:
         predicted, used = _exits(model.program, outputs, threshold)
@@ -349,7 +362,12 @@ def exit_curve(
 
 
 def choose_threshold(
-    model: Model, images: np.ndarray, labels: np.ndarray, loss: float = 0.0, steps: int = 200
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    loss: float = 0.0,
+    steps: int = 200,
+    outputs: np.ndarray | None = None,
 ) -> float:
     """The smallest threshold for `Model.anytime` that costs at most `loss` of accuracy.
 
@@ -357,11 +375,12 @@ def choose_threshold(
         images, labels: validation data; on the test set the choice would be a peek.
         loss: fraction of the images, against all members without a threshold.
         steps: how many quantiles of the margins that occur are tried.
+        outputs: `Model.outputs` of these images, where they are there already.
 
     Returns:
         The threshold; infinity if no other holds the accuracy.
     """
-    outputs = model.outputs(images)
+    outputs = model.outputs(images) if outputs is None else outputs
     prefixes = range(1, len(outputs) + 1)
     margins = np.concatenate([margin(combine(model.program, outputs[:m])[0]) for m in prefixes])
     least = metrics.accuracy(combine(model.program, outputs)[1], labels) - loss

@@ -648,6 +648,55 @@ def _log(
         client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
 
+def merge(folder: Path, root: Path, job: str, uri: str | None = None) -> int:
+    """Copy the runs of a job's MLflow store into the store of here; returns how many came.
+
+    Artifacts come along. Runs that an earlier call has brought are left as they are.
+
+    Args:
+        folder: what a job brought, with its ``mlflow.db`` and ``mlruns``; nothing without these.
+        root: the project.
+        job: the job's id, which the runs are tagged with.
+        uri: as `params.MlflowParams.uri`.
+    """
+    uri = resolve_uri(root, uri)
+    if not (folder / "mlflow.db").exists() or uri == NOWHERE:
+        return 0
+    store = _Store(root)
+    theirs = store._client(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+    ours = store._client(uri)
+    new: dict[str, str] = {}
+    count = 0
+    for experiment in theirs.search_experiments():
+        runs = theirs.search_runs([experiment.experiment_id], max_results=10_000)
+        if not runs:
+            continue
+        place = store._experiment(ours, uri, experiment.name)
+        # A parent's id must be known before its children are made.
+        for run in sorted(runs, key=lambda r: "mlflow.parentRunId" in r.data.tags):
+            info, identity, tags = run.info, run.info.run_id, dict(run.data.tags)
+            tags |= {"bnncore.job": job, "bnncore.job_run": identity}
+            if parent := tags.get("mlflow.parentRunId"):
+                tags["mlflow.parentRunId"] = new.get(parent, parent)
+            known = ours.search_runs([place], f"tags.`bnncore.job_run` = '{identity}'")
+            if known:
+                new[identity] = known[0].info.run_id
+                continue
+            made = ours.create_run(place, info.start_time, tags, info.run_name).info.run_id
+            new[identity] = made
+            rows = [
+                (m.key, m.value, m.timestamp, m.step)
+                for name in run.data.metrics
+                for m in theirs.get_metric_history(identity, name)
+            ]
+            _log(ours, made, rows, run.data.params)
+            if (files := folder / "mlruns" / identity / "artifacts").is_dir():
+                ours.log_artifacts(made, str(files))
+            ours.set_terminated(made, info.status, info.end_time)
+            count += 1
+    return count
+
+
 def _refused(error: Exception) -> bool:
     """Whether the store answered and will not change its mind, so that asking again is vain."""
     final = {

@@ -15,7 +15,6 @@ from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
          "binary_macs", "float_macs", "images_different")  # fmt: skip
 OPTIONS = (
-    params.PackParams(),
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
     params.PackParams(affine="float16", weights="int8"),
@@ -53,9 +52,9 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     model = execute.Model(program, p.ops, p.threads)
     theirs = np.load(PACKED / "torch" / f"{name}.npz")
     compared, different, largest = 0, 0, 0.0
-    top1, row = {}, {}
+    found, top1, row = {}, {}, {}
     for part, split in (("val", images.val), ("test", images.test)):
-        outputs = model.outputs(split.images, batch=p.batch)
+        outputs = found[part] = model.outputs(split.images, batch=p.batch)
         scores, predicted = execute.combine(program, outputs)
         _, torch_predicted = execute.combine(program, theirs[part])
         compared += len(split)
@@ -79,10 +78,11 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
             f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
         )
     if program.members > 1:
-        row |= early_exit(model, images)
+        row |= early_exit(model, images, found)
     narrower = []
     if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
-        narrower = options(program, images, p)
+        kept = {**params.plain(s.params.pack), "bytes": counts.file, "val_top1": top1["val"]}
+        narrower = [kept, *options(program, images, p)]
         for option in narrower:
             print(
                 f"  packed with affine {option['affine']}, weights {option['weights']:<7} "
@@ -110,7 +110,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "images_different": different,
         "max_logit_difference": largest,
         "flipped_signs": flips,
-        "anytime": anytime(model, images.test),
+        "anytime": anytime(model, images.test, found["test"]),
         "options": narrower,
         **row,
     }
@@ -129,14 +129,17 @@ def options(program: Program, images: data.Dataset, p: params.EvaluateParams) ->
     return rows
 
 
-def early_exit(model: execute.Model, images: data.Dataset) -> dict:
+def early_exit(model: execute.Model, images: data.Dataset, outputs: dict) -> dict:
     """Test accuracy and mean members used when each image stops as early as it may.
+
+    `outputs` are the members' of ``val`` and ``test``.
 
     The threshold on the margin is the smallest that costs nothing on the validation part; votes
     also stop when they are decided.
     """
-    threshold = execute.choose_threshold(model, images.val.images, images.val.labels)
-    (reached,) = execute.exit_curve(model, images.test.images, images.test.labels, [threshold])
+    val, test = images.val, images.test
+    threshold = execute.choose_threshold(model, val.images, val.labels, outputs=outputs["val"])
+    (reached,) = execute.exit_curve(model, test.images, test.labels, [threshold], outputs["test"])
     return {
         "exit_threshold": threshold,
         "exit_top1": 100 * (reached["accuracy"] or 0.0),
@@ -144,9 +147,9 @@ def early_exit(model: execute.Model, images: data.Dataset) -> dict:
     }
 
 
-def anytime(model: execute.Model, split: data.Split) -> list[dict]:
+def anytime(model: execute.Model, split: data.Split, outputs: np.ndarray) -> list[dict]:
     """Accuracy and cost with only the first 1..M members, one file serving all."""
-    rows = execute.curve(model, split.images, split.labels)
+    rows = execute.curve(model, split.images, split.labels, outputs)
     return [{**row, "top1": 100 * row["accuracy"], "mean_members": row["members"]} for row in rows]
 
 

@@ -215,7 +215,8 @@ def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:
             if (root / path).exists():
                 (root / path).rename(old / path)
             (new / path).rename(root / path)
-        runs = merge(new, root, job)
+        uri = parameters.load(root / "params.yaml").mlflow.uri
+        runs = tracking.merge(new, root, job, uri)
     if "dvc.lock" in paths:
         # Into DVC's cache, or it would make them again. It refuses if the code has changed since.
         command = [sys.executable, "-m", "dvc", "commit", "--quiet", "dvc.yaml"]
@@ -237,52 +238,6 @@ def _download(client: Any, job: str, name: str, path: Path) -> None:
     with open(path, "wb") as file:
         for part in answer.iter_content(1 << 20):
             file.write(part)
-
-
-def merge(folder: Path, root: Path, job: str) -> int:
-    """Copy the runs of a job's MLflow store into the store of here; returns how many came.
-
-    Artifacts come along. Runs that an earlier call has brought are left as they are.
-    """
-    uri = tracking.resolve_uri(root, parameters.load(root / "params.yaml").mlflow.uri)
-    if not (folder / "mlflow.db").exists() or uri == tracking.NOWHERE:
-        return 0
-    store = tracking._Store(root)
-    theirs, ours = (
-        store._client(f"sqlite:///{(folder / 'mlflow.db').resolve()}"),
-        store._client(uri),
-    )
-    new: dict[str, str] = {}
-    count = 0
-    for experiment in theirs.search_experiments():
-        runs = theirs.search_runs([experiment.experiment_id], max_results=10_000)
-        if not runs:
-            continue
-        place = store._experiment(ours, uri, experiment.name)
-        # A parent's id must be known before its children are made.
-        for theirs_run in sorted(runs, key=lambda r: "mlflow.parentRunId" in r.data.tags):
-            identity, tags = theirs_run.info.run_id, dict(theirs_run.data.tags)
-            tags |= {"bnncore.job": job, "bnncore.job_run": identity}
-            if parent := tags.get("mlflow.parentRunId"):
-                tags["mlflow.parentRunId"] = new.get(parent, parent)
-            known = ours.search_runs([place], f"tags.`bnncore.job_run` = '{identity}'")
-            if known:
-                new[identity] = known[0].info.run_id
-                continue
-            info = theirs_run.info
-            made = ours.create_run(place, info.start_time, tags, info.run_name).info.run_id
-            new[identity] = made
-            rows = [
-                (m.key, m.value, m.timestamp, m.step)
-                for name in theirs_run.data.metrics
-                for m in theirs.get_metric_history(identity, name)
-            ]
-            tracking._log(ours, made, rows, theirs_run.data.params)
-            if (files := folder / "mlruns" / identity / "artifacts").is_dir():
-                ours.log_artifacts(made, str(files))
-            ours.set_terminated(made, info.status, info.end_time)
-            count += 1
-    return count
 
 
 # -- there, on the cluster ---------------------------------------------------------------------

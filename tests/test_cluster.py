@@ -26,7 +26,7 @@ from packaging.version import Version
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.experimental.internal_kv import _internal_kv_get
 
-from bnncore import actors, packfile
+from bnncore import actors, packfile, tracking
 from bnncore.params import RayParams
 from bnncore.tracking import Tracker
 from pipeline import submit
@@ -262,8 +262,8 @@ def test_a_jobs_runs_come_into_the_store_of_here(tmp_path):
             model.epoch(2, {"val_top1": 50.0})
             model.metrics({"test_top1": 45.0})
             model.artifact(place / "fused.bnn")
-    assert submit.merge(there, here, "job-1") == 2
-    assert submit.merge(there, here, "job-1") == 0, "once is enough"
+    assert tracking.merge(there, here, "job-1") == 2
+    assert tracking.merge(there, here, "job-1") == 0, "once is enough"
     (there / "fused.bnn").unlink()
     (there / "mlflow.db").unlink()  # nothing refers to it
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from bnncore import packfile
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate")
@@ -203,15 +202,6 @@ class TestTheWholePipeline:
 # -- killed and started again ----------------------------------------------------------------------
 
 
-def descendants(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found += [child, *descendants(child)]
-    return found
-
-
 def killed_once(folder: Path, stage: str, after_epochs: int) -> str:
     """Start `dvc repro`; SIGKILL it and all its children once a checkpoint has so many epochs."""
     running = subprocess.Popen(
@@ -230,9 +220,7 @@ def killed_once(folder: Path, stage: str, after_epochs: int) -> str:
     finally:
         # dvc first: when it sees its stage die, it begins to rewrite its lock file, and would be
         # killed with that file half written
-        for pid in [running.pid, *descendants(running.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        processes.kill([running.pid, *processes.descendants(running.pid)])
         running.communicate()
 
 

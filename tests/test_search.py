@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,8 @@ from bnncore import search as S
 from bnncore.actors import Cluster
 from bnncore.ensemble import Ensemble
 from bnncore.params import PackParams, ParamsError, RayParams
-from tests import tiny
-from tests.test_pipeline import closure, copy, descendants, dvc, environment
+from tests import processes, tiny
+from tests.test_pipeline import closure, copy, dvc, environment
 
 ROOT = Path(__file__).parent.parent
 DATA = tiny.dataset(train=64)
@@ -550,9 +549,8 @@ def test_a_worker_is_killed_in_the_middle_of_a_trial(cluster, tmp_path):
 
     def kill(line: str) -> None:
         # Between a trial's result and the next: kill a worker that is at it.
-        for pid in descendants(os.getpid()):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if not killed and command.startswith(b"ray::trial"):
+        for pid, command in processes.descendants().items():
+            if not killed and command.startswith("ray::trial"):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 
@@ -614,14 +612,12 @@ def test_a_driver_ends_in_the_middle_and_goes_on(tmp_path, uninterrupted, how):
             seen.append(line)
             if re.match(r" +\d+/8 trial", line):
                 break
-        children = descendants(running.pid)
+        children = processes.descendants(running.pid)
         running.send_signal(how)
         output, _ = running.communicate(timeout=300)
     finally:
         if how == signal.SIGKILL:
-            for pid in children:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            processes.kill(children)
     if how == signal.SIGINT:  # finishes what runs, reports what there is
         assert running.returncode == 130, output
         assert "ended because interrupted" in output

@@ -124,6 +124,7 @@ def signs(bits: np.ndarray) -> np.ndarray:
 def oracle(larq: Larq) -> list[str]:
     """A line a backbone; raises AssertionError where a sum differs."""
     import packed
+
     from bnncore import ops
     from bnncore.program import unpack_bits, validate
 
@@ -163,6 +164,7 @@ def oracle(larq: Larq) -> list[str]:
 
 def peer(larq: Larq) -> list[str]:
     import packed
+
     from benchmarks.rows import Bench, table
 
     bench = Bench(time.perf_counter)

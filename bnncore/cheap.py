@@ -8,13 +8,15 @@ torch's by rounding only.
 
 **Compilation**: `torch.compile` of a member's forward pass, one compilation for all members.
 
-**Memory**: what autograd keeps for the backward pass, measured on a few images.
+**Memory**: what autograd keeps for the backward pass, measured on a few images; and freed memory
+that stays with the process.
 
 Legend: `B C H W` activations, `N = B * H * W` values of a channel.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -228,6 +230,18 @@ class Saved:
 
     def __exit__(self, *error) -> None:
         self._hooks.__exit__(*error)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where it runs on glibc.
+
+    Else large activations go back to the system and are mapped, page by page, in every step: a
+    fifth of a step's time where it was measured. Replay, which is there to save memory, leaves it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: none
+            mallopt(option, value)
 
 
 def memory(device: torch.device) -> int:

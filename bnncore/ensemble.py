@@ -216,11 +216,14 @@ class Ensemble(nn.Module):
             torch.manual_seed(generator("member", seed, i).initial_seed())
             member = build(spec.model)
             classes = spec.model.classes
+            block: nn.Linear | None = None
             if spec.classifier == "features":
                 head: Any = member.head
-                head.dense = nn.Linear(head.dense.in_features, classes, bias=False)
+                head.dense = block = nn.Linear(head.dense.in_features, classes, bias=False)
             elif spec.classifier == "logits":
-                member.mix = nn.Linear(classes, classes, bias=False)
+                member.mix = block = nn.Linear(classes, classes, bias=False)
+            if block is not None:  # rows of one layer with as many inputs as all members have
+                block.weight.data /= spec.members**0.5
             for name, module in member.named_modules():
                 if draws(module):
                     module.generator = generator("dropout", seed, i, name)

@@ -98,6 +98,18 @@ def test_tentaclenet_without_a_dense_layer_concatenates_logits():
     assert torch.allclose(ensemble(x), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("backbone", "classifier"), [("resnet8", "features"), ("nin", "logits")])
+def test_a_tentacles_rows_start_as_those_of_one_dense_layer_over_all(backbone, classifier):
+    for members in (1, 4):
+        spec = EnsembleSpec(
+            tiny.model(backbone, 8), members, SHARING["tentaclenet"], "sum", classifier
+        )
+        (member, *_) = Ensemble(spec, seed=1).members
+        rows = member.head.dense.weight if classifier == "features" else member.mix.weight
+        most = 1 / (members * rows.shape[1]) ** 0.5  # torch's bound for so many inputs
+        assert 0.7 * most < rows.abs().max() <= most
+
+
 def test_reactnet_never_shares_its_downsampling():
     member = tiny.ensemble(1, spec=EnsembleSpec(tiny.model("reactnet10"), 1, SHARING["c1"]))
     downs = {n for n in weight_layers(member.members[0]) if ".shortcut." in n}

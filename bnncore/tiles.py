@@ -528,6 +528,7 @@ def convolve(
                         numbers_at + places[j] * lanes * 4,
                         bits_at + places[j] * lanes // 8,
                     )
+    sums[0] = 0  # numba would free it after its last use, and sums_at is none
 
 
 @njit(cache=True, nogil=True)

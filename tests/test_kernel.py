@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bnncore import backbones, ensemble, execute, kernel, ops, tiles
+from bnncore import backbones, ensemble, execute, kernel, ops, packfile, tiles
 from bnncore.lower import lower
 from bnncore.params import Binarizer
 from bnncore.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate
@@ -300,6 +300,33 @@ def test_memory_in_use_is_not_taken_again() -> None:
     assert rooms.take((100,), kind).ctypes.data != where  # the view still looks into it
     del view
     assert rooms.take((50,), kind).ctypes.data == where
+
+
+def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
+    """In one heap, and with little space between blocks, what is used after it was freed shows."""
+    spec = ensemble.EnsembleSpec(
+        backbones.ModelSpec("resnet20", (32, 32, 3), 10, width=32, binarizer=Binarizer()),
+        1,
+        ensemble.SHARING["no_shared"],
+    )
+    network = ensemble.Ensemble(spec).eval()
+    program = lower(network, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
+    (tmp_path / "model.bnn").write_bytes(packfile.encode(program))
+    code = (
+        "import sys, numpy as np; from bnncore import execute, packfile\n"
+        "program = packfile.load(sys.argv[1])\n"
+        "one, two = (execute.Model(program, threads=n) for n in (1, 2))\n"
+        "images = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)\n"
+        "wanted = one(images, batch=4)\n"
+        "for _ in range(20): assert np.array_equal(two(images, batch=4), wanted)\n"
+        "print('equal')"
+    )
+    small = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_CHECK_": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.bnn"],
+        env=os.environ | small, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-2000:]
 
 
 def test_results_outlive_the_next_call() -> None:

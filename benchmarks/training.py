@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.rows import BF16, Bench, machine, table
+from benchmarks.rows import Bench, machine, table
 from bnncore.backbones import ModelSpec
 from bnncore.binarize import BinaryActivation, BinaryConv2d
 from bnncore.data import Dataset, Split
@@ -231,10 +231,7 @@ def fusion(bench: Bench, quick: bool) -> None:
         name = f"ResNet-20, fusion, M = {members}, batch {batch}, {label}"
         ours = statistics.median(turns.taken[label])
         bench.add(name, "torchensemble FusionClassifier", threads, ours, theirs)
-    if not BF16:
-        bench.note("bf16: not measured, this processor has no bf16 instructions")
-    elif not quick:
-        bench.note("bf16: not measured, there is no such option")
+    bench.note("bf16: there is no such option; docs/training.md says why")
 
 
 def voting(bench: Bench, quick: bool) -> None:

@@ -648,7 +648,14 @@ def connect(params: RayParams, **options: Any) -> None:
         # Ray starts workers at niceness 15: beside any other work they would hardly run at all.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        ray.init(address, **options)
+        try:
+            ray.init(address, **options)
+        except Exception as error:  # Ray gives a plain one where a node takes more than 30 s
+            if address != "local" or "timed out during startup" not in str(error):
+                raise
+            log.warning("ray: a cluster on this machine did not start in 30 s; trying once more")
+            ray.shutdown()
+            ray.init(address, **options)
     except ConnectionError as error:
         raise ClusterError(
             f"ray.address: expected a running Ray cluster at {address!r}, and its token in "

@@ -132,6 +132,27 @@ def test_an_unreachable_cluster_is_named(monkeypatch):
         pass
 
 
+def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
+    """What Ray says of a node that took more than its 30 s; too slow a machine cannot be had."""
+    asked = []
+
+    def init(address, **options):
+        asked.append(address)
+        if len(asked) == 1:
+            raise Exception("The current node timed out during startup. This could happen ..")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    actors.connect(RayParams())
+    assert asked == ["local", "local"]
+    assert "trying once more" in caplog.text
+    asked.clear()
+    with pytest.raises(Exception, match="timed out"):
+        actors.connect(RayParams(address="1.2.3.4:5"))
+    assert asked == ["1.2.3.4:5"]
+
+
 @pytest.mark.parametrize("members", range(1, 12))
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 def test_blocks(members, count):

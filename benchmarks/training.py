@@ -297,7 +297,7 @@ def actors(bench: Bench, quick: bool) -> None:
     from bnncore.actors import Cluster, connect
     from bnncore.params import RayParams
 
-    batch, steps, rounds = (32, 2, 2) if quick else (128, 2, 5)
+    batch, steps, rounds = (32, 2, 2) if quick else (128, 3, 5)
     members = 8
     data = dataset(batch * steps)
     last: dict[str, Any] = {}

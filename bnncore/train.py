@@ -231,8 +231,8 @@ class Trainer:
         self._sides: dict[int, _Side] = {}
         self._seed_dropout(0)
         self.replay = self._must_replay(memory_share) if replay is None else replay
-        if self.device.type == "cpu" and not self.replay:
-            cheap.keep_freed_memory()
+        if self.device.type == "cpu":
+            cheap.freed_memory(keep=not self.replay)
 
     def _worth_compiling(self) -> bool:
         recipe = self.job.recipe

@@ -627,7 +627,10 @@ class Search:
     def _log(self, name: str, config, taken: Cost | None, outcome: str, result, over) -> None:
         """A child run of the study's; the same names in all, so that they compare."""
         assert self.tracker is not None
-        with self.tracker.model(name, {**config, "outcome": outcome}) as child:
+        about: dict[str, Any] = {**config, "outcome": outcome}
+        if taken:  # among the parameters too: the compare view opens on the first three that differ
+            about["bound_kib"] = round(taken.file_bytes / 1024, 2)
+        with self.tracker.model(name, about) as child:
             if result:
                 child.history(tasks.merged(result["history"]))
             figures = {f"constraint_{k}": v for k, v in over.items()}

@@ -52,7 +52,7 @@ def differences(
 ) -> list[dict]:
     """Test images that are classified differently by the packed program, traced to a sign."""
     _, expected = execute.combine(program, theirs)
-    predicted = execute.Model(program, ops="numpy").predict(images.test.images)
+    predicted = execute.Model(program).predict(images.test.images)
     at = np.flatnonzero(predicted != expected)
     flips = (
         parity.first_flips(ensemble, program, images.test.images[at], images.mean, images.std)

@@ -36,10 +36,18 @@ GRID = [
     ("fusion", "shared_conv", {}),
     ("fusion", "c1", {}),
     ("fusion", "c2", {}),
+    ("fusion", "c3", {}),
     ("fusion", "c3_blocks", {}),
     ("fusion", "all_frozen", {}),
     ("fusion", CUSTOM, {}),
     ("voting", "shared_conv", {}),
+]
+IN_SEQUENCE_OR_ALONE = [
+    "bagging",
+    "boosting",
+    "gradient_boosting",
+    "snapshot",
+    "stochastic_rounding",
 ]
 SHARDED = [
     ("tentaclenet", "tentaclenet", {"classifier": "logits"}),
@@ -64,6 +72,17 @@ def test_same_bits_over_1_2_and_4_actors(cluster, scheme, sharing, extra):
         for name, history in alone.histories.items():
             for a, b in zip(history, spread.histories[name], strict=True):
                 assert (a["train_loss"], a["val_loss"]) == (b["train_loss"], b["val_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", IN_SEQUENCE_OR_ALONE)
+def test_same_bits_of_members_that_train_alone(cluster, scheme):
+    p, images = plan(scheme, "no_shared", members=2)
+    alone = schemes.train(p, lambda jobs: train.train_many(jobs, images))
+    assert differences(alone.state, p.start)
+    cluster.params = RayParams(actors=2)
+    spread = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+    assert differences(alone.state, spread.state) == []
 
 
 @pytest.mark.slow

@@ -755,6 +755,9 @@ def _plot(place: str, here: list[Line], lines: list[Line], out: Path) -> Path:
         "top-1 minus FP32's, points" if delta else "top-1, %",
     )
     labels = dict.fromkeys(line.row.rpartition(", ")[0] for line in here)
+    settings = dict.fromkeys(str(line.setting) for line in here if line.setting)
+    # Settings share the colour of their scheme, and differ in how dark they are.
+    shades = {name: 1 - 0.6 * k / max(1, len(settings) - 1) for k, name in enumerate(settings)}
     for index, label in enumerate(labels):
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
         same = [line for line in here if line.row.rpartition(", ")[0] == label]
@@ -769,7 +772,8 @@ def _plot(place: str, here: list[Line], lines: list[Line], out: Path) -> Path:
             about = f"{setting}, {setting.epochs} epochs" if setting.epochs else str(setting)
             axes.errorbar([_members(line) for line in ours], [line.ours for line in ours],
                           [line.spread or 0 for line in ours], capsize=3,
-                          label=f"{label}, ours: {about}", **style)  # fmt: skip
+                          label=f"{label}, ours: {about}", alpha=shades[str(setting)],
+                          **style)  # fmt: skip
     if delta:
         axes.axhline(0, color="black", linestyle=":", linewidth=1)
     else:
@@ -780,9 +784,9 @@ def _plot(place: str, here: list[Line], lines: list[Line], out: Path) -> Path:
                 axes.axhline(line.published, color="black", linestyle=":", linewidth=1,
                              label="one BNN, published")  # fmt: skip
             if line.ours is not None:
-                axes.axhline(
-                    line.ours, color="black", linewidth=1, label=f"one BNN, ours: {line.setting}"
-                )
+                axes.axhline(line.ours, color="black", linewidth=1,
+                             alpha=shades.get(str(line.setting), 1),
+                             label=f"one BNN, ours: {line.setting}")  # fmt: skip
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
     canvas.legend(unique.values(), unique.keys(), fontsize=8, loc="outside right upper")

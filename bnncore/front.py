@@ -91,7 +91,7 @@ def show(report: S.Report, search: S.Search, say: Callable[[str], None] = print)
     count = {o: sum(r["outcome"] == o for r in report.rows) for o in (*S.COUNTED, S.REJECTED)}
     done = sum(count[o] for o in S.COUNTED)
     say(
-        f"\nstudy {report.name}: {done} of {p.trials} trials "
+        f"\nstudy {report.name}: {done} of {search.wanted} trials "
         f"({count[S.TRAINED]} trained, {count[S.STOPPED]} stopped early, {count[S.FAILED]} "
         f"failed), {count[S.REJECTED]} rejected untrained; {report.seconds:.0f} s now"
         + (f"; ended because {report.ended}" if report.ended else "")

@@ -268,7 +268,7 @@ class Search:
         self.folder, self.tracker, self.say = folder, tracker, say
         self.space = Space(self.params, data)
         self.ended: str | None = None
-        self._wanted = self.search.trials
+        self.wanted = self.search.trials
         self._keys: dict[str, str] = {}  # network -> the name of what is kept of it
         self._rejecting: list[float] = []
         self._stop = threading.Event()
@@ -476,7 +476,7 @@ class Search:
         """
         started = time.monotonic()
         deadline = started + timeout if timeout is not None else math.inf
-        self._wanted = wanted = trials or self.search.trials
+        self.wanted = wanted = trials or self.search.trials
         crew = Crew(cluster, self.data)
 
         def stopping() -> bool:
@@ -617,7 +617,7 @@ class Search:
         done = len(self._trials(*COUNTED))
         top1 = f"{result['val_top1']:6.2f} %" if result else reason
         self.say(
-            f"{done:>4}/{self._wanted} {trial.name} {outcome:<8} {top1}, at most "
+            f"{done:>4}/{self.wanted} {trial.name} {outcome:<8} {top1}, at most "
             f"{trial.cost.counted_kib:6.2f} KiB: {described(trial.config)}"
         )
         if self.tracker:

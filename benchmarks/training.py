@@ -40,6 +40,7 @@ import torch
 from torch import nn
 
 from benchmarks.rows import Bench, machine, table
+from bnncore import cheap
 from bnncore.backbones import ModelSpec
 from bnncore.binarize import BinaryActivation, BinaryConv2d
 from bnncore.data import Dataset, Split
@@ -434,7 +435,17 @@ def memory(bench: Bench, quick: bool) -> None:
     members, batch = (2, 16) if quick else (4, 32)
     work, data = job("resnet18", members, batch_size=batch), dataset(batch)
     keeping, replaying = (Trainer(work, data, device="cpu", replay=r) for r in (False, True))
-    steps = [stepper(trainer, batch) for trainer in (keeping, replaying)]
+
+    def alternating(trainer: Trainer) -> Callable[[], object]:
+        step = stepper(trainer, batch)
+
+        def run() -> None:
+            cheap.freed_memory(keep=not trainer.replay)  # of the process: the other changed it
+            step()
+
+        return run
+
+    steps = [alternating(trainer) for trainer in (keeping, replaying)]
     for step in steps:
         step()
     for (name, a), (_, b) in zip(*(t.trained.items() for t in (keeping, replaying)), strict=True):

@@ -634,6 +634,18 @@ def _address(params: RayParams) -> str:
     return os.environ.get("RAY_ADDRESS") or params.address
 
 
+def _init(address: str, **options: Any) -> None:
+    """`ray.init`, once more where a cluster on this machine was slow to start."""
+    try:
+        ray.init(address, **options)
+    except Exception as error:  # Ray gives a plain one where a node takes more than 30 s
+        if address != "local" or "timed out during startup" not in str(error):
+            raise
+        log.warning("ray: a cluster on this machine did not start in 30 s; trying once more")
+        ray.shutdown()
+        ray.init(address, **options)
+
+
 def connect(params: RayParams, **options: Any) -> None:
     """`ray.init` as the parameters and RAY_ADDRESS say; `options` are its own.
 
@@ -648,14 +660,7 @@ def connect(params: RayParams, **options: Any) -> None:
         # Ray starts workers at niceness 15: beside any other work they would hardly run at all.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        try:
-            ray.init(address, **options)
-        except Exception as error:  # Ray gives a plain one where a node takes more than 30 s
-            if address != "local" or "timed out during startup" not in str(error):
-                raise
-            log.warning("ray: a cluster on this machine did not start in 30 s; trying once more")
-            ray.shutdown()
-            ray.init(address, **options)
+        _init(address, **options)
     except ConnectionError as error:
         raise ClusterError(
             f"ray.address: expected a running Ray cluster at {address!r}, and its token in "

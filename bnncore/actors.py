@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -635,7 +636,17 @@ def _address(params: RayParams) -> str:
 
 
 def _init(address: str, **options: Any) -> None:
-    """`ray.init`, once more where a cluster on this machine was slow to start."""
+    """`ray.init`, once more where a cluster on this machine was slow to start.
+
+    Raises:
+        ConnectionError: nothing listens at the address; Ray itself would try for ten minutes.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from error
     try:
         ray.init(address, **options)
     except Exception as error:  # Ray gives a plain one where a node takes more than 30 s

@@ -140,15 +140,11 @@ def test_says_what_is_missing(cluster):
         pass
 
 
+@pytest.mark.timeout(60)  # Ray's own attempts take ten minutes
 def test_an_unreachable_cluster_is_named(monkeypatch):
-    if ray.is_initialized():
-        pytest.skip("a cluster is running in this process")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with (
-        pytest.raises(actors.ClusterError, match=r"127.0.0.1:9"),
-        actors.Cluster(RayParams(address="127.0.0.1:9")),
-    ):
-        pass
+    with pytest.raises(actors.ClusterError, match=r"127.0.0.1:9"):
+        actors.connect(RayParams(address="127.0.0.1:9"))
 
 
 def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
@@ -168,8 +164,8 @@ def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
     assert "trying once more" in caplog.text
     asked.clear()
     with pytest.raises(Exception, match="timed out"):
-        actors.connect(RayParams(address="1.2.3.4:5"))
-    assert asked == ["1.2.3.4:5"]
+        actors.connect(RayParams(address="auto"))
+    assert asked == ["auto"]
 
 
 @pytest.mark.parametrize("members", range(1, 12))

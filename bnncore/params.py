@@ -324,7 +324,7 @@ class SearchParams:
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25,)
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     batch: Count = 4
-    warmup: Count = 8
+    warmup: Count = 12
     rivals: bool = True
     space: SpaceParams = field(default_factory=SpaceParams)
 

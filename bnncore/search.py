@@ -341,15 +341,21 @@ class Search:
         # Trials that run count as bad ones, so that a batch does not ask for one thing twice.
         return TPESampler(n_startup_trials=0, multivariate=True, constant_liar=True, seed=seed)
 
-    def _history(self, known: list[FrozenTrial]) -> optuna.Study:
+    def _history(self, batch: int) -> optuna.Study:
         """A copy of the study for the sampler, in memory, in the order in which configurations were
         first asked for: without what was interrupted, a study that goes on looks like one that
         never stopped.
+
+        Of what was rejected it has that of this batch only: enough to find what fits, while those
+        of all batches, soon more than the trained ones, made TPE avoid a good backbone altogether
+        because most of its widths are over the budget.
         """
         history = optuna.create_study(directions=self.study.directions)
-        for t in sorted(known, key=_origin):
-            if t.user_attrs.get("outcome") != INTERRUPTED:
-                history.add_trial(t)
+        for t in sorted(self.study.get_trials(deepcopy=False), key=_origin):
+            outcome = t.user_attrs.get("outcome")
+            if outcome == REJECTED and t.user_attrs["batch"] < batch or outcome == INTERRUPTED:
+                continue
+            history.add_trial(t)
         return history
 
     def ask(self, wanted: int) -> list[Trial]:
@@ -377,7 +383,7 @@ class Search:
             for origin, t in sorted(again.items())[:size]
             if (trial := self._begin(t.params, t.system_attrs, batch=batch, repeats=origin))
         ]
-        history = self._history(self.study.get_trials(deepcopy=False))
+        history = self._history(batch)
         tried = {identity(t.params) for t in known}
         number = sum("repeats" not in t.user_attrs for t in known)
         idle = 0

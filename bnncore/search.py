@@ -353,7 +353,7 @@ class Search:
         history = optuna.create_study(directions=self.study.directions)
         for t in sorted(self.study.get_trials(deepcopy=False), key=_origin):
             outcome = t.user_attrs.get("outcome")
-            if outcome == REJECTED and t.user_attrs["batch"] < batch or outcome == INTERRUPTED:
+            if (outcome == REJECTED and t.user_attrs["batch"] < batch) or outcome == INTERRUPTED:
                 continue
             history.add_trial(t)
         return history

@@ -250,6 +250,23 @@ def test_rejections_leave_their_constraint(tmp_path):
         assert row["feasible"] == fits
 
 
+def test_the_sampler_sees_rejections_of_its_batch_alone(tmp_path):
+    """Those of all batches outnumber what is trained; see `Search._history`."""
+    with S.Search(parse(budget_kib=6), DATA, tmp_path / "search", say=silent) as search:
+        for _ in range(4):
+            for trial in search.ask(99):
+                search._tell(trial, answer(trial.config, trial.cost.file_bytes))
+        rejected = [t.user_attrs["batch"] for t in search._trials(S.REJECTED)]
+        trained = search._trials(*S.COUNTED)
+        last = max(rejected)
+        assert min(rejected) < last
+        seen = search._history(last).get_trials()
+        assert len(seen) == len(trained) + rejected.count(last)
+        assert [t.params for t in search._history(last + 1).get_trials()] == [
+            t.params for t in trained
+        ]
+
+
 def test_a_space_comes_to_an_end(tmp_path):
     p = parse(space={"backbone": ["nin"], "width": [8], "members": [1, 2]})
     with S.Search(p, DATA, tmp_path / "search", say=silent) as search:

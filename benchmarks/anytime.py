@@ -25,8 +25,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import seeds
-from bnncore import data, execute, lower, schemes, train
+from bnncore import data
+from bnncore.lowering import lower
+from bnncore.packed import execute
 from bnncore.params import EnsembleParams, Params
+from bnncore.training import schemes, train
 
 JOINT = ("tentaclenet", "fusion")
 LOSS = 0.002  # of the validation images, that early exit may lose

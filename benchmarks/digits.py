@@ -18,8 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import seeds
-from bnncore import data, execute, lower, metrics, packfile, schemes, storage, train
+from bnncore import data, metrics, storage
+from bnncore.lowering import lower
+from bnncore.packed import execute, packfile
 from bnncore.params import Params
+from bnncore.training import schemes, train
 
 RIVALS = ("tentaclenet", "fusion")  # kinds whose largest ensemble a wider BNN is set against
 

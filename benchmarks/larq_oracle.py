@@ -125,8 +125,8 @@ def oracle(larq: Larq) -> list[str]:
     """A line a backbone; raises AssertionError where a sum differs."""
     import packed
 
-    from bnncore import ops
-    from bnncore.program import unpack_bits, validate
+    from bnncore.packed import numpy_kernels
+    from bnncore.packed.program import unpack_bits, validate
 
     lines = ["| backbone | binary convolutions | sums compared | different |",
              "| --- | ---: | ---: | ---: |"]  # fmt: skip
@@ -135,7 +135,7 @@ def oracle(larq: Larq) -> list[str]:
         _, program = packed.network(backbone)
         shapes = validate(program)
         values: dict[int, np.ndarray] = {0: packed.random_images(IMAGES)}
-        for step in ops.plan(program):
+        for step in numpy_kernels.plan(program):
             values[step.output] = step.run([values[number] for number in step.inputs], 0)
         count = compared = different = 0
         for index, node in enumerate(program.nodes):

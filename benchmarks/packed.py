@@ -69,9 +69,9 @@ def network(backbone: str, members: int = 1, sharing: str = "no_shared") -> tupl
     """An untrained ensemble at the paper's width with random batch norms, and its Program."""
     import torch
 
-    from bnncore.backbones import ModelSpec
-    from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
-    from bnncore.lower import lower
+    from bnncore.lowering.lower import lower
+    from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+    from bnncore.networks.parts import ModelSpec
     from bnncore.params import Binarizer
 
     block = sharing == "tentaclenet"
@@ -100,7 +100,7 @@ def float_twin(ensemble: Any, onnx: bool = False) -> Any:
     """The same network of torch's own layers, filters binarized and scaled beforehand."""
     import torch
 
-    from bnncore.binarize import BinaryActivation, BinaryConv2d
+    from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
 
     class Sign(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def resnet18(bench: Bench, quick: bool) -> None:
     """The binarized ResNet-18 for 32x32 images."""
     import torch
 
-    from bnncore.execute import Model
+    from bnncore.packed.execute import Model
 
     ensemble, program = network("resnet18")
     images = random_images(BATCH)
@@ -278,8 +278,8 @@ def once(work: Callable[[], object], clock: Callable[[], float] = time.process_t
 
 def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, Callable]:
     """One binary layer, by the steps of a plan: from numbers to numbers, and from bits to bits."""
-    from bnncore import kernel
-    from bnncore.program import Node, Program, Tensor, pack_bits
+    from bnncore.packed import compiled_kernels
+    from bnncore.packed.program import Node, Program, Tensor, pack_bits
 
     random = np.random.default_rng(0)
     fills: dict[str, tuple[str, str, np.ndarray]] = {
@@ -324,7 +324,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
             tuple(nodes), {name: tensors[name] for name in used}, 1, "mean",
             (side, side, channels), tuple("0123456789"),
         )  # fmt: skip
-        steps = {step.output: step for step in kernel.plan(program)}
+        steps = {step.output: step for step in compiled_kernels.plan(program)}
         images = random.integers(0, 256, (BATCH, side, side, channels), dtype=np.uint8)
         parts = []
         for start in range(0, BATCH, CHUNK):
@@ -343,7 +343,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
 
 def popcount_peak(clock: Callable[[], float]) -> float:
     """Words of 64 bits that one tile XORs, counts and adds a second, on data in the cache."""
-    from bnncore import kernel, tiles
+    from bnncore.packed import compiled_kernels, tiles
 
     dtype = tiles.binary_tile()
     pixels = tiles.tile_pixels(dtype)
@@ -351,14 +351,14 @@ def popcount_peak(clock: Callable[[], float]) -> float:
     runs = np.array([[0, 0, steps, 1]] * repeats, np.int64)
     count = 256 * pixels
     x = np.random.default_rng(0).integers(0, 1 << 32, (1, 1, 1, 64), dtype=np.uint32)
-    weights = kernel._aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
+    weights = compiled_kernels._aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
     params, flips = np.zeros((1, 12, 32), np.float32), np.zeros(1, np.uint32)
     constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
     starts = np.zeros(count, np.int64)
 
     def work() -> None:
         tiles.convolve(
-            x, 0, 1, weights, len(weights), kernel._table(), runs,
+            x, 0, 1, weights, len(weights), compiled_kernels._table(), runs,
             np.array([[0, repeats]], np.int64), starts, starts, constants, False, pixels, 0, params,
             flips, none, none, none.astype(np.uint32),
         )  # fmt: skip
@@ -372,7 +372,7 @@ def ensembles(bench: Bench) -> None:
     """Cost over M."""
     import torch
 
-    from bnncore.execute import Model
+    from bnncore.packed.execute import Model
 
     torch.set_num_threads(1)
     images = random_images(16)
@@ -396,7 +396,7 @@ import sys
 from time import {clock} as clock
 sys.path.insert(0, {root!r})
 began = clock()
-import numpy, bnncore.execute, bnncore.packfile, bnncore.kernel
+import numpy, bnncore.execute, bnncore.packfile, bnncore.packed.compiled_kernels
 before = clock()
 model = bnncore.load({file!r})
 loaded = clock()
@@ -414,7 +414,7 @@ print(before - began, loaded - before, done - loaded, memory)
 
 def start_up(bench: Bench) -> None:
     """Fresh processes: load, first prediction with a cold and a warm kernel cache, memory."""
-    from bnncore import packfile
+    from bnncore.packed import packfile
 
     _, program = network("resnet18")
     with tempfile.TemporaryDirectory() as folder:
@@ -475,7 +475,7 @@ def describe() -> str:
     """The processor, what the kernels are compiled for, versions."""
     import torch
 
-    from bnncore import tiles
+    from bnncore.packed import tiles
 
     named = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vpopcntdq", "avx512_vnni", "amx_bf16")
     tile = {"uint8": "byte shuffle", "uint32": "vector popcount"}[tiles.binary_tile().name]

@@ -42,10 +42,13 @@ import numpy as np
 
 from benchmarks import seeds
 from benchmarks.rows import processor
-from bnncore import data, execute, metrics, packfile, params, schemes, space, tasks, train
-from bnncore import search as S
-from bnncore.actors import Cluster
+from bnncore import data, metrics, params
+from bnncore.cluster.actors import Cluster
+from bnncore.packed import execute, packfile
 from bnncore.params import EnsembleParams, Params
+from bnncore.search import space, trial
+from bnncore.search import study as S
+from bnncore.training import schemes, train
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "checkpoints" / "benchmark-search"
@@ -194,7 +197,7 @@ def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) ->
             bases[key] = seeds.base(one, images)
         plan = schemes.plan(one, one.ensembles.train[0], images, *bases[key])
         made = schemes.train(plan, partial(train.train_many, data=images))
-        program, _ = tasks.packed(made, one, images)
+        program, _ = trial.packed(made, one, images)
         content = packfile.encode(program)
         size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")
         top1 = 100 * metrics.accuracy(model.predict(images.test.images), images.test.labels)

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bnncore import params, schemes, train
+from bnncore import params
 from bnncore.data import Dataset
 from bnncore.params import Params
-from bnncore.train import State
+from bnncore.training import schemes, train
+from bnncore.training.train import State
 
 ROOT = Path(__file__).parent.parent
 

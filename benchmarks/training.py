@@ -40,13 +40,13 @@ import torch
 from torch import nn
 
 from benchmarks.rows import Bench, machine, table
-from bnncore import cheap
-from bnncore.backbones import ModelSpec
-from bnncore.binarize import BinaryActivation, BinaryConv2d
 from bnncore.data import Dataset, Split
-from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
+from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.parts import ModelSpec
 from bnncore.params import Binarizer, Recipe
-from bnncore.train import Job, Trainer, train_many
+from bnncore.training import cheap
+from bnncore.training.train import Job, Trainer, train_many
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 10
@@ -244,7 +244,7 @@ def voting(bench: Bench, quick: bool) -> None:
     """
     import torchensemble
 
-    from bnncore.actors import Cluster, connect
+    from bnncore.cluster.actors import Cluster, connect
     from bnncore.params import RayParams
 
     members, batch, steps, rounds = (2, 32, 2, 1) if quick else (8, 128, 4, 3)
@@ -295,7 +295,7 @@ def voting(bench: Bench, quick: bool) -> None:
 
 def actors(bench: Bench, quick: bool) -> None:
     """Joint training over two actors of one thread, against one, and against one process of two."""
-    from bnncore.actors import Cluster, connect
+    from bnncore.cluster.actors import Cluster, connect
     from bnncore.params import RayParams
 
     batch, steps, rounds = (32, 2, 2) if quick else (128, 3, 5)
@@ -393,7 +393,7 @@ def sums(sizes: tuple[int, ...], repeats: int = 30) -> list[float]:
 def _sum(meet: str, rank: int, sizes: tuple[int, ...], repeats: int) -> None:
     from torch import distributed as dist
 
-    from bnncore.actors import Collective
+    from bnncore.cluster.actors import Collective
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)

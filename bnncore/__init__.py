@@ -6,13 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .execute import Model
+    from bnncore.packed.execute import Model
 
 __all__ = ["load"]
 
 
 def load(path: str | os.PathLike[str], ops: str = "compiled", threads: int = 1) -> Model:
-    """Read a packed file and make it ready to run; see `bnncore.execute.Model`. Needs no torch."""
-    from . import execute, packfile
+    """Read a packed file and make it ready to run; see `packed.execute.Model`. No torch."""
+    from bnncore.packed import execute, packfile
 
     return execute.Model(packfile.load(path), ops, threads)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import execute, packfile
-from .program import PackedFormatError, Program, Tensor, validate
+from bnncore.packed import execute, packfile
+from bnncore.packed.program import PackedFormatError, Program, Tensor, validate
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 

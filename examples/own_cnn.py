@@ -57,11 +57,11 @@ def small_cnn(channels: int, classes: int) -> nn.Module:
 def main() -> None:
     import numpy as np
 
-    from bnncore import execute
-    from bnncore.backbones import ModelSpec
-    from bnncore.binarize import BinaryConv2d
-    from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec
-    from bnncore.lower import lower
+    from bnncore.lowering.lower import lower
+    from bnncore.networks.binarize import BinaryConv2d
+    from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+    from bnncore.networks.parts import ModelSpec
+    from bnncore.packed import execute
     from bnncore.params import Binarizer
 
     name = "examples.own_cnn:torchvision_resnet18"

@@ -1,6 +1,7 @@
 """Stage binarize: binarize the pretrained backbone and train the single BNN."""
 
-from bnncore import data, params, schemes, train
+from bnncore import data, params
+from bnncore.training import schemes, train
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
-from bnncore import actors, data, params, schemes, train
+from bnncore import data, params
+from bnncore.cluster import actors
+from bnncore.training import schemes, train
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
 

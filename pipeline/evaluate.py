@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, execute, metrics, narrow, packfile, params, report, storage
-from bnncore.program import Program
+from bnncore import data, metrics, params, report, storage
+from bnncore.packed import execute, narrow, packfile
+from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
 SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, execute, lower, metrics, narrow, packfile, params, parity, schemes, train
-from bnncore.ensemble import Ensemble
+from bnncore import data, metrics, params
+from bnncore.lowering import lower, parity
+from bnncore.networks.ensemble import Ensemble
+from bnncore.packed import execute, narrow, packfile
+from bnncore.training import schemes, train
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
 

@@ -1,6 +1,7 @@
 """Stage pretrain: train the FP32 backbone."""
 
-from bnncore import data, params, schemes, train
+from bnncore import data, params
+from bnncore.training import schemes, train
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
 

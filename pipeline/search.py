@@ -11,10 +11,13 @@ import json
 import sys
 from functools import partial
 
-from bnncore import data, execute, front, metrics, packfile, params, schemes, space, tasks, train
-from bnncore import search as searching
-from bnncore.actors import Cluster
+from bnncore import data, metrics, params
+from bnncore.cluster.actors import Cluster
+from bnncore.packed import execute, packfile
+from bnncore.search import answer, space, trial
+from bnncore.search import study as searching
 from bnncore.tracking import Tracker
+from bnncore.training import schemes, train
 from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
 
 OUT = REPORTS / "search"
@@ -36,9 +39,9 @@ def main() -> None:
             gc.freeze()
             # Written before the rivals too, so that a stop meanwhile leaves an answer.
             report = study.run(cluster, options.trials, options.timeout,
-                               partial(front.write, search=study, out=OUT))  # fmt: skip
-            written = front.write(report, study, OUT)
-            front.show(report, study)
+                               partial(answer.write, search=study, out=OUT))  # fmt: skip
+            written = answer.write(report, study, OUT)
+            answer.show(report, study)
             if report.best:
                 keys = ("val_top1", "file_bytes")
                 tracker.metrics({k: report.best[k] for k in keys})
@@ -68,7 +71,7 @@ def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Track
     """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
     best = space.preset(study.full, study.config(report.best))
     with train.resumable(CHECKPOINTS / "search-finish") as checkpoints:
-        trained, program = tasks.finish(best, images, cluster, checkpoints)
+        trained, program = trial.finish(best, images, cluster, checkpoints)
     size = packfile.save(program, OUT / "best.bnn")
     if size > report.best["bound_bytes"]:
         raise RuntimeError(
@@ -85,7 +88,7 @@ def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Track
         f"%, {size:,} bytes ({OUT / 'best.bnn'})"
     )
     with tracker.model("best", study.config(report.best)) as child:
-        child.history(tasks.merged(trained.histories))
+        child.history(trial.merged(trained.histories))
         child.metrics(scores)
     return OUT / "finished.json"
 

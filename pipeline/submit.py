@@ -251,7 +251,7 @@ def here(command: list[str], bring: list[str]) -> int:
     """
     import ray
 
-    from bnncore import actors
+    from bnncore.cluster import actors
 
     # In a job RAY_ADDRESS names the cluster that the job runs in.
     actors.connect(parameters.load(ROOT / "params.yaml").ray)

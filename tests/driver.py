@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from small import plan
 
-from bnncore import actors, schemes, train
+from bnncore.cluster import actors
 from bnncore.params import RayParams
+from bnncore.training import schemes, train
+from tests.small import plan
 
 
 def strike_at(epoch: int) -> None:

@@ -11,7 +11,16 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
-from bnncore.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate, window
+from bnncore.packed.program import (
+    KINDS,
+    Node,
+    Program,
+    Tensor,
+    pack_bits,
+    unpack_bits,
+    validate,
+    window,
+)
 
 CHANNELS = (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 72, 96, 128, 130)
 
@@ -290,7 +299,7 @@ def naive_values(program: Program, image: np.ndarray, member: int) -> list[np.nd
 
 
 def naive_node(node: Node, inputs: list[np.ndarray], slots: dict[str, np.ndarray]) -> np.ndarray:
-    """One operator, word by word from the table in `bnncore.program`."""
+    """One operator, word by word from the table in `bnncore.packed.program`."""
     x = inputs[0]
     attrs = node.attrs
     if node.op in ("normalize", "affine"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from bnncore import data, params, schemes
+from bnncore import data, params
 from bnncore.data import Dataset
-from bnncore.schemes import Plan
+from bnncore.training import schemes
+from bnncore.training.schemes import Plan
 
 
 def plan(

@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 import pytest
-from graphs import random_images
 from PIL import Image
-from test_execute import OPS, ensemble
 
-from bnncore import execute, packfile
 from bnncore.__main__ import main, read_image
+from bnncore.packed import execute, packfile
+from tests.graphs import random_images
+from tests.packed.test_execute import OPS, ensemble
 
 
 @pytest.fixture

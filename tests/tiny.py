@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from bnncore import params as P
-from bnncore.backbones import ModelSpec
-from bnncore.binarize import Shift
 from bnncore.data import Dataset, Split, moments
-from bnncore.ensemble import SHARING, Ensemble, EnsembleSpec, Sharing
+from bnncore.networks.binarize import Shift
+from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec, Sharing
+from bnncore.networks.parts import ModelSpec
 
 
 def dataset(

@@ -6,10 +6,10 @@ python -m tests.golden.make
 from pathlib import Path
 
 import numpy as np
-from graphs import Builder, random_images
 
-from bnncore import execute, packfile
-from bnncore.program import KINDS, Program
+from bnncore.packed import execute, packfile
+from bnncore.packed.program import KINDS, Program
+from tests.graphs import Builder, random_images
 
 HERE = Path(__file__).parent
 

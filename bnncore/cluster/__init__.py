@@ -1,0 +1,1 @@
+"""Training spread over a Ray cluster: the only room that knows Ray."""

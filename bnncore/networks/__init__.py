@@ -1,0 +1,1 @@
+"""Networks: binary layers, backbones, ensembles. Knows torch, not how they are trained."""

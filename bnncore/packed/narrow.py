@@ -1,0 +1,81 @@
+"""Smaller files: the tensors of a `Program` in fewer bits, where `pack` asks for it.
+
+Two options (`params.PackParams`), both lossy, both off by default:
+
+affine: float16
+    batch norms that do not fold, scales, PReLU slopes, biases, and thresholds on floats, each
+    rounded to the nearest float16. Thresholds on popcounts are integers already and stay exact.
+weights: int8
+    first convolution, full-precision shortcuts and dense layers: ``w ~ q * s`` with one scale a
+    filter, ``s = max|w| / 127``, ``q = round(w / s)``.
+
+Arithmetic stays float32: a narrowed Program computes what the wide one would with rounded values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from bnncore.packed.program import KINDS, Program, Tensor
+from bnncore.params import PackParams
+
+AFFINE_ROLES = ("scale", "shift", "slope", "bias", "threshold")
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def narrowed(program: Program, pack: PackParams) -> Program:
+    """`program` with the kinds of tensors that `pack` asks for.
+
+    Raises:
+        ValueError: a value is too large for float16; names the layer.
+    """
+    tensors = dict(program.tensors)
+    nodes = []
+    for node in program.nodes:
+        slots = dict(node.tensors)
+        for slot, name in node.tensors.items():
+            tensor = tensors[name]
+            if pack.weights == "int8" and slot == "weight" and tensor.kind == "float32":
+                tensors[name], scale = _int8(tensor)
+                slots["weight_scale"] = f"{name}_scale"
+                tensors[slots["weight_scale"]] = scale
+        nodes.append(replace(node, tensors=slots))
+        if pack.affine == "float16":
+            for name in slots.values():
+                tensor = tensors[name]
+                small = (*AFFINE_ROLES, "weight_scale")
+                if tensor.kind == "float32" and tensor.role in small:
+                    tensors[name] = _float16(tensor, f"layer {node.name!r}, {tensor.role}")
+    return replace(program, nodes=tuple(nodes), tensors=tensors)
+
+
+def _float16(tensor: Tensor, where: str) -> Tensor:
+    data = tensor.data
+    largest = float(np.abs(data).max(initial=0))
+    if tensor.role == "threshold":
+        # A channel that is always on or off has a threshold no value reaches; it stays so.
+        data = np.clip(data, -FLOAT16_MAX, FLOAT16_MAX)
+    elif largest > FLOAT16_MAX:
+        raise ValueError(
+            f"{where}: expected values that float16 can hold (up to {FLOAT16_MAX:g}), got "
+            f"{largest:g}; pack with affine: float32"
+        )
+    return replace(tensor, kind="float16", data=data.astype(KINDS["float16"]))
+
+
+def _int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights in int8, their scales in float32), one scale a filter, and a member where own."""
+    data = tensor.data.astype(np.float32)
+    lead = 2 if tensor.own else 1
+    axes = tuple(range(lead, data.ndim))
+    scale = np.abs(data).max(axis=axes) / 127
+    # As float16 would hold it, so that the quotients below fit whatever `affine` says.
+    scale = np.where(scale > 0, scale, 1).astype(np.float16).astype(np.float32)
+    scale = np.maximum(scale, np.float32(np.finfo(np.float16).smallest_subnormal))
+    spread = scale.reshape(scale.shape + (1,) * len(axes))
+    q = np.clip(np.rint(data / spread), -127, 127).astype(KINDS["int8"])
+    weights = replace(tensor, kind="int8", data=q)
+    scales = Tensor("float32", "weight_scale", tensor.shape[:1], tensor.own, scale)
+    return weights, scales

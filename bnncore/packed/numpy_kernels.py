@@ -1,0 +1,428 @@
+"""The kernels in numpy: one step a node, plain enough to be the reference for all others.
+
+How values look here: numbers as float32 or int32 (B,H,W,C) or (B,F); bits as uint8
+(B,H,W,ceil(C/8)), the channel c in bit ``c % 8`` of byte ``c // 8``, spare bits 0.
+
+A binary convolution of K = kh·kw·C products is an XOR of packed words and a popcount:
+``sum(a * w) = K - 2 * popcount(bits(a) ^ bits(w))``. Training pads with zeros, which no bit can
+say, so a padded tap enters as bits of 0 and is taken out again: it wrongly gave
+``C - 2 * popcount(w)``, which depends on the position in the map alone (see `_border`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from bnncore.packed.execute import Step
+from bnncore.packed.program import Node, Program, Shape, Tensor, unpack_bits, validate
+
+IMAGES_FIRST = True  # every value is an array with the image as its first axis
+
+Array = np.ndarray
+Run = Callable[[Sequence[Array], int], Array]
+T = TypeVar("T")
+
+_PIXELS = 4096  # output positions worked on at once: long enough for numpy's loops, short enough
+_BLOCK = 1 << 15  # for the cache; and elements of one block of (filters, positions)
+
+
+def plan(program: Program) -> list[Step]:
+    """One step for each node of a Program."""
+    shapes = validate(program)
+    steps = []
+    for index, node in enumerate(program.nodes):
+        bound = _Bound(program, node, [shapes[number] for number in node.inputs], shapes[index + 1])
+        run = _BUILD[node.op](bound)
+        steps.append(Step(node.inputs, index + 1, bound.out.own, run))
+    return steps
+
+
+class _Bound:
+    """A node with its shapes, and its tensors as plain arrays."""
+
+    def __init__(self, program: Program, node: Node, inputs: list[Shape], out: Shape) -> None:
+        self.node, self.inputs, self.out = node, inputs, out
+        self.members = program.members
+        self.tensors = {slot: program.tensors[name] for slot, name in node.tensors.items()}
+
+    def attr(self, name: str) -> int:
+        return int(self.node.attrs[name])
+
+    def per(self, prepare: Callable[..., T], *slots: str) -> Callable[[int], T]:
+        """``prepare(*arrays of the slots)``, once, or once a member; None for an absent slot.
+
+        What is shared is prepared and held once. Floats come as float32, bits as booleans.
+        """
+        tensors = [self.tensors.get(slot) for slot in slots]
+        count = self.members if any(t is not None and t.own for t in tensors) else 1
+        made = [prepare(*(_plain(t, member) for t in tensors)) for member in range(count)]
+        return lambda member: made[member if count > 1 else 0]
+
+
+def _plain(tensor: Tensor | None, member: int) -> Array | None:
+    if tensor is None:
+        return None
+    data = unpack_bits(tensor) if tensor.kind == "binary" else tensor.data
+    data = data[member] if tensor.own else data
+    return data.astype(np.float32) if data.dtype.kind == "f" else data
+
+
+def _pack(bits: Array) -> Array:
+    """Booleans (..., C) -> bytes (..., ceil(C/8))."""
+    channels = bits.shape[-1]
+    if channels % 8 == 0:  # then the rows join without spare bits, and one long call is faster
+        packed = np.packbits(np.ascontiguousarray(bits).reshape(-1), bitorder="little")
+        return packed.reshape(*bits.shape[:-1], channels // 8)
+    return np.packbits(bits, axis=-1, bitorder="little")
+
+
+def _unpack(packed: Array, channels: int) -> Array:
+    return np.unpackbits(packed, axis=-1, count=channels, bitorder="little").view(bool)
+
+
+def _taps(x: Array, kernel: tuple[int, int], stride: int, out: tuple[int, int]) -> list[Array]:
+    """For each tap of the kernel the (B,Ho,Wo,C) view of the inputs it meets."""
+    height, width = ((size - 1) * stride + 1 for size in out)
+    return [
+        x[:, i : i + height : stride, j : j + width : stride]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+
+
+def _padded(
+    x: Array, pad: int, kernel: int, stride: int, out: tuple[int, int], fill: float
+) -> Array:
+    """Pad both sides by `pad`, and further at the end where `ceil` made windows reach out."""
+    more = [
+        max(0, (count - 1) * stride + kernel - size - 2 * pad)
+        for count, size in zip(out, x.shape[1:3], strict=True)
+    ]
+    if not pad and not any(more):
+        return x
+    margins = ((0, 0), (pad, pad + more[0]), (pad, pad + more[1]), (0, 0))
+    return np.pad(x, margins, constant_values=fill)
+
+
+def _normalize(bound: _Bound) -> Run:
+    return _affine(bound)
+
+
+def _affine(bound: _Bound) -> Run:
+    scales = bound.per(lambda scale: scale, "scale")
+    shifts = bound.per(lambda shift: shift, "shift")
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x = values[0].astype(np.float32)
+        scale, shift = scales(member), shifts(member)
+        if scale is not None:
+            x *= scale
+        if shift is not None:
+            x += shift
+        return x
+
+    return run
+
+
+def _float_weight(weight: Array, scale: Array | None) -> Array:
+    """Booleans to +-1, int8 times its filter's scale; (O, ...) -> float32 (O, everything else)."""
+    flat = weight.reshape(len(weight), -1)
+    if flat.dtype == bool:
+        return np.where(flat, np.float32(1), np.float32(-1))
+    flat = flat.astype(np.float32)
+    return flat if scale is None else flat * scale[:, None]
+
+
+def _conv(bound: _Bound) -> Run:
+    _, kh, kw, channels = bound.tensors["weight"].shape
+    stride, pad = bound.attr("stride"), bound.attr("pad")
+    height, width, filters = bound.out.dims
+    taps = kh * kw * channels
+    weights = bound.per(lambda w, s: _float_weight(w, s).T.copy(), "weight", "weight_scale")
+    biases = bound.per(lambda bias: bias, "bias")
+    step = max(1, _PIXELS // (height * width))
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x = np.pad(values[0], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else values[0]
+        weight, bias = weights(member), biases(member)
+        out = np.empty((len(x), height, width, filters), np.float32)
+        for start in range(0, len(x), step):
+            views = _taps(x[start : start + step], (kh, kw), stride, (height, width))
+            columns = np.concatenate(views, axis=-1).reshape(-1, taps)
+            part = out[start : start + step].reshape(-1, filters)
+            np.matmul(columns, weight, out=part)
+            if bias is not None:
+                part += bias
+        return out
+
+    return run
+
+
+def _bconv(bound: _Bound) -> Run:
+    _, kh, kw, _ = bound.tensors["weight"].shape
+    stride, pad = bound.attr("stride"), bound.attr("pad")
+    height, width, filters = bound.out.dims
+    step = max(1, _PIXELS // (height * width))
+    words = bound.per(_words, "weight")
+    borders = bound.per(_border(bound), "weight")
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x = np.pad(values[0], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else values[0]
+        weight, constant = words(member), borders(member)
+        out = np.empty((len(x), height, width, filters), np.int32)
+        for start in range(0, len(x), step):
+            views = _taps(x[start : start + step], (kh, kw), stride, (height, width))
+            part = out[start : start + step]
+            _count_differences(_columns(views), weight, part.reshape(-1, filters))
+            part *= -2
+            part += constant
+        return out
+
+    return run
+
+
+def _words(weight: Array) -> Array:
+    """Booleans (O,kh,kw,C) -> uint64 (words, O): bytes of the taps end to end, then zero bytes."""
+    packed = _pack(weight).reshape(len(weight), -1)
+    whole = np.zeros((len(weight), -(-packed.shape[1] // 8) * 8), np.uint8)
+    whole[:, : packed.shape[1]] = packed
+    return np.ascontiguousarray(whole.view(np.uint64).T)
+
+
+def _columns(views: list[Array]) -> Array:
+    """Bytes (B,Ho,Wo,n) of every tap -> uint64 (words, B·Ho·Wo), in the order of `_words`."""
+    count = views[0].shape[-1]
+    positions = views[0].size // count
+    if count % 8 == 0:
+        whole = np.empty((len(views), count // 8, *views[0].shape[:3]), np.uint64)
+        for tap, view in enumerate(views):
+            whole[tap] = np.moveaxis(view.view(np.uint64), -1, 0)
+        return whole.reshape(-1, positions)
+    wide = np.zeros((positions, -(-len(views) * count // 8) * 8), np.uint8)
+    shaped = wide[:, : len(views) * count].reshape(*views[0].shape[:3], len(views), count)
+    for tap, view in enumerate(views):
+        shaped[:, :, :, tap] = view
+    return np.ascontiguousarray(wide.view(np.uint64).T)
+
+
+def _count_differences(columns: Array, weight: Array, out: Array) -> None:
+    """``out[p, o] = sum over words of popcount(columns[word, p] ^ weight[word, o])``."""
+    words, positions = columns.shape
+    filters = weight.shape[1]
+    wide = min(positions, _PIXELS)
+    high = min(filters, max(1, _BLOCK // wide))
+    mixed = np.empty((3, high, wide), np.uint64)
+    ones = np.empty((3, high, wide), np.uint8)
+    total = np.empty((high, wide), np.int32)
+    for p in range(0, positions, wide):
+        for o in range(0, filters, high):
+            n, m = min(high, filters - o), min(wide, positions - p)
+            for k in range(0, words, 3):  # three words count to 192 at most and fit a byte
+                d = min(3, words - k)
+                left = columns[k : k + d, None, p : p + m]
+                np.bitwise_xor(left, weight[k : k + d, o : o + n, None], out=mixed[:d, :n, :m])
+                np.bitwise_count(mixed[:d, :n, :m], out=ones[:d, :n, :m])
+                for i in range(1, d):
+                    ones[0, :n, :m] += ones[i, :n, :m]
+                if k:
+                    total[:n, :m] += ones[0, :n, :m]
+                else:
+                    total[:n, :m] = ones[0, :n, :m]
+            out[p : p + m, o : o + n] = total[:n, :m].T
+
+
+def _border(bound: _Bound) -> Callable[[Array], Array]:
+    """What to add to ``-2 * differences``: int32 (Ho,Wo,O), from booleans (O,kh,kw,C).
+
+    A tap inside the map contributes C. A padded one has to contribute 0, but its zero bits differed
+    from each weight bit of 1, so twice those is given back.
+    """
+    _, kh, kw, channels = bound.tensors["weight"].shape
+    stride, pad = bound.attr("stride"), bound.attr("pad")
+    height, width, _ = bound.out.dims
+    rows = _inside(bound.inputs[0].dims[0], kh, stride, pad, height)
+    columns = _inside(bound.inputs[0].dims[1], kw, stride, pad, width)
+    # Few different patterns exist along an axis: near the start, in the middle, near the end.
+    rows, row_of = np.unique(rows, axis=0, return_inverse=True)
+    columns, column_of = np.unique(columns, axis=0, return_inverse=True)
+    rows, columns = rows.astype(np.int32), columns.astype(np.int32)
+    taps = np.outer(rows.sum(1), columns.sum(1))[..., None]
+
+    def constant(weight: Array) -> Array:
+        ones = weight.sum(3, dtype=np.int32)
+        padded = ones.sum((1, 2)) - np.moveaxis(rows @ ones @ columns.T, 0, -1)
+        table = taps * channels + 2 * padded
+        return table.astype(np.int32)[row_of[:, None], column_of[None, :]]
+
+    return constant
+
+
+def _inside(size: int, kernel: int, stride: int, pad: int, out: int) -> Array:
+    """Booleans (out, kernel): whether a tap of a window lies in the map, along one axis."""
+    where = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None, :]
+    return (where >= 0) & (where < size)
+
+
+def _prelu(bound: _Bound) -> Run:
+    slopes = bound.per(lambda slope: slope, "slope")
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x = _float(values[0])
+        return np.where(x >= 0, x, x * slopes(member))
+
+    return run
+
+
+def _float(x: Array) -> Array:
+    return x.astype(np.float32, copy=False)
+
+
+def _relu(bound: _Bound) -> Run:
+    return lambda values, member: np.maximum(_float(values[0]), np.float32(0))
+
+
+def _clip(bound: _Bound) -> Run:
+    low, high = np.float32(bound.node.attrs["low"]), np.float32(bound.node.attrs["high"])
+    return lambda values, member: np.clip(_float(values[0]), low, high)
+
+
+def _sign(bound: _Bound) -> Run:
+    return lambda values, member: _pack(values[0] >= 0)
+
+
+def _comparable(x: Array, level: Array) -> Array:
+    """Integers are compared with integers as they are, with floats as floats; both are exact."""
+    return x if level.dtype.kind == "i" else _float(x)
+
+
+def _threshold(bound: _Bound) -> Run:
+    levels = bound.per(lambda level: level, "threshold")
+    directions = bound.per(_unless_all, "direction")
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        level, up = levels(member), directions(member)
+        x = _comparable(values[0], level)
+        return _pack(x >= level if up is None else np.where(up, x >= level, x <= level))
+
+    return run
+
+
+def _interval(bound: _Bound) -> Run:
+    lows = bound.per(lambda low: low, "low")
+    highs = bound.per(lambda high: high, "high")
+    insides = bound.per(_unless_all, "inside")
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        low, high, keep = lows(member), highs(member), insides(member)
+        between = (_comparable(values[0], low) >= low) & (_comparable(values[0], high) <= high)
+        return _pack(between if keep is None else between == keep)
+
+    return run
+
+
+def _unless_all(bits: Array | None) -> Array | None:
+    return None if bits is None or bits.all() else bits
+
+
+def _add(bound: _Bound) -> Run:
+    return lambda values, member: np.add(values[0], values[1], dtype=np.float32)
+
+
+def _concat(bound: _Bound) -> Run:
+    channels = [shape.dims[-1] for shape in bound.inputs]
+    if bound.out.kind != "bits":
+        dtype = np.float32 if bound.out.kind == "f32" else np.int32
+        return lambda values, member: np.concatenate(
+            [x.astype(dtype, copy=False) for x in values], axis=-1
+        )
+    if not any(size % 8 for size in channels[:-1]):
+        return lambda values, member: np.concatenate(values, axis=-1)
+    return lambda values, member: _pack(
+        np.concatenate([_unpack(x, n) for x, n in zip(values, channels, strict=True)], axis=-1)
+    )
+
+
+def _maxpool(bound: _Bound) -> Run:
+    kernel, stride, pad = (bound.attr(name) for name in ("kernel", "stride", "pad"))
+    out = (bound.out.dims[0], bound.out.dims[1])
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x = values[0]
+        least = -np.inf if x.dtype == np.float32 else np.iinfo(np.int32).min
+        views = _taps(_padded(x, pad, kernel, stride, out, least), (kernel, kernel), stride, out)
+        best = views[0].copy()
+        for view in views[1:]:
+            np.maximum(best, view, out=best)
+        return best
+
+    return run
+
+
+def _avgpool(bound: _Bound) -> Run:
+    kernel, stride, pad = (bound.attr(name) for name in ("kernel", "stride", "pad"))
+    out = (bound.out.dims[0], bound.out.dims[1])
+    # What a window divides by: with include_pad also its taps in the padding, but not those that
+    # `ceil` adds beyond.
+    reach = pad if bound.attr("include_pad") else 0
+    taps = [
+        _inside(size + 2 * reach, kernel, stride, pad - reach, count).sum(1)
+        for size, count in zip(bound.inputs[0].dims[:2], out, strict=True)
+    ]
+    divisor = (taps[0][:, None] * taps[1][None, :]).astype(np.float32)[..., None]
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x = _float(values[0])
+        views = _taps(_padded(x, pad, kernel, stride, out, 0), (kernel, kernel), stride, out)
+        total = views[0].copy()
+        for view in views[1:]:
+            total += view
+        total /= divisor
+        return total
+
+    return run
+
+
+def _global_avg(bound: _Bound) -> Run:
+    return lambda values, member: values[0].mean(axis=(1, 2), dtype=np.float32)
+
+
+def _flatten(bound: _Bound) -> Run:
+    return lambda values, member: values[0].transpose(0, 3, 1, 2).reshape(len(values[0]), -1)
+
+
+def _dense(bound: _Bound) -> Run:
+    weights = bound.per(lambda w, s: _float_weight(w, s).T.copy(), "weight", "weight_scale")
+    biases = bound.per(lambda bias: bias, "bias")
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        out = values[0] @ weights(member)
+        bias = biases(member)
+        if bias is not None:
+            out += bias
+        return out
+
+    return run
+
+
+_BUILD: dict[str, Callable[[_Bound], Run]] = {
+    "normalize": _normalize,
+    "conv": _conv,
+    "bconv": _bconv,
+    "affine": _affine,
+    "prelu": _prelu,
+    "relu": _relu,
+    "clip": _clip,
+    "sign": _sign,
+    "threshold": _threshold,
+    "interval": _interval,
+    "add": _add,
+    "concat": _concat,
+    "maxpool": _maxpool,
+    "avgpool": _avgpool,
+    "global_avg": _global_avg,
+    "flatten": _flatten,
+    "dense": _dense,
+}

@@ -1,0 +1,586 @@
+"""Tiles: the compiled inner loops (numba and LLVM) behind `bnncore.packed.compiled_kernels`.
+
+A convolution, binary or float, works on a tile of a few pixels by 32 filters (16, where there are
+no more), whose sums stay in vector registers: *filters are the lanes*, so nothing is ever summed
+across lanes, and the activations are what is broadcast. A tile adds up *runs*: stretches of bytes,
+words or floats that are contiguous both in the input and in the weights (one row of a kernel
+window, over all its channels). Three tiles exist, told apart by the type of the weights:
+
+- ``uint32``, for processors that count bits in vectors (AVX-512 VPOPCNTDQ, NEON): a word of
+  channels a step, ``sum += popcount(broadcast(a) ^ w)``;
+- ``uint8``, for those with a byte shuffle instead (AVX2): 8 input channels a step. The byte of
+  activations picks one of 256 tables, and the shuffle looks up ``popcount(a ^ w)`` of 32 nibbles of
+  weights at once. The sums are bytes too, so they are widened every 60 steps, before they overflow;
+- ``float32``, for the first convolution, shortcuts and dense layers: ``sum += broadcast(a) * w``.
+
+**The epilogue** runs while the sums are at hand: affine, PReLU, affine, residual add, affine,
+PReLU, affine, each rounded as in float32 arithmetic one at a time, then a store of the numbers, or
+of ``(low <= x <= high) ^ flip`` as a word of bits, or both.
+
+The loops are written in LLVM's own language, as functions that numba calls (`intrinsic`): its
+vectoriser, given plain loops, makes code that is two to three times slower. LLVM lowers them to
+what the processor has. Nothing here checks bounds: `compiled_kernels` plans every address
+from validated shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
+LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
+BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
+
+# Parts of the epilogue, in order.
+FIRST, RESIDUAL, SECOND, NUMBERS, BITS = 1, 2, 4, 8, 16
+# Rows of its parameters: two groups of scale, shift, slope, scale, shift; then the bounds of a bit.
+GROUP, LOW, HIGH, ROWS = 5, 10, 11, 12
+
+
+def features() -> set[str]:
+    """What numba compiles for, as LLVM names it (``avx2``); NUMBA_CPU_FEATURES overrides it."""
+    from numba.core.registry import cpu_target
+
+    flags = cpu_target.target_context.codegen().magic_tuple()[2]
+    return {flag[1:] for flag in flags.split(",") if flag.startswith("+")}
+
+
+def binary_tile() -> np.dtype:
+    """The type of weights whose tile is the fastest here, see above."""
+    have = features()
+    return np.dtype("u1" if "avx2" in have and "avx512vpopcntdq" not in have else "u4")
+
+
+def tile_pixels(weights: np.dtype, lanes: int = LANES) -> int:
+    """Pixels of a tile: as many as leave their sums, and what is added, in registers."""
+    have = features()
+    if weights == np.uint8:
+        pixels = 4
+    elif "avx512f" in have:
+        pixels = 8
+    else:
+        pixels = 3 if weights == np.float32 and "avx2" in have else 2
+    return pixels * LANES // lanes
+
+
+# ---- code generation: what numba's own vectoriser does not find -------------------------------
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32 = ir.FloatType()
+
+
+class _Emit:
+    """An IR builder with loads and stores at integer addresses, and loops with carried values."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.b = builder
+
+    def at(self, base: ir.Value, index: ir.Value | int = 0, size: int = 1) -> ir.Value:
+        """The address ``base + index * size``."""
+        if isinstance(index, int):
+            return self.b.add(base, _I64(index * size)) if index else base
+        return self.b.add(base, self.b.mul(index, _I64(size)))
+
+    def load(self, kind: ir.Type, address: ir.Value, align: int = 4) -> ir.Value:
+        value = self.b.load(self.b.inttoptr(address, ir.PointerType()), typ=kind)
+        value.align = align
+        return value
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+        self.b.store(value, self.b.inttoptr(address, ir.PointerType())).align = align
+
+    def call(self, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
+        """Call the LLVM intrinsic `name`."""
+        kind = ir.FunctionType(result, [value.type for value in values])
+        known = self.b.module.globals.get(name)
+        return self.b.call(known or ir.Function(self.b.module, kind, name), values)
+
+    def splat(self, value: ir.Value, lanes: int) -> ir.Value:
+        kind = ir.VectorType(value.type, lanes)
+        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
+        zeros = ir.Constant(ir.VectorType(_I32, lanes), None)
+        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+
+    def half(self, value: ir.Value, first: int, lanes: int) -> ir.Value:
+        picks = ir.Constant(ir.VectorType(_I32, lanes), list(range(first, first + lanes)))
+        return self.b.shuffle_vector(value, value, picks)
+
+    def loop(
+        self,
+        count: ir.Value,
+        carried: list[ir.Value],
+        body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+        unroll: bool = True,
+    ) -> list[ir.Value]:
+        """``for i in range(count): carried = body(i, carried)``; count >= 1."""
+        before = self.b.block
+        inside, after = self.b.append_basic_block(), self.b.append_basic_block()
+        self.b.branch(inside)
+        self.b.position_at_end(inside)
+        index = self.b.phi(_I64)
+        index.add_incoming(_I64(0), before)
+        held = []
+        for value in carried:
+            held.append(self.b.phi(value.type))
+            held[-1].add_incoming(value, before)
+        new = body(index, list(held))
+        following = self.b.add(index, _I64(1))
+        index.add_incoming(following, self.b.block)
+        for phi, value in zip(held, new, strict=True):
+            phi.add_incoming(value, self.b.block)
+        again = self.b.cbranch(self.b.icmp_signed("<", following, count), inside, after)
+        if not unroll:
+            module = self.b.module
+            disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+            loop = module.add_metadata([disable, ir.Constant(_I32, len(module.metadata))])
+            loop.operands = (loop, disable)  # a loop's mark refers to itself, so as to be unique
+            again.set_metadata("llvm.loop", loop)
+        self.b.position_at_end(after)
+        return new
+
+    def when(
+        self, condition: ir.Value, value: ir.Value, body: Callable[[ir.Value], ir.Value]
+    ) -> ir.Value:
+        """``body(value) if condition else value``."""
+        before = self.b.block
+        inside, after = self.b.append_basic_block(), self.b.append_basic_block()
+        self.b.cbranch(condition, inside, after)
+        self.b.position_at_end(inside)
+        new = body(value)
+        last = self.b.block
+        self.b.branch(after)
+        self.b.position_at_end(after)
+        joined = self.b.phi(value.type)
+        joined.add_incoming(value, before)
+        joined.add_incoming(new, last)
+        return joined
+
+
+@intrinsic
+def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
+    """Add up `count` runs for one tile.
+
+    The types of arrays tell what to make: of ``weights``, the tile; of ``x``, how wide a word of
+    input is; of ``flips``, how many filters are done at once. Addresses: ``pixels`` of P addresses,
+    where the windows of the pixels start; ``table`` of the 256 tables; ``runs`` of records of four
+    int64 (offset from the window's start in bytes, offset in the weights in bytes, steps, whether
+    to widen afterwards); ``sums`` of P x lanes results.
+    """
+    kind = np.dtype(str(weights.dtype))
+    lanes = flips.dtype.bitwidth
+    P = tile_pixels(kind, lanes)
+    unit = ir.IntType(x.dtype.bitwidth)
+    emitter = _TILES[kind.name](lanes // 16, unit)
+
+    def body(context, builder, signature, args):
+        _, array, _, pixels, table, runs, count, sums = args
+        emit = _Emit(builder)
+        data = context.make_array(weights)(context, builder, array).data
+        base = builder.ptrtoint(data, _I64)
+
+        def one_run(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            record = emit.at(runs, index, 32)
+            offset, where, steps, widen = (
+                emit.load(_I64, emit.at(record, 8 * k)) for k in range(4)
+            )
+            starts = [
+                builder.add(emit.load(_I64, emit.at(pixels, 8 * j)), offset) for j in range(P)
+            ]
+            at = builder.add(base, where)
+            return emitter.run(emit, starts, at, table, steps, totals, widen, sums)
+
+        totals = emitter.start(emit, P, sums)
+        totals = emit.loop(count, totals, one_run)
+        emitter.end(emit, totals, sums)
+        return context.get_dummy_value()
+
+    return types.void(x, weights, flips, *[types.int64] * 5), body
+
+
+class _Words:
+    """Sums are lanes of 32 bits, in registers until the end; a word of channels a step.
+
+    Args:
+        vectors: of 16 filters each.
+        unit: a word of the input.
+    """
+
+    vector = ir.VectorType(_I32, 16)
+
+    def __init__(self, vectors: int, unit: ir.Type) -> None:
+        self.vectors, self.unit = vectors, unit
+
+    def start(self, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
+        """The totals to begin with, for each pixel its vectors."""
+        return [ir.Constant(self.vector, None)] * (self.vectors * pixels)
+
+    def run(
+        self,
+        emit: _Emit,
+        starts: list[ir.Value],
+        weights: ir.Value,
+        table: ir.Value,
+        steps: ir.Value,
+        totals: list[ir.Value],
+        widen: ir.Value,
+        sums: ir.Value,
+    ) -> list[ir.Value]:
+        """Add up one run: `steps` from the address `starts` of each pixel and from `weights`."""
+        n = self.vectors
+
+        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            at = emit.at(weights, index, 64 * n)
+            w = [emit.load(self.vector, emit.at(at, 64 * v)) for v in range(n)]
+            new = []
+            for j, start in enumerate(starts):
+                a = emit.splat(self.read(emit, start, index), 16)
+                new += [self.add(emit, totals[n * j + v], a, w[v]) for v in range(n)]
+            return new
+
+        return emit.loop(steps, totals, step)
+
+    def read(self, emit: _Emit, start: ir.Value, index: ir.Value) -> ir.Value:
+        size = self.unit.width // 8
+        word = emit.load(self.unit, emit.at(start, index, size), size)
+        return emit.b.zext(word, _I32) if size < 4 else word
+
+    def add(self, emit: _Emit, total: ir.Value, a: ir.Value, w: ir.Value) -> ir.Value:
+        counted = emit.call("llvm.ctpop.v16i32", total.type, emit.b.xor(a, w))
+        return emit.b.add(total, counted)
+
+    def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+        """Store the totals."""
+        for k, total in enumerate(totals):
+            emit.store(total, emit.at(sums, 64 * k))
+
+
+class _Floats(_Words):
+    """The same with products of floats; one channel a step.
+
+    The order, and vectors of 8 where there are no longer ones, let the sums of three pixels, their
+    inputs and one vector of weights fill the 16 registers of AVX2 and not one more.
+    """
+
+    def __init__(self, vectors: int, unit: ir.Type) -> None:
+        self.width = 16 if "avx512f" in features() else 8
+        self.vector = ir.VectorType(_F32, self.width)
+        super().__init__(vectors * 16 // self.width, unit)
+
+    def run(
+        self,
+        emit: _Emit,
+        starts: list[ir.Value],
+        weights: ir.Value,
+        table: ir.Value,
+        steps: ir.Value,
+        totals: list[ir.Value],
+        widen: ir.Value,
+        sums: ir.Value,
+    ) -> list[ir.Value]:
+        n, size = self.vectors, 4 * self.width
+
+        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            values = [emit.load(_F32, emit.at(start, index, 4)) for start in starts]
+            spread = [emit.splat(value, self.width) for value in values]
+            at = emit.at(weights, index, n * size)
+            new = list(totals)
+            for v in range(n):
+                w = emit.load(self.vector, emit.at(at, size * v))
+                for j, a in enumerate(spread):
+                    name = f"llvm.fmuladd.v{self.width}f32"
+                    new[n * j + v] = emit.call(name, self.vector, a, w, totals[n * j + v])
+            return new
+
+        return emit.loop(steps, totals, step, unroll=False)
+
+    def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+        for k, total in enumerate(totals):
+            emit.store(total, emit.at(sums, 4 * self.width * k))
+
+
+class _Nibbles(_Words):
+    """Totals are bytes: lanes 0-15 count the low nibbles of 16 filters, lanes 16-31 the high ones.
+
+    They are widened to sums of 16 bits in memory. Eight channels a step.
+    """
+
+    vector = ir.VectorType(_I8, 32)
+    wide = ir.VectorType(_I16, 16)
+
+    def start(self, emit: _Emit, pixels: int, sums: ir.Value) -> list[ir.Value]:
+        totals = super().start(emit, pixels, sums)
+        for k in range(len(totals)):
+            emit.store(ir.Constant(self.wide, None), emit.at(sums, 32 * k))
+        return totals
+
+    def run(
+        self,
+        emit: _Emit,
+        starts: list[ir.Value],
+        weights: ir.Value,
+        table: ir.Value,
+        steps: ir.Value,
+        totals: list[ir.Value],
+        widen: ir.Value,
+        sums: ir.Value,
+    ) -> list[ir.Value]:
+        b, n = emit.b, self.vectors
+
+        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            tables = []
+            for start in starts:
+                byte = b.zext(emit.load(_I8, b.add(start, index), 1), _I64)
+                tables.append(emit.load(self.vector, emit.at(table, byte, 32), 32))
+            at = emit.at(weights, index, 32 * n)
+            w = [emit.load(self.vector, emit.at(at, 32 * v), 32) for v in range(n)]
+            return [
+                b.add(
+                    totals[n * j + v],
+                    emit.call("llvm.x86.avx2.pshuf.b", self.vector, tables[j], w[v]),
+                )
+                for j in range(len(starts))
+                for v in range(n)
+            ]
+
+        totals = emit.loop(steps, totals, step)
+        before = b.block
+        inside, after = b.append_basic_block(), b.append_basic_block()
+        b.cbranch(b.icmp_signed("!=", widen, _I64(0)), inside, after)
+        b.position_at_end(inside)
+        for k, total in enumerate(totals):
+            low, high = (b.zext(emit.half(total, first, 16), self.wide) for first in (0, 16))
+            at = emit.at(sums, 32 * k)
+            emit.store(b.add(emit.load(self.wide, at), b.add(low, high)), at)
+        b.branch(after)
+        b.position_at_end(after)
+        joined = []
+        for total in totals:
+            joined.append(b.phi(self.vector))
+            joined[-1].add_incoming(total, before)
+            joined[-1].add_incoming(ir.Constant(self.vector, None), inside)
+        return joined
+
+    def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
+        """Nothing: the last run has widened."""
+
+
+_TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32": _Floats}
+
+
+@intrinsic
+def _finish(
+    typing, weights, constants, flips, constant, total, parts, params, flip, residual, numbers, bits
+):
+    """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
+
+    The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
+    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
+    (``x = constant + total``). Addresses, for so many filters: ``constant``, ``total``,
+    ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits`` of a word.
+    ``parts``: which parts to do; ``flip``: a word of bits to negate.
+    """
+    counted = constants.dtype == types.int32
+    lanes = flips.dtype.bitwidth
+    word = ir.IntType(lanes)
+    vector = ir.VectorType(_F32, lanes)
+
+    def body(context, builder, signature, args):
+        _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
+        emit, b = _Emit(builder), builder
+
+        def row(index: int) -> ir.Value:
+            return emit.load(vector, emit.at(params, 4 * lanes * index))
+
+        def asked(part: int) -> ir.Value:
+            return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
+
+        def group(first: int) -> Callable[[ir.Value], ir.Value]:
+            def apply(x: ir.Value) -> ir.Value:
+                x = b.fadd(b.fmul(x, row(first)), row(first + 1))
+                up = b.fcmp_ordered(">=", x, ir.Constant(vector, None))
+                x = b.select(up, x, b.fmul(x, row(first + 2)))
+                return b.fadd(b.fmul(x, row(first + 3)), row(first + 4))
+
+            return apply
+
+        def store_numbers(x: ir.Value) -> ir.Value:
+            emit.store(x, numbers)
+            return x
+
+        def store_bits(x: ir.Value) -> ir.Value:
+            above = b.fcmp_ordered(">=", x, row(LOW))
+            below = b.fcmp_ordered("<=", x, row(HIGH))
+            within = b.bitcast(b.and_(above, below), word)
+            emit.store(b.xor(within, b.trunc(flip, word)), bits, lanes // 8)
+            return x
+
+        if counted:
+            whole = ir.VectorType(_I32, lanes)
+            start = emit.load(whole, constant)
+            if weights.dtype == types.uint8:
+                minus = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
+            else:
+                minus = emit.load(whole, total)
+            x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
+        else:
+            x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
+        x = emit.when(asked(FIRST), x, group(0))
+        x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
+        x = emit.when(asked(SECOND), x, group(GROUP))
+        x = emit.when(asked(NUMBERS), x, store_numbers)
+        emit.when(asked(BITS), x, store_bits)
+        return context.get_dummy_value()
+
+    return types.void(weights, constants, flips, *[types.int64] * 8), body
+
+
+# ---- kernels ----------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def convolve(
+    x, strip, images, weights, stretch, table, runs, spans, starts, classes, constants,
+    by_image, P, parts, params, flips, residual, numbers, bits,
+):  # fmt: skip
+    """A convolution, of bits or of floats, with its epilogue.
+
+    Args:
+        x: the input, any shape.
+        strip: bytes of one image of it.
+        images: B.
+        weights: flat, see `_tile`; one block of filters after the other, `stretch` numbers each.
+        table: the 256 tables of `_Nibbles`.
+        runs: int64 (n,4), see `_tile`.
+        spans: int64 (classes,2): the runs of a border class, first and number.
+        starts: int64 (positions,): where the window of an output starts in an image of x, in bytes.
+        classes: int64 (positions,): its border class.
+        constants: (classes, filters), see `_finish`.
+        by_image: whether a tile is one position of P images, or P positions as they come.
+        parts, params, flips: the epilogue's; params (blocks, `ROWS`, lanes), flips (blocks,).
+        residual, numbers: float32 (B, positions, lanes * blocks); bits: (B, positions, blocks).
+    """
+    positions = len(starts)
+    blocks = len(params)
+    origins = np.empty(P, np.int64)
+    firsts = np.empty(P, np.int64)
+    pixels = np.empty(P, np.int64)
+    places = np.empty(P, np.int64)
+    kinds = np.empty(P, np.int64)
+    lanes = flips.itemsize * 8
+    sums = np.empty(P * lanes + 16, np.int32)
+    sums_at = (sums.ctypes.data + 63) // 64 * 64
+    x_at, table_at, runs_at = x.ctypes.data, table.ctypes.data, runs.ctypes.data
+    residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
+    wide = 2 if weights.itemsize == 1 else 4  # bytes of a sum
+    total = images * positions
+    outer = (images + P - 1) // P if by_image else 1
+    inner = positions if by_image else (total + P - 1) // P
+    for block in range(blocks):
+        part = weights[block * stretch :]
+        constants_at = constants.ctypes.data + block * lanes * 4
+        params_at = params.ctypes.data + block * ROWS * lanes * 4
+        flip = np.int64(flips[block])
+        image, position, place = 0, 0, 0
+        for i in range(outer):
+            if by_image:
+                for j in range(P):
+                    # Beyond the end the last pixel is done again, which changes nothing.
+                    image = min(i * P + j, images - 1)
+                    origins[j] = x_at + image * strip
+                    firsts[j] = image * positions * blocks + block
+            for k in range(inner):
+                if by_image:
+                    for j in range(P):
+                        pixels[j] = origins[j] + starts[k]
+                        places[j] = firsts[j] + k * blocks
+                        kinds[j] = classes[k]
+                else:
+                    for j in range(P):
+                        pixels[j] = x_at + image * strip + starts[position]
+                        places[j] = place * blocks + block
+                        kinds[j] = classes[position]
+                        if place + 1 < total:
+                            place += 1
+                            position += 1
+                            if position == positions:
+                                position = 0
+                                image += 1
+                begin = runs_at + spans[kinds[0], 0] * 32
+                _tile(
+                    x, part, flips, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at
+                )  # type: ignore[call-arg]
+                for j in range(P):
+                    _finish(
+                        weights,
+                        constants,
+                        flips,
+                        constants_at + kinds[j] * blocks * lanes * 4,
+                        sums_at + j * lanes * wide,
+                        parts,
+                        params_at,
+                        flip,
+                        residual_at + places[j] * lanes * 4,
+                        numbers_at + places[j] * lanes * 4,
+                        bits_at + places[j] * lanes // 8,
+                    )
+    sums[0] = 0  # numba would free it after its last use, and sums_at is none
+
+
+@njit(cache=True, nogil=True)
+def finish(x, zeros, parts, params, flips, residual, numbers, bits):
+    """The epilogue alone, on stored numbers: x float32 (B, positions, lanes * blocks)."""
+    blocks = len(params)
+    lanes = flips.itemsize * 8
+    x_at, zeros_at = x.ctypes.data, zeros.ctypes.data
+    residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
+    for place in range(x.size // lanes):
+        block = place % blocks
+        _finish(  # type: ignore[call-arg]
+            zeros,
+            zeros,
+            flips,
+            zeros_at,
+            x_at + place * lanes * 4,
+            parts,
+            params.ctypes.data + block * ROWS * lanes * 4,
+            np.int64(flips[block]),
+            residual_at + place * lanes * 4,
+            numbers_at + place * lanes * 4,
+            bits_at + place * lanes // 8,
+        )
+
+
+@njit(cache=True, nogil=True)
+def pool(x, kernel, stride, pad, divisor, maximum, out):
+    """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo)."""
+    images, high, wide, channels = out.shape
+    for n in range(images):
+        for i in range(high):
+            for j in range(wide):
+                room = out[n, i, j]
+                first = True
+                for y in range(
+                    max(0, i * stride - pad), min(x.shape[1], i * stride - pad + kernel)
+                ):
+                    for z in range(
+                        max(0, j * stride - pad), min(x.shape[2], j * stride - pad + kernel)
+                    ):
+                        tap = x[n, y, z]
+                        if first:
+                            for c in range(channels):
+                                room[c] = tap[c]
+                        elif maximum:
+                            for c in range(channels):
+                                room[c] = tap[c] if tap[c] > room[c] else room[c]
+                        else:
+                            for c in range(channels):
+                                room[c] += tap[c]
+                        first = False
+                if not maximum:
+                    for c in range(channels):
+                        room[c] /= divisor[i, j]

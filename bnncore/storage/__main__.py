@@ -1,0 +1,7 @@
+"""``python -m bnncore.storage``."""
+
+import sys
+
+from bnncore.storage import main
+
+sys.exit(main())

@@ -1,0 +1,268 @@
+"""What a training step costs, and how to have it cheaper: kernels, compilation, memory.
+
+**Kernels**, for CPUs: batch norm and one-slope PReLU, torch's functions in far less time. In a
+binarized network element-wise work takes half of a training step. torch's batch norm sums in
+double precision, one thread a channel, and its PReLU gradient is not vectorised; the kernels of
+evaluation-mode batch norm and of leaky ReLU compute the same, vectorised. Results differ from
+torch's by rounding only.
+
+**Compilation**: `torch.compile` of a member's forward pass, one compilation for all members.
+
+**Memory**: what autograd keeps for the backward pass, measured on a few images; and what becomes of
+freed memory.
+
+Legend: `B C H W` activations, `N = B * H * W` values of a channel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bnncore.networks.backbones import build
+from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, sign
+from bnncore.networks.parts import Backbone, ModelSpec
+
+# Operations of all forward passes of a job from which on a compilation of a minute or two pays.
+# Assumed: it saves a third of the time, and a CPU does 5e10, a GPU 2e12 of them in a second.
+WORTH_COMPILING = {"cpu": 5e13, "cuda": 2e15}
+
+
+class _Norm(torch.autograd.Function):
+    """``(x - mean) / sqrt(var + eps) * gamma + beta``; also gives mean and var (biased), (C,)."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, eps):
+        rows = x.flatten(2)
+        count = x.numel() // x.shape[1]
+        mean = rows.sum(2).sum(0).div_(count)
+        # Sums of squares of centred values: no cancellation where the mean is large.
+        norms = torch.linalg.vector_norm(rows - mean[:, None], dim=2)
+        var = norms.square_().sum(0).div_(count)
+        ctx.save_for_backward(x, gamma, mean, (var + eps).rsqrt_())
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps), mean, var
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, gamma, mean, inverse = ctx.saved_tensors
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, x, gamma, None, None, mean, inverse, True, ctx.eps, ctx.needs_input_grad[:3]
+        )
+        return *grads, None
+
+
+def _norm(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    plain = self.training and self.momentum is not None and x.is_contiguous()
+    if not plain or x.numel() == x.shape[1]:  # torch refuses one value a channel
+        return nn.BatchNorm2d.forward(self, x)
+    y, mean, var = _Norm.apply(x, self.weight, self.bias, self.eps)
+    with torch.no_grad():
+        count = x.numel() // x.shape[1]
+        self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+        unbiased = var * (count / (count - 1))
+        self.running_var.lerp_(unbiased, self.momentum)  # type: ignore[union-attr, arg-type]
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    return y
+
+
+class _LeakyReLU(torch.autograd.Function):
+    """``x if x > 0 else a x`` with one trained slope `a` (1,).
+
+    Where ``a > 0``, outputs have the signs of their inputs and tell them, up to rounding: those are
+    kept, which a batch norm behind would keep in any case.
+    """
+
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.slope = slope.item()
+        y = F.leaky_relu(x, ctx.slope)
+        ctx.of_output = ctx.slope > 0
+        ctx.save_for_backward(y if ctx.of_output else x)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        below = None
+        if ctx.needs_input_grad[1]:
+            below = kept.clamp(max=0).mul_(grad).sum().view(1)
+            if ctx.of_output:
+                below /= ctx.slope
+        return torch.ops.aten.leaky_relu_backward(grad, kept, ctx.slope, ctx.of_output), below
+
+
+def _prelu(self: nn.PReLU, x: Tensor) -> Tensor:
+    return _LeakyReLU.apply(x, self.weight)
+
+
+class _ClippedSign(torch.autograd.Function):
+    """`binarize.clipped_sign`; keeps a byte a value."""
+
+    @staticmethod
+    def forward(ctx, x):
+        # By way of floats: torch's comparisons into bytes take several times longer.
+        ctx.save_for_backward(x.detach().abs().le_(1).to(torch.int8))
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inside,) = ctx.saved_tensors
+        return inside.to(grad.dtype).mul_(grad)
+
+
+def _sign(self: BinaryActivation, x: Tensor) -> Tensor:
+    return _ClippedSign.apply(x)
+
+
+class _FrozenConv(torch.autograd.Function):
+    """Convolution by filters that ask for no gradient, times alpha; keeps no activations."""
+
+    @staticmethod
+    def forward(ctx, x, filters, alpha, *geometry):
+        ctx.save_for_backward(filters, alpha)
+        ctx.shape, ctx.geometry = x.shape, geometry
+        y = torch.conv2d(x, filters, None, *geometry)
+        return y if alpha is None else y.mul_(alpha[:, None, None])
+
+    @staticmethod
+    def backward(ctx, grad):
+        filters, alpha = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        if alpha is not None:
+            grad = grad * alpha[:, None, None]
+        grads = torch.ops.aten.convolution_backward(
+            grad, grad.new_empty(ctx.shape), filters, None, stride, padding, dilation, False,
+            [0] * len(stride), groups, [True, False, False],
+        )  # fmt: skip
+        return grads[0], *[None] * 6
+
+
+def _conv(self: BinaryConv2d, x: Tensor) -> Tensor:
+    frozen = not any(p.requires_grad for p in self.parameters())
+    if not (frozen and x.requires_grad and isinstance(self.padding, tuple)):
+        return BinaryConv2d.forward(self, x)
+    filters, alpha = self.binary()
+    geometry = (self.stride, self.padding, self.dilation, self.groups)
+    y = _FrozenConv.apply(x, filters, alpha, *geometry)
+    return y if self.bias is None else y + self.bias[:, None, None]
+
+
+def make(network: nn.Module) -> None:
+    """Let the layers of a network on a CPU compute in the cheap way.
+
+    Only their `forward` changes: types, parameters and states stay what they are.
+    """
+    for module in network.modules():
+        cheap: Callable | None = None
+        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
+            cheap = _norm
+        elif type(module) is nn.PReLU and module.num_parameters == 1:
+            cheap = _prelu
+        elif type(module) is BinaryActivation and module.kind == "clipped":
+            cheap = _sign
+        elif type(module) is BinaryConv2d and module.padding_mode == "zeros":
+            cheap = _conv
+        if cheap is not None:
+            module.forward = MethodType(cheap, module)
+
+
+def operations(spec: ModelSpec) -> int:
+    """Floating-point operations (two a multiply-accumulate) of one image's forward pass."""
+    height, width, channels = spec.image
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(spec).eval()(torch.zeros(1, channels, height, width))
+    return counter.get_total_flops()
+
+
+Tentacle = Callable[[Backbone, Tensor], Tensor]
+
+
+def binarize_frozen(network: nn.Module) -> None:
+    """Binarize frozen filters now: a compiled graph takes them as they are, and cannot ask whether
+    the weights behind them have changed since."""
+    for module in network.modules():
+        if isinstance(module, BinaryConv2d) and not module.weight.requires_grad:
+            module.binary()
+
+
+def compiled(network: nn.Module) -> Tentacle:
+    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+    binarize_frozen(network)
+    return torch.compile(Backbone.tentacle, dynamic=False)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it needs: a C++ compiler for CPUs, Triton for GPUs."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+
+
+class Saved:
+    """Bytes that autograd keeps for the backward pass of what runs inside, each buffer once."""
+
+    def __init__(self, known: nn.Module):
+        self._seen = {p.untyped_storage().data_ptr() for p in known.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        self.bytes = 0
+
+    def _pack(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return x
+
+    def __enter__(self) -> Saved:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._hooks.__exit__(*error)
+
+
+# glibc's mallopt: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX, in the order of need.
+_KEEP = ((-1, -1), (-4, 0))  # never trim the heap, map nothing beside it
+_GIVE_BACK = ((-4, 1 << 16), (-3, 1 << 20), (-1, 1 << 20))  # what is above 1 MiB, at once
+
+
+def freed_memory(keep: bool) -> None:
+    """Whether this process keeps what it frees or gives it back at once, where it runs on glibc.
+
+    glibc's own way lies between: it maps large activations anew, page by page, in every step,
+    which took a fifth of a step's time; and it leaves holes, which made a step with replay take
+    0.25 GiB more for every member (ResNet-18, batch 256).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in _KEEP if keep else _GIVE_BACK:
+            mallopt(*option)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device; for a CPU also within the control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free

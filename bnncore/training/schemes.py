@@ -1,0 +1,533 @@
+"""Schemes: how the members of an ensemble are trained and combined.
+
+A scheme is a function ``scheme(plan, train_many) -> Ensembled``: it makes jobs, has them trained
+(`train.train_many` in this process, `actors.train_many` on a Ray cluster; the scheme cannot tell),
+and says what came out. A new scheme is a function and a row of `SCHEMES`.
+
+Legend: `M` members, `N` training images, `C` classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bnncore.data import Dataset
+from bnncore.networks.backbones import build
+from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
+from bnncore.networks.ensemble import (
+    SHARING,
+    Ensemble,
+    EnsembleSpec,
+    Sharing,
+    generator,
+    single_state,
+    weight_layers,
+)
+from bnncore.networks.parts import ModelSpec
+from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
+from bnncore.training.train import Job, State, Trained, Trainer, TrainingError
+
+TrainMany = Callable[[list[Job]], list[Trained]]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a scheme is asked to do.
+
+    Attributes:
+        params: the ensemble's section.
+        spec: its structure.
+        recipe: how members are trained.
+        seed: of everything random in it.
+        start: canonical state from which the members start.
+        data: for schemes that resample or reweight it.
+    """
+
+    params: EnsembleParams
+    spec: EnsembleSpec
+    recipe: Recipe
+    seed: int
+    start: State
+    data: Dataset
+
+    def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
+        """A job that trains members `ids` from the plan's start."""
+        seed = self.seed if len(ids) == self.spec.members else self.seed + 1 + ids[0]
+        values = {"spec": self.spec, "recipe": self.recipe, "start": self.start, **changes}
+        return Job(name=name, ids=ids, seed=seed, **values)
+
+    def member(self, i: int, **changes: Any) -> Job:
+        """A job that trains member `i` alone."""
+        return self.job((i,), f"{self.params.name}.{i}", **changes)
+
+    def option(self, name: str) -> Any:
+        """An option of the scheme, as the section says or by default."""
+        value = getattr(self.params, name)
+        return SCHEMES[self.params.scheme].options[name] if value is None else value
+
+    def training_outputs(self, trained: Trained) -> np.ndarray:
+        """A member's outputs on the training images, not augmented: (N, C) float32."""
+        trainer = Trainer(replace(trained.job, start=trained.state), self.data)
+        return trainer.outputs(trainer.images)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Ensembled:
+    """A trained ensemble.
+
+    Attributes:
+        spec: its structure.
+        state: canonical state of all members.
+        histories: job name -> a dict an epoch.
+    """
+
+    spec: EnsembleSpec
+    state: State
+    histories: dict[str, list[dict[str, Any]]]
+
+    def ensemble(self) -> Ensemble:
+        """The torch module, loaded."""
+        ensemble = Ensemble(self.spec)
+        ensemble.load(self.state)
+        return ensemble
+
+    def save(self, folder: Path) -> None:
+        """Write weights, structure and curves into `folder`; shared tensors once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state, folder / "weights.safetensors")
+        (folder / "spec.json").write_text(json.dumps(asdict(self.spec), indent=1))
+        (folder / "histories.json").write_text(json.dumps(self.histories))
+
+    @classmethod
+    def read(cls, folder: Path) -> Ensembled:
+        """The inverse of `save`.
+
+        Raises:
+            ValueError: a file is missing or broken; names it.
+        """
+        try:
+            spec = TypeAdapter(EnsembleSpec).validate_json((folder / "spec.json").read_text())
+            histories = json.loads((folder / "histories.json").read_text())
+            return cls(spec, load_file(folder / "weights.safetensors"), histories)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder}: expected a trained model, got: {error}") from error
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A row of `SCHEMES`.
+
+    Attributes:
+        run: the function.
+        combine: how members' outputs are joined; ``vote`` is soft or hard as the section says.
+        joint: whether one training serves all members, so that shared layers may be trained.
+        options: fields of `EnsembleParams` that mean something to this scheme, and their defaults.
+    """
+
+    run: Callable[[Plan, TrainMany], Ensembled]
+    combine: str
+    joint: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def together(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """All members at once, on the loss of their combined logits (fusion, TentacleNet)."""
+    (trained,) = train_many([plan.job(tuple(range(plan.spec.members)), plan.params.name)])
+    return Ensembled(plan.spec, trained.state, {plan.params.name: trained.history})
+
+
+def independently(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Each member by itself, on its own loss and its own order of the data (voting)."""
+    return gathered(plan, train_many([plan.member(i) for i in range(plan.spec.members)]))
+
+
+def bagging(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Each member by itself, on images of its own.
+
+    ``bootstrap``: N of N, drawn with replacement (Breiman 1996; Zhu et al. 2019, BENN);
+    ``batch``: from each batch, of every epoch anew, as many as it has, drawn with replacement, of
+    which each is used once (the library of Kim et al. 2022 in its version of that time);
+    ``partition``: one of M disjoint parts (TentacleNet, section 2.3).
+    """
+    n, m = len(plan.data.train), plan.spec.members
+    sampling = plan.option("sampling")
+    if sampling == "batch":
+        return gathered(plan, train_many([plan.member(i, resample=True) for i in range(m)]))
+    if sampling == "bootstrap":
+        draws = [generator("bootstrap", plan.seed, i) for i in range(m)]
+        parts = [torch.randint(n, (n,), generator=rng).numpy() for rng in draws]
+    else:
+        order = torch.randperm(n, generator=generator("partition", plan.seed)).numpy()
+        parts = np.array_split(order, m)
+    return gathered(
+        plan, train_many([plan.member(i, indices=part) for i, part in enumerate(parts)])
+    )
+
+
+def boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """AdaBoost for several classes: members in sequence, each on the images that were hard so far.
+
+    With image weights w that sum to 1, member i errs by ``eps = sum(w where it is wrong)``, votes
+    with ``samme_vote(eps)``, and the weights of the images it gets wrong grow by ``exp(vote)``
+    (Zhu et al. 2009, SAMME, algorithm 2). ``boost: reweight`` multiplies each image's loss by
+    ``N * w``; ``resample`` draws N images by w for each member (Zhu et al. 2019, BENN).
+
+    A member that is wrong no less often than chance gets vote 0, and the next starts from equal
+    weights. If that is the first, there is nothing to boost.
+
+    Raises:
+        TrainingError: the first member is no better than chance.
+    """
+    n, classes = len(plan.data.train), plan.spec.model.classes
+    weights = np.full(n, 1 / n)
+    results: list[Trained] = []
+    votes = np.zeros(plan.spec.members, np.float32)
+    for i in range(plan.spec.members):
+        changes: dict[str, Any] = {"start": _start(plan, results)}
+        if plan.option("boost") == "reweight":
+            changes["weights"] = (n * weights).astype(np.float32)
+        else:
+            rng = generator("boost", plan.seed, i)
+            draw = torch.multinomial(torch.from_numpy(weights), n, replacement=True, generator=rng)
+            changes["indices"] = draw.numpy()
+        results += train_many([plan.member(i, **changes)])
+        wrong = plan.training_outputs(results[-1]).argmax(1) != plan.data.train.labels
+        error = float(weights[wrong].sum())
+        votes[i] = samme_vote(error, classes, n)
+        if votes[i] > 0:
+            weights = weights * np.exp(votes[i] * wrong)
+            weights /= weights.sum()
+        elif i == 0:
+            raise TrainingError(
+                f"{plan.params.name}: expected a first member better than chance, an error below "
+                f"{1 - 1 / classes:.3f} on the training images, got {error:.3f}; train it longer"
+            )
+        else:
+            weights = np.full(n, 1 / n)
+    return gathered(plan, results, votes)
+
+
+def samme_vote(error: float, classes: int, images: int) -> float:
+    """``log((1 - eps) / eps) + log(C - 1)``, or 0 where that is negative: chance or worse.
+
+    An error below half an image's share, ``1 / (2 N)``, counts as that, so that a member without
+    errors has a large vote but not an infinite one.
+
+    Source: Zhu et al. 2009, SAMME, algorithm 2 (c).
+    """
+    error = max(error, 1 / (2 * images))
+    if error >= 1 - 1 / classes:
+        return 0.0
+    return math.log((1 - error) / error) + math.log(classes - 1)
+
+
+def gradient_boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Members in sequence, each on what the sum of those before it leaves over.
+
+    With ``F_i = shrinkage * (z_1 + .. + z_{i-1})``, member i fits, by ``residual``: ``squared``,
+    the negative gradient of the cross entropy, ``onehot(y) - softmax(F_i)``, by squared error, as
+    torchensemble's GradientBoostingClassifier does; ``logits``, the cross entropy of
+    ``F_i + z_i``.
+    The ensemble is F_{M+1}. Outputs of earlier members are taken once, in evaluation mode, on
+    images that are not augmented; torchensemble takes them on each augmented batch.
+    """
+    shrinkage = plan.option("shrinkage")
+    labels = plan.data.train.labels
+    total = np.zeros((len(labels), plan.spec.model.classes), np.float32)
+    results: list[Trained] = []
+    for i in range(plan.spec.members):
+        changes: dict[str, Any] = {"start": _start(plan, results)}
+        if plan.option("residual") == "squared":
+            onehot = np.eye(total.shape[1], dtype=np.float32)[labels]
+            changes["targets"] = onehot - torch.from_numpy(total).softmax(1).numpy()
+        else:
+            changes["offsets"] = total.copy()
+        results += train_many([plan.member(i, **changes)])
+        total += np.float32(shrinkage) * plan.training_outputs(results[-1])
+    return gathered(plan, results, np.full(plan.spec.members, shrinkage))
+
+
+def snapshot(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """One run whose learning rate falls from `lr` to 0 along half a cosine and jumps back, M times;
+    member i is the network at the end of cycle i.
+
+    A cycle is a job of ``epochs / M`` epochs that goes on from the one before it: its weights and
+    its Adam moments. The learning rate changes by the step. Source: Huang et al. 2017, Eq. 2.
+    """
+    cycle = replace(plan.recipe, epochs=plan.recipe.epochs // plan.spec.members, schedule="cosine")
+    results: list[Trained] = []
+    for i in range(plan.spec.members):
+        start = handed_on(results[-1], i) if results else plan.start
+        results += train_many([plan.member(i, recipe=cycle, start=start, keep_optimizer=True)])
+    return gathered(plan, results)
+
+
+def stochastic_rounding(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Members drawn from one network of real-valued weights (Vogel et al. 2016).
+
+    One network is trained by the recipe, its signs drawn anew at every step (`binarize.drawn`), so
+    that its weights settle where a draw does little harm; with 0 epochs it is the start itself.
+    Then each member gets signs of its own, drawn with P(+1) = (clip(w, -1, 1) + 1) / 2, at the
+    magnitudes, and so the scales alpha, of the network; and its batch-norm statistics are
+    estimated anew: the mean over one pass through the training images of those of each batch.
+    """
+    spec = plan.spec
+    binarizer = spec.model.binarizer
+    assert binarizer is not None
+    model = replace(spec.model, binarizer=replace(binarizer, stochastic=True))
+    (trained,) = train_many([plan.member(0, spec=replace(spec, model=model))])
+    state: State = {}
+    for i in range(spec.members):
+        trainer = Trainer(plan.member(i, start=handed_on(trained, i)), plan.data)
+        (member,) = trainer.ensemble.members
+        for name in sorted(trainer.ensemble.own):
+            layer = member.get_submodule(name)
+            if isinstance(layer, BinaryConv2d):
+                rounded_(layer.weight, generator("draw", plan.seed, i, name))
+        trainer.estimate_norms()
+        state |= trainer.ensemble.state()
+    return Ensembled(spec, state, {trained.job.name: trained.history})
+
+
+@torch.no_grad()
+def rounded_(weight: torch.Tensor, rng: torch.Generator) -> None:
+    """Give each weight, in place, the sign that is `drawn` for it; its magnitude stays."""
+    signs = drawn(weight.cpu(), rng).to(weight.device)
+    # A weight of exactly 0 cannot carry a minus sign: it gets the smallest magnitude that can.
+    weight.copy_(weight.abs().clamp_(min=torch.finfo(weight.dtype).tiny) * signs)
+
+
+def _start(plan: Plan, results: list[Trained]) -> State:
+    """Where the next member of a sequence starts."""
+    return handed_on(results[-1], len(results)) if results and plan.option("chain") else plan.start
+
+
+def handed_on(trained: Trained, i: int) -> State:
+    """A trained member's state, and its optimizer's if it was kept, under the names of member i."""
+    before = f"{trained.job.ids[0]}."
+    state = {}
+    for name, value in (trained.state | trained.optimizer).items():
+        kind, colon, entry = name.rpartition(":")
+        if entry.startswith(before):
+            entry = f"{i}.{entry.removeprefix(before)}"
+        state[kind + colon + entry] = value
+    return state
+
+
+def gathered(plan: Plan, results: list[Trained], weights: np.ndarray | None = None) -> Ensembled:
+    """One ensemble of members that were trained apart; what they share is equal in all."""
+    state: State = {}
+    for trained in results:
+        state |= trained.state
+    if weights is not None:
+        state["shared.weights"] = torch.from_numpy(np.asarray(weights, np.float32))
+    return Ensembled(plan.spec, state, {t.job.name: t.history for t in results})
+
+
+_VOTE = {"vote": "soft"}
+SCHEMES: dict[str, Scheme] = {
+    "tentaclenet": Scheme(together, "sum", joint=True),
+    "fusion": Scheme(together, "mean", joint=True),
+    "voting": Scheme(independently, "vote", joint=False, options=_VOTE),
+    "bagging": Scheme(bagging, "vote", joint=False, options=_VOTE | {"sampling": "bootstrap"}),
+    "boosting": Scheme(
+        boosting, "vote", joint=False, options=_VOTE | {"boost": "reweight", "chain": True}
+    ),
+    "gradient_boosting": Scheme(
+        gradient_boosting,
+        "sum",
+        joint=False,
+        options={"residual": "squared", "shrinkage": 1.0, "chain": False},
+    ),
+    "snapshot": Scheme(snapshot, "vote", joint=False, options=_VOTE),
+    "stochastic_rounding": Scheme(stochastic_rounding, "vote", joint=True, options=_VOTE),
+}
+
+
+# -- from parameters to structures and starts --------------------------------------------------
+
+
+def model_spec(params: Params, image, classes: int, binary: bool) -> ModelSpec:
+    """The network of one member, or its FP32 twin."""
+    model = params.model
+    return ModelSpec(
+        model.backbone,
+        tuple(image),
+        classes,
+        model.width,
+        model.dropout,
+        model.binarizer if binary else None,
+    )
+
+
+def single_spec(params: Params, image, classes: int, binary: bool) -> EnsembleSpec:
+    """A network by itself: an ensemble of one."""
+    return EnsembleSpec(model_spec(params, image, classes, binary), 1, SHARING["no_shared"])
+
+
+def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int) -> EnsembleSpec:
+    """The structure that a section of ``ensembles.train`` asks for.
+
+    Raises:
+        ParamsError: unknown scheme or sharing (lists those there are); a sharing that makes no
+            sense for the scheme.
+    """
+    where = f"ensembles.train.{ensemble.name}"
+    if ensemble.scheme not in SCHEMES:
+        raise ParamsError(
+            f"{where}.scheme: expected one of {', '.join(SCHEMES)}, got {ensemble.scheme!r}"
+        )
+    scheme = SCHEMES[ensemble.scheme]
+    for name in sorted({name for row in SCHEMES.values() for name in row.options}):
+        if getattr(ensemble, name) is not None and name not in scheme.options:
+            owners = [key for key, row in SCHEMES.items() if name in row.options]
+            raise ParamsError(
+                f"{where}.{name}: expected only with scheme {' or '.join(owners)}, "
+                f"got it with {ensemble.scheme!r}"
+            )
+    if ensemble.classifier != "auto" and ensemble.scheme != "tentaclenet":
+        raise ParamsError(
+            f"{where}.classifier: expected only with scheme tentaclenet, got "
+            f"{ensemble.classifier!r} with {ensemble.scheme!r}"
+        )
+    if isinstance(ensemble.sharing, CustomSharing):
+        sharing = Sharing(**asdict(ensemble.sharing))
+    elif ensemble.sharing in SHARING:
+        sharing = SHARING[ensemble.sharing]
+    else:
+        raise ParamsError(
+            f"{where}.sharing: expected one of {', '.join(SHARING)} or a section with 'own', "
+            f"got {ensemble.sharing!r}"
+        )
+    shares = sharing.block or "*" not in sharing.own
+    if not scheme.joint and shares and not sharing.frozen and ensemble.members > 1:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} shares layers that are trained, so its members "
+            f"must be trained together; expected a sharing that freezes what it shares for scheme "
+            f"{ensemble.scheme!r}"
+        )
+    if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} would share the rows of the classifier block; "
+            "expected 'mixing' among what members own, as in tentaclenet"
+        )
+    if ensemble.scheme != "tentaclenet" and "mixing" in sharing.own:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} names 'mixing', a tentacle's rows of the "
+            f"classifier block, which only scheme tentaclenet has; got scheme {ensemble.scheme!r}"
+        )
+    model = model_spec(params, image, classes, binary=True)
+    classifier = None
+    if ensemble.scheme == "tentaclenet":
+        classifier = ensemble.classifier
+        with torch.device("meta"):
+            no_dense = not hasattr(build(model).head, "dense")
+        if classifier == "auto":
+            classifier = "logits" if no_dense else "features"
+        elif classifier == "features" and no_dense:
+            raise ParamsError(
+                f"{where}.classifier: {params.model.backbone} has no dense layer whose features "
+                "could be concatenated; expected 'logits' or 'auto'"
+            )
+    combine = scheme.combine
+    if combine == "vote":
+        combine = f"{ensemble.vote or scheme.options['vote']}_vote"
+    return EnsembleSpec(model, ensemble.members, sharing, combine, classifier)
+
+
+def check(params: Params, image, classes: int) -> None:
+    """Build the structure of everything that `params` asks for, without memory or training.
+
+    Raises:
+        ParamsError: names the section that cannot be built, and why.
+    """
+    # Imported here: what is only checked must not make DVC train again when it changes.
+    from bnncore.lowering import blueprint
+    from bnncore.packed.program import validate
+
+    named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
+    named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
+    try:
+        with torch.device("meta"):
+            build(model_spec(params, image, classes, binary=False))
+            member = build(model_spec(params, image, classes, binary=True))
+    except ValueError as error:
+        raise ParamsError(f"model.backbone: {error}") from None
+    for ensemble in params.ensembles.train:
+        where = f"ensembles.train.{ensemble.name}"
+        spec = ensemble_spec(params, ensemble, image, classes)
+        recipe = params.recipe(ensemble)
+        try:
+            with torch.device("meta"):
+                own = Ensemble(spec, ids=(0,)).own
+            validate(blueprint.draw(spec).most)
+        except ValueError as error:
+            raise ParamsError(f"{where}: {error}") from None
+        if ensemble.scheme == "snapshot":
+            if recipe.epochs % spec.members:
+                raise ParamsError(
+                    f"{where}.recipe.epochs: expected a multiple of members ({spec.members}), a "
+                    f"cycle each, got {recipe.epochs}"
+                )
+            if ensemble.recipe.get("schedule", "cosine") != "cosine":
+                raise ParamsError(
+                    f"{where}.recipe.schedule: snapshots are taken at the end of cosine cycles; "
+                    f"expected cosine or none, got {recipe.schedule!r}"
+                )
+        if ensemble.scheme == "stochastic_rounding":
+            layers = weight_layers(member)
+            if not any(isinstance(layers[name], BinaryConv2d) for name in own & layers.keys()):
+                raise ParamsError(
+                    f"{where}.sharing: {spec.sharing.name!r} shares all binary convolutions, of "
+                    "which this scheme draws one version a member; expected a sharing in which "
+                    "members own some, such as no_shared or own: [binary_conv]"
+                )
+
+
+def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
+    """The job of the FP32 network, or of the BNN that starts from its weights."""
+    binary = fp32 is not None
+    spec = single_spec(params, data.image, len(data.classes), binary)
+    network = Ensemble(spec, seed=params.seed)
+    if fp32 is not None:
+        # Not the norms of the body: in the two twins they stand at different places.
+        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
+        network.start_from(single_state(fp32), kept)
+    name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
+    return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
+
+
+def plan(params: Params, ensemble: EnsembleParams, data: Dataset, fp32: State, bnn: State) -> Plan:
+    """Everything a scheme needs, with the members' start put together.
+
+    A TentacleNet's shared first block starts from the pretrained FP32 one. Members that start from
+    the trained BNN are made to differ (`Ensemble.diversify`).
+    """
+    spec = ensemble_spec(params, ensemble, data.image, len(data.classes))
+    index = [e.name for e in params.ensembles.train].index(ensemble.name)
+    seed = params.seed + 10_000 * (index + 1)
+    members = Ensemble(spec, seed=seed)
+    if ensemble.start == "bnn":
+        members.start_from(single_state(bnn))
+        members.diversify(seed, ensemble.jitter, ensemble.fresh_classifier)
+    elif ensemble.start == "hadamard":
+        members.hadamard(seed)
+    if spec.sharing.block and ensemble.start != "bnn":
+        members.start_from(single_state(fp32), ("stem.",))
+    return Plan(ensemble, spec, params.recipe(ensemble), seed, members.state(), data)
+
+
+def train(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Train one ensemble by its scheme."""
+    return SCHEMES[plan.params.scheme].run(plan, train_many)

@@ -1,0 +1,314 @@
+"""Training survives the death of an actor, of a node and of the driver, with the same bits.
+
+Nothing is simulated: processes get SIGKILL at random points of an epoch, files are really broken.
+Each test proves that training was unfinished when it struck. `-m soak` strikes many times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from bnncore.cluster import actors
+from bnncore.params import RayParams
+from bnncore.training import schemes, train
+from tests import processes
+from tests.small import differences, plan
+
+TESTS = Path(__file__).parents[1]
+EPOCHS = 6
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A seed of the moment, printed so that a failure can be repeated: BNNCORE_TEST_SEED."""
+    seed = int(os.environ.get("BNNCORE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"\n{request.node.name}: BNNCORE_TEST_SEED={seed}")
+    return seed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, torch.Tensor]:
+    """What `driver` gives when nothing happens to it."""
+    p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=EPOCHS, subset=0.5)
+    return schemes.train(p, lambda jobs: train.train_many(jobs, images)).state
+
+
+# -- actors ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    actors.connect(RayParams(), num_cpus=2)
+    with actors.Cluster(RayParams()) as cluster:
+        yield cluster
+    ray.shutdown()
+
+
+def _strikes(rng: random.Random, cluster, undisturbed, count: int) -> None:
+    """Train while `count` actors are killed, one in each of so many epochs at a random point."""
+    p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=EPOCHS, subset=0.5)
+    struck: list[int] = []
+    finished: list[int] = []
+    timers: list[threading.Timer] = []
+    when = set(rng.sample(range(1, EPOCHS - 1), count))
+
+    def strike() -> None:
+        while not (victims := processes.actors()) and len(finished) < EPOCHS:
+            time.sleep(0.05)  # the last strike's group is not yet replaced
+        struck.append(len(finished))
+        processes.kill([rng.choice(victims)])
+
+    def on_epoch(job, epoch) -> None:
+        finished.append(epoch["epoch"])
+        if epoch["epoch"] in when:
+            # Anywhere from the checkpoint just written to the next one's.
+            timers.append(threading.Timer(rng.uniform(0, 1) * epoch["seconds"], strike))
+            timers[-1].start()
+
+    before = cluster.lost
+    trained = schemes.train(p, lambda jobs: cluster.train_many(jobs, images, on_epoch=on_epoch))
+    for timer in timers:
+        timer.join()
+    assert len(struck) == count
+    assert all(done < EPOCHS for done in struck), "training was over when it struck"
+    assert finished == list(range(1, EPOCHS + 1)), "each epoch is told once, and none is lost"
+    assert cluster.lost - before >= 1
+    assert differences(undisturbed, trained.state) == []
+
+
+@pytest.mark.slow
+def test_a_killed_actor_costs_an_epoch_at_most(cluster, undisturbed, seed):
+    _strikes(random.Random(seed), cluster, undisturbed, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("turn", range(10))
+def test_twenty_killed_actors(cluster, undisturbed, seed, turn):
+    _strikes(random.Random(seed + turn), cluster, undisturbed, 2)
+
+
+@pytest.mark.slow
+def test_a_job_that_always_loses_its_actors_is_given_up(cluster):
+    p, images = plan("fusion", "no_shared", members=2, epochs=50)
+    stop = threading.Event()
+
+    def relentless() -> None:
+        while not stop.wait(0.05):
+            processes.kill(processes.actors())
+
+    thread = threading.Thread(target=relentless)
+    thread.start()
+    try:
+        with pytest.raises(actors.ClusterError, match=r"e: lost its actors 3 times"):
+            schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+    finally:
+        stop.set()
+        thread.join()
+
+
+# -- the driver --------------------------------------------------------------------------------
+
+
+def _driver(folder: Path, *args: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(TESTS / "driver.py"), str(folder), str(EPOCHS), *args],
+        env=processes.environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _epochs(driver: subprocess.Popen, until: int) -> None:
+    """Read a driver's lines until so many epochs are finished."""
+    lines = []
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        lines.append(line)
+        if line.startswith(f"epoch {until} "):
+            return
+    raise AssertionError(f"the driver ended before epoch {until}:\n{''.join(lines)}")
+
+
+def _history(folder: Path) -> list[dict]:
+    (path,) = folder.glob("checkpoints/*/state.safetensors")
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["history"])
+
+
+def _kill_driver(folder: Path, rng: random.Random, undisturbed) -> None:
+    driver = _driver(folder)
+    _epochs(driver, rng.randrange(1, EPOCHS - 1))
+    time.sleep(rng.uniform(0, 0.5))
+    offspring = processes.descendants(driver.pid)
+    driver.kill()
+    driver.wait()
+    assert not (folder / "result.safetensors").exists()
+    done = len(_history(folder))
+    assert done < EPOCHS, "training was over when it struck"
+    again = _driver(folder)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert differences(undisturbed, load_file(folder / "result.safetensors")) == []
+    ended = processes.gone(offspring, 150)  # Ray's agents take a minute to notice
+    processes.kill([] if ended else offspring)
+    assert ended, "processes of a killed driver live on"
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_where_it_was(tmp_path, undisturbed, seed):
+    _kill_driver(tmp_path, random.Random(seed), undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("turn", range(10))
+def test_ten_killed_drivers(tmp_path, undisturbed, seed, turn):
+    _kill_driver(tmp_path, random.Random(seed + turn), undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_while_it_writes_a_checkpoint(tmp_path, undisturbed):
+    driver = _driver(tmp_path, "3")
+    output, _ = driver.communicate()
+    assert driver.returncode == -signal.SIGKILL, output
+    assert [e["epoch"] for e in _history(tmp_path)] == [1, 2], "the epoch before is kept"
+    again = _driver(tmp_path)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert differences(undisturbed, load_file(tmp_path / "result.safetensors")) == []
+
+
+# -- nodes -------------------------------------------------------------------------------------
+
+
+def _kill_node(folder: Path, rng: random.Random, undisturbed) -> None:
+    with processes.two_nodes(folder) as (environment, (_, second)):
+        driver = _driver(folder, **environment)
+        try:
+            _epochs(driver, rng.randrange(1, EPOCHS - 1))
+            time.sleep(rng.uniform(0, 0.5))
+            done = len(_history(folder))
+            processes.kill([second.pid, *processes.descendants(second.pid)])
+            output, _ = driver.communicate(timeout=300)
+        finally:
+            driver.kill()
+        assert driver.returncode == 0, output
+    assert done < EPOCHS, "training was over when it struck"
+    lines = output.splitlines()
+    assert [x for x in lines if x.startswith("lost ")] not in ([], ["lost 0"]), output
+    assert f"epoch {EPOCHS} actors 1" in lines, "it went on with the members on fewer actors"
+    assert differences(undisturbed, load_file(folder / "result.safetensors")) == []
+
+
+@pytest.mark.slow
+def test_a_killed_node(tmp_path, undisturbed, seed):
+    _kill_node(tmp_path, random.Random(seed), undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("turn", range(5))
+def test_five_killed_nodes(tmp_path, undisturbed, seed, turn):
+    _kill_node(tmp_path, random.Random(seed + turn), undisturbed)
+
+
+# -- numbers and files -------------------------------------------------------------------------
+
+
+def _job(epochs: int = 2, **recipe):
+    p, images = plan("fusion", "no_shared", members=3, epochs=epochs, recipe=recipe)
+    return p.job((0, 1, 2), "e"), images
+
+
+def test_a_diverging_member_is_named():
+    job, images = _job()
+    name = next(n for n in job.start if n.startswith("1.stem.conv"))
+    job.start[name] = torch.full_like(job.start[name], torch.inf)
+    with pytest.raises(train.TrainingError, match=r"e: the loss of epoch 1 .* of member\(s\) 1\."):
+        train.train_many([job], images)
+
+
+def test_divergence_keeps_the_last_good_epoch(tmp_path):
+    job, images = _job(epochs=3)
+    checkpoint = train.Checkpoint(tmp_path, "e")
+    trainer = train.Trainer(job, images, device="cpu")
+
+    def poison(job, epoch):
+        if epoch["epoch"] == 2:
+            trainer.optimizer.param_groups[0]["betas"] = (0.0, 0.0)
+            with torch.no_grad():
+                next(iter(trainer.trained.values())).fill_(torch.nan)
+
+    with pytest.raises(train.TrainingError, match="epoch 3"):
+        train.drive(job, images, trainer, checkpoint, poison)
+    state, history = checkpoint.load()
+    assert len(history) == 2
+    assert all(torch.isfinite(v).all() for v in state.values())
+
+
+@pytest.mark.slow
+def test_divergence_is_named_from_an_actor(cluster):
+    job, images = _job()
+    name = next(n for n in job.start if n.startswith("2.stem.conv"))
+    job.start[name] = torch.full_like(job.start[name], torch.inf)
+    with pytest.raises(train.TrainingError, match=r"of member\(s\) 2\."):
+        cluster.train_many([job], images)
+
+
+def test_an_unreadable_checkpoint_is_named_and_kept(tmp_path):
+    job, images = _job()
+    train.train_many([job], images, tmp_path)
+    (path,) = tmp_path.glob("*/state.safetensors")
+    broken = path.read_bytes()[:1000]
+    path.write_bytes(broken)
+    with pytest.raises(train.TrainingError, match=r"state.safetensors: expected a checkpoint"):
+        train.train_many([job], images, tmp_path)
+    assert path.read_bytes() == broken
+
+
+def test_a_full_disk_is_named_and_the_last_epoch_kept(tmp_path):
+    job, images = _job()
+    train.train_many([job], images, tmp_path)
+    (path,) = tmp_path.glob("*/state.safetensors")
+    before = path.read_bytes()
+    checkpoint = train.Checkpoint(tmp_path, path.parent.name)
+    state, history = checkpoint.load()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # room for half
+    try:
+        with pytest.raises(train.TrainingError, match="cannot write the checkpoint"):
+            checkpoint.save(state, history)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in path.parent.glob("state*")] == [path.name], "no half file stays"
+    assert path.read_bytes() == before
+
+
+def test_one_writer_at_a_time(tmp_path):
+    first = train.Checkpoint(tmp_path, "e")
+    with pytest.raises(train.TrainingError, match="only writer"):
+        train.Checkpoint(tmp_path, "e")
+    first.close()
+    train.Checkpoint(tmp_path, "e").close()

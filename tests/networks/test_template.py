@@ -1,0 +1,326 @@
+"""Users' own networks: traced, split, binarized, trained, packed; or refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bnncore.lowering.lower import lower
+from bnncore.networks.backbones import build
+from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
+from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec, layer_groups, single_state
+from bnncore.networks.parts import Dropout, ModelSpec
+from bnncore.networks.template import TemplateError, binarized
+from bnncore.packed import execute
+from bnncore.params import Binarizer, ParamsError, RayParams
+from bnncore.training import schemes
+from bnncore.training.train import train_many
+from tests import tiny
+
+RGB = tiny.dataset((32, 32, 3), 5, train=12)
+GRAY = tiny.dataset((12, 12, 1), 4)
+
+
+class Plain(nn.Module):
+    """Functional pooling and activations, a size read off a tensor, an inner dense layer."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.one = nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.side = nn.Conv2d(8, 8, 1)
+        self.three = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.inner = nn.Linear(16 * 3 * 3, 12)
+        self.last = nn.Linear(12, classes)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.one(x)), inplace=True)
+        h = F.max_pool2d(x, 2)
+        y = self.two(h).relu_()
+        y += self.side(h)
+        y = torch.relu(self.three(y))
+        y = F.dropout(y, 0.25, self.training)
+        y = F.avg_pool2d(y, 1)
+        y = y.view(y.size(0), -1)
+        return self.last(F.relu(self.inner(y)))
+
+
+def plain(channels, classes):
+    return Plain(channels, classes)
+
+
+def in_groups(channels, classes):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 8, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )  # fmt: skip
+
+
+def gelu(channels, classes):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GELU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )  # fmt: skip
+
+
+def all_convolutions(channels, classes):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(), nn.Conv2d(8, classes, 1), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(),
+    )  # fmt: skip
+
+
+def spec(name: str, data=GRAY, binarizer: Binarizer | None = Binarizer(), **changes):  # noqa: B008
+    return ModelSpec(
+        f"tests.networks.test_template:{name}",
+        data.image,
+        len(data.classes),
+        binarizer=binarizer,
+        **changes,
+    )
+
+
+def test_first_and_last_layer_stay_and_inner_convolutions_become_binary():
+    net = build(spec("plain"))
+    kinds = {n: type(m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert kinds == {
+        "stem.conv": nn.Conv2d,
+        "body.two": BinaryConv2d,
+        "body.side": BinaryConv2d,
+        "body.three": BinaryConv2d,
+        "body.inner": nn.Linear,
+        "head.dense": nn.Linear,
+    }
+    assert [type(m) for m in net.stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    signs = [n for n, m in net.named_modules() if isinstance(m, BinaryActivation)]
+    assert signs == ["body.two_sign", "body.side_sign", "body.three_sign"]
+    assert sum(isinstance(m, Dropout) for m in net.modules()) == 1
+    groups = layer_groups(net)
+    assert groups["body.two"] == {"binary_conv"}
+    assert groups["body.three"] == {"binary_conv", "last_conv"}
+
+
+@pytest.mark.parametrize("name", ["plain", "all_convolutions"])
+def test_the_fp32_twin_computes_what_the_users_network_does(name):
+    x = torch.randn(3, 1, 12, 12)
+    torch.manual_seed(0)
+    expected = globals()[name](1, 4).eval()(x)
+    torch.manual_seed(0)
+    twin = build(spec(name, binarizer=None)).eval()
+    assert torch.equal(twin(x), expected)
+
+
+def test_what_a_binary_layer_computes():
+    """Batch norm, sign, binary convolution in the place of the plain one, all else kept."""
+    torch.manual_seed(0)
+    net = build(spec("all_convolutions")).eval()
+    tiny.scramble(net)
+    x = torch.randn(2, 1, 12, 12)
+    h = F.relu(net.stem.norm(net.stem.conv(x)))
+    norm, layer = net.body.get_submodule("3_norm"), net.body.get_submodule("3")
+    bits = torch.where(norm(h) >= 0, 1.0, -1.0)
+    alpha = layer.weight.abs().mean((1, 2, 3))[:, None, None]
+    signs = torch.where(layer.weight >= 0, 1.0, -1.0)
+    h = F.relu(F.conv2d(bits, signs, padding=1) * alpha + layer.bias[:, None, None])
+    expected = net.head.conv(h).mean((2, 3))
+    assert torch.allclose(net(x), expected, atol=1e-6)
+
+
+def test_weights_transfer_by_name():
+    fp32 = Ensemble(EnsembleSpec(spec("plain", binarizer=None), 1, SHARING["no_shared"]), seed=1)
+    bnn = Ensemble(EnsembleSpec(spec("plain"), 1, SHARING["no_shared"]), seed=2)
+    missing = bnn.start_from(single_state(fp32.state()))
+    assert {n.split(".")[1] for n in missing} == {"two_norm", "side_norm", "three_norm"}
+    ours, theirs = bnn.state(), fp32.state()
+    assert all(torch.equal(ours[n], v) for n, v in theirs.items())
+
+
+def packed_equals_torch(ensemble: Ensemble, data) -> None:
+    tiny.scramble(ensemble, seed=4)
+    ensemble.eval()
+    program = lower(ensemble, data.mean, data.std, data.classes)
+    outputs = execute.Model(program, ops="numpy").outputs(data.val.images)
+    with torch.no_grad():
+        expected = torch.stack(ensemble.outputs(tiny.normalized(data, data.val.images))).numpy()
+    apart = np.abs(outputs - expected).max((0, 2)) > 1e-4 * np.abs(expected).max()
+    assert apart.sum() <= 1
+
+
+@pytest.mark.parametrize("sharing", ["no_shared", "shared_conv", "tentaclenet", "c3"])
+@pytest.mark.parametrize("name", ["plain", "all_convolutions"])
+def test_packed_equals_torch(name, sharing):
+    combine, classifier = "mean", None
+    if sharing == "tentaclenet":
+        combine, classifier = "sum", "features" if name == "plain" else "logits"
+    row = EnsembleSpec(spec(name), 2, SHARING[sharing], combine, classifier)
+    packed_equals_torch(Ensemble(row, seed=0), GRAY)
+
+
+@pytest.mark.parametrize(
+    "binarizer", [Binarizer("sign"), Binarizer("learned", "bireal"), Binarizer("xnor", "float")]
+)
+def test_packed_equals_torch_for_every_binarizer(binarizer):
+    row = EnsembleSpec(spec("plain", binarizer=binarizer), 2, SHARING["no_shared"])
+    packed_equals_torch(Ensemble(row, seed=0), GRAY)
+
+
+TORCHVISION = "examples.own_cnn:torchvision_resnet18"
+
+
+@pytest.mark.slow
+def test_torchvisions_resnet18_unmodified():
+    pytest.importorskip("PIL")
+    model = ModelSpec(TORCHVISION, RGB.image, 5, binarizer=Binarizer())
+    with torch.device("meta"):
+        member = build(model)
+    groups = layer_groups(member)
+    assert {n for n, g in groups.items() if g == {"shortcut"}} == {
+        f"body.layer{k}.0.downsample.0" for k in (2, 3, 4)
+    }
+    assert sum(isinstance(m, BinaryConv2d) for m in member.modules()) == 19
+    packed_equals_torch(Ensemble(EnsembleSpec(model, 2, SHARING["shared_conv"]), seed=0), RGB)
+
+
+@pytest.mark.parametrize("sharing", ["tentaclenet", "shared_conv"])
+def test_from_fp32_to_an_ensemble(sharing):
+    scheme = "tentaclenet" if sharing == "tentaclenet" else "fusion"
+    p = tiny.parse(
+        model={"backbone": "examples.own_cnn:small_cnn"},
+        ensembles={
+            "train": [{"name": "e", "scheme": scheme, "sharing": sharing, "members": 2}],
+            "recipe": {"epochs": 1, "batch_size": 16},
+        },
+    )
+    schemes.check(p, GRAY.image, 4)
+    (fp32,) = train_many([schemes.first_job(p, GRAY, None)], GRAY)
+    (bnn,) = train_many([schemes.first_job(p, GRAY, fp32.state)], GRAY)
+    plan = schemes.plan(p, p.ensembles.train[0], GRAY, fp32.state, bnn.state)
+    result = schemes.train(plan, lambda jobs: train_many(jobs, GRAY))
+    z = result.ensemble().eval().outputs(tiny.normalized(GRAY, GRAY.val.images))
+    assert not torch.allclose(z[0], z[1])
+    packed_equals_torch(result.ensemble(), GRAY)
+
+
+def test_dropout_of_parameters_goes_in_front_of_the_last_layer():
+    net = build(spec("plain", dropout=0.5))
+    assert isinstance(net.head.dropout, Dropout)
+    assert net.head.dropout.p == 0.5
+    assert not torch.equal(net(torch.ones(2, 1, 12, 12))[0], net(torch.ones(2, 1, 12, 12))[1])
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+class Looking(Plain):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Twice(Plain):
+    def forward(self, x):
+        x = self.norm(self.one(x))
+        return self.last(self.two(self.two(x)).mean((2, 3))[:, :1].expand(-1, 12))
+
+
+class Around(Plain):
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.last(F.pad(self.two(h).mean((2, 3)), (0, 4))) + x.mean((1, 2, 3))[:, None]
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(144, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x.flatten(1)))
+
+
+class Skipping(Plain):
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        y = self.two(h).mean((2, 3))
+        return self.last(F.pad(y, (0, 4))) + h.mean((2, 3))[:, :4]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Looking(1, 4), r"Looking cannot be traced"),
+        (lambda: Twice(1, 4), r"layer 'two': expected to be used once"),
+        (lambda: Around(1, 4), r"'mean' reads the images; expected only .*'one'"),
+        (Dense, r"layer 'fc1': expected a convolution first"),
+        (lambda: Skipping(1, 4), r"head: expected all paths to pass through"),
+        (lambda: Plain(1, 7), r"expected logits of shape \(B, 4\), got \(2, 7\)"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 4, 12), nn.Flatten()), r"at least two .* got 0"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(1, 4, 15), nn.Linear(1, 1)),
+            r"'0' cannot run on images of 12 x 12 x 1",
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 4)
+            ),
+            r"'1': adaptive pooling from 10 x 10 to 4 x 4 cannot be packed",
+        ),
+        (lambda: "a network", r"expected a torch module, got str"),
+    ],
+)
+def test_what_does_not_fit_the_template_is_named(make, message):
+    with pytest.raises(TemplateError, match=message):
+        binarized(make(), spec("plain"))
+
+
+def test_width_is_the_users_own():
+    with pytest.raises(TemplateError, match=r"model\.width: expected none"):
+        build(replace(spec("plain"), width=16))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("in_groups", r"'body\.2': expected a convolution with groups 1.* got groups 4"),
+        ("gelu", r"'body\.3': GELU cannot be packed"),
+        ("nothing", r"cannot import 'tests\.test_template:nothing'"),
+    ],
+)
+def test_what_cannot_be_packed_is_named_before_anything_trains(name, message):
+    model = {"backbone": f"tests.networks.test_template:{name}"}
+    p = tiny.parse(
+        model={**model, "width": None}, ensembles={"train": [{"name": "e", "members": 2}]}
+    )
+    with pytest.raises(ParamsError, match=message):
+        schemes.check(p, GRAY.image, 4)
+
+
+@pytest.mark.slow
+def test_a_users_network_trains_over_actors_to_the_same_bits():
+    """Its function, and a binarizer of the user's own, are found by name in other processes."""
+    actors = pytest.importorskip("bnncore.cluster.actors")
+    data = tiny.dataset((12, 12, 1), 4, train=96)
+    names = ("fusion", "boosting", "snapshot", "gradient_boosting", "stochastic_rounding")
+    sections = [{"name": n, "scheme": n, "sharing": "no_shared", "members": 2} for n in names]
+    p = tiny.parse(
+        model={
+            "backbone": "examples.own_cnn:small_cnn",
+            "binarizer": {"weight": "tests.networks.test_binarize:half"},
+        },
+        ensembles={"train": sections, "recipe": {"epochs": 6, "batch_size": 8, "lr": 0.01}},
+    )
+    schemes.check(p, data.image, 4)
+    (fp32,) = train_many([schemes.first_job(p, data, None)], data)
+    (bnn,) = train_many([schemes.first_job(p, data, fp32.state)], data)
+    with actors.Cluster(RayParams(actors=2)) as cluster:
+        for section in p.ensembles.train:
+            plan = schemes.plan(p, section, data, fp32.state, bnn.state)
+            here = schemes.train(plan, lambda jobs: train_many(jobs, data)).state
+            there = schemes.train(plan, lambda jobs: cluster.train_many(jobs, data)).state
+            assert here.keys() == there.keys()
+            assert all(torch.equal(v, there[n]) for n, v in here.items()), section.name

@@ -1,0 +1,404 @@
+"""The compiled kernels against the numpy ones, step by step from the same inputs, and torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bnncore.lowering.lower import lower
+from bnncore.networks import backbones, ensemble
+from bnncore.packed import compiled_kernels, execute, numpy_kernels, packfile, tiles
+from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate
+from bnncore.params import Binarizer
+from tests.graphs import programs, random_images, random_program
+
+TILES: list[np.dtype] = [np.dtype("u4"), *([np.dtype("u1")] if "avx2" in tiles.features() else [])]
+ROUNDED = ("conv", "dense", "global_avg")  # sums whose order, and so rounding, is not fixed
+LEVELS = ("sign", "threshold", "interval")
+
+
+class Reference:
+    """The numpy kernels of a Program, for any part of its graph."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.shapes = program, validate(program)
+        self.runs = [step.run for step in numpy_kernels.plan(program)]
+
+    def value(self, number: int, known: dict[int, np.ndarray], member: int) -> np.ndarray:
+        """Compute a value from known ones, which are left as they are."""
+        if number not in known:
+            node = self.program.nodes[number - 1]
+            inputs = [self.value(i, known, member) for i in node.inputs]
+            known[number] = self.runs[number - 1](inputs, member)
+        return known[number]
+
+    def rounded(self, number: int, known: dict[int, np.ndarray]) -> bool:
+        """Whether float sums lie between the known values and this one."""
+        if number in known:
+            return False
+        node = self.program.nodes[number - 1]
+        return node.op in ROUNDED or any(self.rounded(i, known) for i in node.inputs)
+
+    def doubtful(
+        self, number: int, known: dict[int, np.ndarray], member: int, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """Which bits of a value that follows float sums lie within rounding of their threshold."""
+        node = self.program.nodes[number - 1]
+        x = self.value(node.inputs[0], known, member).astype(np.float64)
+        slack = 1e-5 * max(1.0, float(np.abs(x).max()))
+        near = np.zeros(shape, bool)
+        for slot in ("threshold", "low", "high") if node.tensors else ("zero",):
+            if slot == "zero":
+                near |= np.abs(x) <= slack
+            elif slot in node.tensors:
+                tensor = self.program.tensors[node.tensors[slot]]
+                level = tensor.data[member] if tensor.own else tensor.data
+                near |= np.abs(x - level.astype(np.float64)) <= slack
+        return near
+
+
+def check(program: Program, images: np.ndarray, tile: np.dtype) -> None:
+    """Every step of the compiled plan gives what numpy gives from the same inputs.
+
+    Bits and integers exactly, also through affine, PReLU and add; after float sums within 1e-5 of
+    the largest value, bits there except for those within rounding of their threshold.
+    """
+    reference = Reference(program)
+    shapes = reference.shapes
+    steps = compiled_kernels.plan(program, tile)
+    assert steps[-1].output == len(program.nodes)
+    for member in range(program.members):
+        values: dict[int, object] = {0: images}
+        for step in steps:
+            got = step.run([values[number] for number in step.inputs], member)
+            values[step.output] = got
+            shape = shapes[step.output]
+            plain = (
+                got if step.output == len(program.nodes) else compiled_kernels._to_plain(got, shape)
+            )
+            known = {number: compiled_kernels._to_plain(values[number], shapes[number])
+                     for number in step.inputs}  # fmt: skip
+            rounded = reference.rounded(step.output, known)
+            want = reference.value(step.output, dict(known), member)
+            where = f"{step.inputs} -> {program.nodes[step.output - 1]}"
+            assert plain.shape == want.shape, where
+            if shape.kind == "bits":
+                channels = shape.dims[-1]
+                differ = numpy_kernels._unpack(plain, channels) != numpy_kernels._unpack(
+                    want, channels
+                )
+                if rounded:
+                    differ &= ~reference.doubtful(step.output, known, member, differ.shape)
+                assert not differ.any(), where
+                assert not (plain ^ want)[..., -1].max(initial=0) >> (channels % 8 or 8), where
+                spare = (
+                    compiled_kernels._numbers(got)
+                    if not isinstance(got, compiled_kernels._Both)
+                    else got.bits
+                )
+                assert unused_bits(spare, channels) == 0, where
+            elif rounded:
+                largest = max(1.0, float(np.abs(want).max(initial=0)))
+                np.testing.assert_allclose(plain, want, rtol=0, atol=1e-5 * largest, err_msg=where)
+            else:
+                np.testing.assert_array_equal(plain, want, err_msg=where)
+            if shape.kind != "bits" and step.output != len(program.nodes):
+                assert not compiled_kernels._numbers(got)[..., shape.dims[-1] :].any(), where
+
+
+def unused_bits(words: np.ndarray, channels: int) -> int:
+    """How many spare bits of a bits value are set."""
+    packed = np.ascontiguousarray(words).view(np.uint8)
+    return int(np.unpackbits(packed, axis=-1, bitorder="little")[..., channels:].sum())
+
+
+def tensor(kind: str, role: str, data: np.ndarray) -> Tensor:
+    stored = pack_bits(data, False) if kind == "binary" else data.astype(KINDS[kind])
+    return Tensor(kind, role, data.shape, False, stored)
+
+
+def one_layer(
+    rng: np.random.Generator,
+    channels: int,
+    filters: int,
+    kernel_size: int,
+    stride: int,
+    pad: int,
+    side: tuple[int, int],
+    chain: tuple[str, ...],
+) -> Program:
+    """normalize, sign, then one binary convolution and a chain of operators; dense at the end."""
+    table = {
+        "in.scale": tensor("float32", "input", rng.normal(0, 0.02, channels)),
+        "in.shift": tensor("float32", "input", rng.normal(0, 1, channels)),
+        "w": tensor(
+            "binary", "weight", rng.random((filters, kernel_size, kernel_size, channels)) < 0.5
+        ),
+        "dense": tensor("float32", "weight", rng.normal(0, 1, (3, filters))),
+    }
+    nodes = [
+        Node("normalize", "in", (0,), {"scale": "in.scale", "shift": "in.shift"}),
+        Node("sign", "sign", (1,)),
+        Node("bconv", "conv", (2,), {"weight": "w"}, {"stride": stride, "pad": pad, "biases": 0}),
+    ]
+    for op in chain:
+        slots = {}
+        names = {
+            "affine": ("scale", "shift"),
+            "prelu": ("slope",),
+            "threshold": ("threshold", "direction"),
+            "interval": ("low", "high", "inside"),
+        }.get(op, ())
+        for slot in names:
+            slots[slot] = f"{len(nodes)}.{slot}"
+            if slot in ("direction", "inside"):
+                table[slots[slot]] = tensor("binary", "direction", rng.random(filters) < 0.5)
+            else:
+                role = "threshold" if slot in ("low", "high") else slot
+                table[slots[slot]] = tensor("float32", role, rng.normal(0, 3, filters))
+        inputs = (len(nodes), 3) if op == "add" else (len(nodes),)
+        nodes.append(Node(op, op, inputs, slots))
+        if op in LEVELS:
+            table["w2"] = tensor("binary", "weight", rng.random((filters, 1, 1, filters)) < 0.5)
+            attrs: dict[str, int | float] = {"stride": 1, "pad": 0, "biases": 0}
+            nodes.append(Node("bconv", "back", (len(nodes),), {"weight": "w2"}, attrs))
+    nodes.append(Node("global_avg", "mean", (len(nodes),)))
+    nodes.append(Node("dense", "dense", (len(nodes),), {"weight": "dense"}))
+    return Program(tuple(nodes), table, 1, "mean", (*side, channels), ("a", "b", "c"))
+
+
+CHAINS = [
+    (),
+    ("affine",),
+    ("threshold",),
+    ("affine", "prelu", "affine", "add", "prelu", "affine"),
+    ("prelu", "relu", "interval"),
+    ("affine", "add", "affine", "prelu", "affine", "sign"),
+]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16, 31, 32, 33, 64, 96, 100, 160, 192, 256])
+def test_grid(channels: int, tile: np.dtype) -> None:
+    """Kernel sizes, strides, paddings and batches for every channel count; chains take turns."""
+    rng = np.random.default_rng(channels)
+    cases = list(itertools.product((1, 3, 5), (1, 2), (0, 1, 2), (1, 5, 64)))
+    count = 0
+    for number, (size, stride, pad, batch) in enumerate(cases):
+        if pad >= size:
+            continue
+        count += 1
+        side = (size + number % 3, size + 2 + number % 2) if batch > 5 else (7, 6)
+        filters = (1, 16, 32, 33, 64, 100)[number % 6]
+        chain = CHAINS[number // 5 % len(CHAINS)]
+        program = one_layer(rng, channels, filters, size, stride, pad, side, chain)
+        check(program, random_images(program, batch, number), tile)
+    assert count == 42
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(program=programs(), batch=st.integers(1, 9))
+def test_random_programs(program: Program, batch: int, tile: np.dtype) -> None:
+    check(program, random_images(program, batch), tile)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_many_random_programs(tile: np.dtype) -> None:
+    for seed in range(300):
+        program = random_program(seed, steps=12)
+        check(program, random_images(program, 1 + seed % 13, seed), tile)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "filters", "size", "stride", "pad", "side"),
+    [(64, 64, 3, 1, 1, 8), (33, 100, 5, 2, 2, 9), (192, 96, 1, 1, 0, 5), (16, 16, 3, 2, 1, 7)],
+)
+@pytest.mark.parametrize("batch", [1, 6])
+def test_binary_convolution_equals_torch(
+    tile: np.dtype, channels: int, filters: int, size: int, stride: int, pad: int, side: int,
+    batch: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, channels, filters, size, stride, pad, (side, side), ())
+    steps = {step.output: step for step in compiled_kernels.plan(program, tile)}
+    signs = rng.random((batch, side, side, channels)) < 0.5
+    weight = unpack_bits(program.tensors["w"])
+    got = steps[3].run([compiled_kernels._to_words(signs)], 0)[..., :filters]
+    want = torch.nn.functional.conv2d(
+        torch.from_numpy(signs * 2.0 - 1).permute(0, 3, 1, 2),
+        torch.from_numpy(weight * 2.0 - 1).permute(0, 3, 1, 2),
+        stride=stride,
+        padding=pad,
+    )
+    np.testing.assert_array_equal(got, want.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_sums_longer_than_a_tile_of_bytes_can_hold(tile: np.dtype) -> None:
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 2730, 3, 5, 1, 0, (5, 5), ())  # 68,250 products
+    check(program, random_images(program, 2), tile)
+
+
+def test_integer_levels_beyond_all_sums() -> None:
+    """Levels that float32 cannot hold still compare as integers do."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 40, 40, 3, 1, 1, (5, 5), ("interval",))
+    low = rng.choice([-(1 << 31), -(1 << 24) - 1, 0, (1 << 24) + 1, (1 << 31) - 1], 40)
+    program.tensors["3.low"] = tensor("int32", "threshold", low)
+    check(program, random_images(program, 3), np.dtype("u4"))
+
+
+def test_work_is_fused() -> None:
+    """One step for a whole residual tail, and none for what it swallows."""
+    rng = np.random.default_rng(0)
+    chain = ("affine", "prelu", "affine", "add", "prelu")
+    program = one_layer(rng, 64, 64, 3, 1, 1, (8, 8), chain)
+    # The convolution is also the residual here, so the rest is a second step.
+    assert [step.output for step in compiled_kernels.plan(program)] == [1, 2, 3, 8, 9, 10]
+    program = one_layer(rng, 64, 64, 3, 1, 1, (8, 8), ("affine", "prelu", "affine", "threshold"))
+    assert [step.output for step in compiled_kernels.plan(program)] == [1, 2, 7, 8, 9, 10]
+
+
+def test_shared_steps_run_once() -> None:
+    """An own threshold behind a shared convolution does not drag it into every member's work."""
+    for seed in range(40):
+        program = random_program(seed)
+        shapes = validate(program)
+        for step in compiled_kernels.plan(program):
+            assert step.own == shapes[step.output].own
+
+
+def test_batches_and_threads_change_nothing() -> None:
+    for seed in range(6):
+        program = random_program(seed, steps=12)
+        images = random_images(program, 21, seed)
+        whole = execute.Model(program).outputs(images)
+        parts = execute.Model(program, threads=2).outputs(images, batch=4)
+        # Float sums run in the same order whatever the tile, so not a bit may differ.
+        np.testing.assert_array_equal(whole, parts)
+
+
+def test_no_images() -> None:
+    program = random_program(3)
+    assert execute.Model(program)(random_images(program, 0)).shape == (0, len(program.classes))
+
+
+def test_memory_in_use_is_not_taken_again() -> None:
+    rooms = compiled_kernels._Rooms()
+    kind = np.dtype("f4")
+    first, second = rooms.take((100,), kind), rooms.take((100,), kind)
+    assert not np.shares_memory(first, second)
+    assert first.ctypes.data % 64 == 0
+    view, where = first[10:20], first.ctypes.data
+    del first
+    assert rooms.take((100,), kind).ctypes.data != where  # the view still looks into it
+    del view
+    assert rooms.take((50,), kind).ctypes.data == where
+
+
+def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
+    """In one heap, and with little space between blocks, what is used after it was freed shows."""
+    spec = ensemble.EnsembleSpec(
+        backbones.ModelSpec("resnet20", (32, 32, 3), 10, width=32, binarizer=Binarizer()),
+        1,
+        ensemble.SHARING["no_shared"],
+    )
+    network = ensemble.Ensemble(spec).eval()
+    program = lower(network, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
+    (tmp_path / "model.bnn").write_bytes(packfile.encode(program))
+    code = (
+        "import sys, numpy as np; from bnncore import execute, packfile\n"
+        "program = packfile.load(sys.argv[1])\n"
+        "one, two = (execute.Model(program, threads=n) for n in (1, 2))\n"
+        "images = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)\n"
+        "wanted = one(images, batch=4)\n"
+        "for _ in range(20): assert np.array_equal(two(images, batch=4), wanted)\n"
+        "print('equal')"
+    )
+    small = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_CHECK_": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.bnn"],
+        env=os.environ | small, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-2000:]
+
+
+def test_results_outlive_the_next_call() -> None:
+    """32 classes fill a word, so the last value is handed out without a copy."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 33, 33, 3, 1, 1, (5, 5), ("affine",))
+    program.tensors["dense"] = tensor("float32", "weight", rng.normal(0, 1, (32, 33)))
+    program = dataclasses.replace(program, classes=tuple(f"class {k}" for k in range(32)))
+    steps = compiled_kernels.plan(program)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        values: dict[int, object] = {0: images}
+        for step in steps:
+            values[step.output] = step.run([values[number] for number in step.inputs], 0)
+        return values[len(program.nodes)]  # type: ignore[return-value]
+
+    first = run(random_images(program, 3, 1))
+    kept = first.copy()
+    run(random_images(program, 3, 2))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_windows_wider_than_the_map() -> None:
+    """Nearly every position is a border class of its own: planned without a table of them all."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 3, 2, 41, 1, 40, (9, 9), ("affine",))
+    check(program, random_images(program, 5), TILES[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", list(backbones.BACKBONES))
+def test_backbones(backbone: str) -> None:
+    """Whole networks as they are lowered, alone and with shared filters."""
+    torch.manual_seed(0)
+    for members, sharing in ((1, "no_shared"), (2, "shared_conv")):
+        model = backbones.ModelSpec(backbone, (32, 32, 3), 10, 24, binarizer=Binarizer())
+        whole = ensemble.Ensemble(ensemble.EnsembleSpec(model, members, ensemble.SHARING[sharing]))
+        for module in whole.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.normal_(module.weight)  # negative scales among them
+                torch.nn.init.normal_(module.bias)
+            if isinstance(module, torch.nn.PReLU):
+                torch.nn.init.normal_(module.weight, 0.2, 0.2)
+        program = lower(whole, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
+        for tile in TILES:
+            check(program, random_images(program, 5), tile)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("x86" not in platform.machine(), reason="names x86 processors")
+def test_other_processors(tmp_path: Path) -> None:
+    """An x86 processor without AVX, in a process of its own: same tests, other code."""
+    env = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "nehalem",
+        "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-m", "not slow"]
+    names = "grid and (33 or 64) or integer or sums"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "-k", names], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout, done.stdout  # the uint8 tile is not there

@@ -1,0 +1,171 @@
+"""The table and the plots, on made-up results."""
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnncore import report
+
+ROOT = Path(__file__).parents[2]
+
+
+def a_model(name, kind, members, test, size, **more):
+    row = {"name": name, "kind": kind, "scheme": "single", "sharing": None, "members": members}
+    row |= {"val_top1": test + 0.5, "test_top1": test, "file_bytes": size}
+    row |= {"counted_kib": size / 1200, "images_compared": 360, "images_different": 0}
+    return row | {"max_logit_difference": 1e-6, "backbone": "nin", "width": 16} | more
+
+
+def a_run():
+    """(results, histories, anytime) with the shape of a real run; the figures are made up."""
+    tent = {"scheme": "tentaclenet", "sharing": "tentaclenet"}
+    shared = {"scheme": "fusion", "sharing": "shared_conv"}
+    vote = {"scheme": "voting", "sharing": "shared_conv"}
+    results = [
+        a_model("fp32", "fp32", 1, 96.9, 103_400, scheme="fp32"),
+        a_model("bnn", "bnn", 1, 82.7, 7_900),
+        a_model("bnn-wide", "bnn", 1, 88.6, 21_300, width=26),
+        a_model("tentaclenet-1", "bnn", 1, 83.1, 8_300, **tent),
+        a_model("tentaclenet-3", "ensemble", 3, 86.9, 15_900, **tent),
+        a_model("tentaclenet-5", "ensemble", 5, 91.8, 23_600, **tent),
+        a_model("fusion-1", "bnn", 1, 82.9, 8_000, **shared),
+        a_model("fusion-3", "ensemble", 3, 87.2, 12_200, **shared),
+        a_model("fusion-5", "ensemble", 5, 88.0, 16_100, **shared),
+        a_model("voting-3", "ensemble", 3, 87.0, 12_190, **vote),
+    ]
+    histories = {}
+    for i, row in enumerate(results):
+        top = row["val_top1"]
+        histories[row["name"]] = [
+            {
+                "epoch": e,
+                "train_loss": 2.3 * math.exp(-e / (6 + i)) + 0.05 * i,
+                "train_top1": top + 2 - 60 * math.exp(-e / 5),
+                "val_loss": 2.3 * math.exp(-e / (7 + i)) + 0.1 * i,
+                "val_top1": top - 60 * math.exp(-e / (4 + i / 2)) + math.sin(e * (i + 1)) * 0.8,
+            }
+            for e in range(1, 31)
+        ]
+    anytime = {
+        name: [{"members": m, "top1": base + 4 * math.log(m)} for m in range(1, 6)]
+        for name, base in (("tentaclenet-5", 84.0), ("fusion-5", 82.0))
+    }
+    anytime["fusion-5, early exit"] = [
+        {"members": 5, "mean_members": 1 + 0.4 * i, "top1": 83 + 1.6 * i} for i in range(4)
+    ]
+    return results, histories, anytime
+
+
+def test_write(tmp_path):
+    results, histories, anytime = a_run()
+    results[1] |= {"test_top1": np.float32(82.5), "file_bytes": np.int64(7900), "ece": math.nan}
+    paths = report.write(results, histories, tmp_path / "reports", anytime)
+    assert sorted(path.name for path in paths) == [
+        "accuracy_bytes.png",
+        "accuracy_members.png",
+        "anytime.json",
+        "anytime.png",
+        "curves.png",
+        "histories.json",
+        "results.json",
+        "table.csv",
+        "table.md",
+    ]
+    for path in paths:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") == (path.suffix == ".png")
+        if path.suffix == ".png":
+            assert len(content) > 10_000
+    again = report.write(results, histories, tmp_path / "again", anytime)
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in paths], "reproducible"
+    rows = json.loads((tmp_path / "reports" / "results.json").read_text())
+    assert [row["name"] for row in rows] == [row["name"] for row in results]
+    assert rows[1]["test_top1"] == 82.5
+    assert rows[1]["ece"] is None
+    with (tmp_path / "reports" / "table.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert table[5]["name"] == "tentaclenet-5"
+    assert float(table[5]["test_top1"]) == 91.8
+    assert table[1]["ece"] == ""
+
+
+def test_nothing_known_yet(tmp_path):
+    """A run with one model, or with figures missing, still makes a report."""
+    for results in ([], [{"name": "bnn"}], [{"name": "bnn", "test_top1": None, "members": 1}]):
+        report.write(results, {}, tmp_path, {"bnn": []})
+    report.write(
+        [a_model("bnn", "bnn", 1, 80.0, 100)], {"bnn": [{"epoch": 1, "val_top1": 3}]}, tmp_path
+    )
+
+
+def test_table():
+    rows = [a_model("fp32", "fp32", 1, 96.875, 98_304), a_model("a|b", "bnn", 1, 90, 12_288)]
+    text = report.table_markdown(rows)
+    assert text.splitlines()[2:] == [
+        "| fp32 | 96.88 | 97.38 | 98,304 | 81.92 | 1.0× |",
+        "| a\\|b | 90.00 | 90.50 | 12,288 | 10.24 | 8.0× |",
+    ]
+    out = io.StringIO()
+    report.print_table([*rows, {"name": "unknown"}], out)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1, "aligned"
+    assert lines[-1].split() == ["unknown", "–", "–", "–", "–", "–"]
+
+
+def test_ratio_is_to_the_fp32_model_of_the_same_shape():
+    wide = {"width": 32}
+    rows = report.complete(
+        [
+            a_model("fp32", "fp32", 1, 96, 1000),
+            a_model("fp32-wide", "fp32", 1, 97, 3000, **wide),
+            a_model("bnn-wide", "bnn", 1, 90, 300, **wide),
+            a_model("other", "bnn", 1, 90, 300, width=8),
+            a_model("given", "bnn", 1, 90, 300, fp32_ratio=7.0),
+        ]
+    )
+    assert [row.get("fp32_ratio") for row in rows] == [1, 1, 10, None, 7]
+
+
+def test_kind_is_told_from_the_scheme_and_the_members():
+    rows = [{"name": "a", "scheme": "fp32"}, {"name": "b", "members": 1}]
+    rows = report.complete([*rows, {"name": "c", "members": 3}])
+    assert [row["kind"] for row in rows] == ["fp32", "bnn", "ensemble"]
+
+
+def test_bad_results_are_named():
+    with pytest.raises(ValueError, match="result 1: expected a text as 'name', got None"):
+        report.complete([{"name": "a"}, {}])
+    with pytest.raises(ValueError, match="got 'a' again"):
+        report.complete([{"name": "a"}, {"name": "a"}])
+
+
+def test_front_by_hand():
+    points = [(1, 5, ""), (2, 4, ""), (2, 7, ""), (3, 7, ""), (9, 8, "")]
+    assert report._front(points) == [(1, 5), (2, 7), (9, 8)]
+
+
+def test_families_by_what_tells_them_apart():
+    results, _, _ = a_run()
+    families = report.members_curves(results)
+    assert [r["members"] for r in families["tentaclenet"]] == [1, 3, 5]
+    assert list(families) == [
+        "fusion, shared_conv",
+        "single",
+        "single, width 26",
+        "tentaclenet",
+        "voting, shared_conv",
+    ]
+    assert not any(r["kind"] == "fp32" for rows in families.values() for r in rows)
+
+
+def test_importable_without_torch():
+    code = "import sys, bnncore.report; assert not {'torch', 'mlflow'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -2,7 +2,7 @@
 
 Unknown keys, wrong types and values out of range are refused with the key, the value and what is
 allowed. Nothing here imports torch: the evaluator reads parameters too. What only the training
-side can know (whether a backbone or a sharing pattern exists) `schemes.check` looks up, before
+side can know (whether a backbone or a sharing pattern exists) `check` looks up, before
 anything trains.
 """
 

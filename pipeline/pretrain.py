@@ -1,6 +1,6 @@
 """Stage pretrain: train the FP32 backbone."""
 
-from bnncore import data, params
+from bnncore import check, data, params
 from bnncore.training import schemes, train
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
@@ -8,7 +8,7 @@ from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
-        schemes.check(s.params, images.image, len(images.classes))  # all stages', before any work
+        check.check(s.params, images.image, len(images.classes))  # all stages', before any work
         job = schemes.first_job(s.params, images, None)
         with train.resumable(CHECKPOINTS / "pretrain") as checkpoints:
             threads = s.params.ray.cpus_per_actor

@@ -11,13 +11,13 @@ import json
 import sys
 from functools import partial
 
-from bnncore import data, metrics, params
+from bnncore import check, data, metrics, params
 from bnncore.cluster.actors import Cluster
 from bnncore.packed import execute, packfile
 from bnncore.search import answer, space, trial
 from bnncore.search import study as searching
 from bnncore.tracking import Tracker
-from bnncore.training import schemes, train
+from bnncore.training import train
 from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
 
 OUT = REPORTS / "search"
@@ -27,7 +27,7 @@ def main() -> None:
     options = arguments()
     p = params.load(ROOT / "params.yaml")
     images = data.load(p.data, ROOT)
-    schemes.check(p, images.image, len(images.classes))
+    check.check(p, images.image, len(images.classes))
     settings = p.mlflow
     with searching.Search(p, images, CHECKPOINTS / "search") as study:
         known = {"study": study.name, **params.plain(p)}

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
+from bnncore import check, storage
 from bnncore import params as P
-from bnncore import storage
 from bnncore.data import Dataset
 from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
@@ -211,7 +211,7 @@ class Space:
             try:
                 narrow = {"width": min(self.values["width"]), "members": few}
                 p = preset(self.params, config | narrow)
-                schemes.check(p, self.image, len(self.classes))
+                check.check(p, self.image, len(self.classes))
                 self._problems[key] = None
             except ValueError as error:
                 self._problems[key] = str(error).removeprefix("ensembles.train.best.")

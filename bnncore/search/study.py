@@ -41,15 +41,14 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-import ray
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from ray.exceptions import RayError, RayTaskError
 
 from bnncore import params as P
 from bnncore.cluster.actors import Cluster
+from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.data import Dataset
 from bnncore.networks.ensemble import SHARING
 from bnncore.params import Params
@@ -67,107 +66,6 @@ PROPOSALS = 3  # of a sampler, before something untried near the last one is tak
 TRAINED, STOPPED, FAILED, REJECTED = "trained", "stopped", "failed", "rejected"
 INTERRUPTED = "interrupted"
 COUNTED = (TRAINED, STOPPED, FAILED)
-
-
-# -- work on the cluster -----------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Work:
-    """One task.
-
-    Attributes:
-        name: unique.
-        run: a function of this module that takes (threads, data, *args, the result of `needs`).
-        needs: another task whose result it takes; it must be known or among the same work.
-        weight: what is heavier starts earlier.
-        keep: whether the result is kept as an object that later tasks may need.
-    """
-
-    name: str
-    run: Callable
-    args: tuple
-    needs: str | None = None
-    weight: float = 0.0
-    keep: bool = False
-
-
-class WorkError(RuntimeError):
-    """A task failed, twice where that could help; the message is the last cause's."""
-
-
-class Crew:
-    """Runs tasks on the cluster, as many at once as it has room for."""
-
-    def __init__(self, cluster: Cluster, data: Dataset):
-        self.cluster = cluster
-        self.data = ray.put(data)
-        self.kept: dict[str, Any] = {}  # name -> ray.ObjectRef
-        self.retried = 0
-
-    def keep(self, name: str, value: Any) -> None:
-        """Make a result known, one copy in the object store."""
-        self.kept[name] = ray.put(value)
-
-    def run(
-        self,
-        todo: list[Work],
-        done: Callable[[Work, Any], None],
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> list[Work]:
-        """Run `todo` and call `done` with each result, or with its `WorkError`.
-
-        A task that crashes, or whose worker or node dies, is run once more. Once `stopping`, what
-        runs is finished and nothing else begun.
-
-        Returns:
-            The tasks that were not begun.
-        """
-        waiting = sorted(todo, key=lambda work: -work.weight)
-        running: dict[Any, Work] = {}
-        crashed: set[str] = set()
-        while True:
-            room = max(1, self.cluster.slots()) - len(running)
-            ready = [w for w in waiting if w.needs is None or w.needs in self.kept]
-            for work in ready[: 0 if stopping() else max(room, 0)]:
-                waiting.remove(work)
-                running[self._start(work)] = work
-            if not running:
-                return waiting
-            finished, _ = ray.wait(list(running), timeout=1)
-            for ref in finished:
-                work = running.pop(ref)
-                try:
-                    result = ray.get(ref)
-                except RayError as error:
-                    cause = error.cause if isinstance(error, RayTaskError) else error
-                    # A loss that is not finite would not be finite the second time.
-                    if work.name not in crashed and not isinstance(cause, train.TrainingError):
-                        crashed.add(work.name)
-                        self.retried += 1
-                        waiting.insert(0, work)
-                        continue
-                    failed = WorkError(_brief(cause))
-                    for lost in [work, *(w for w in waiting if w.needs == work.name)]:
-                        if lost is not work:
-                            waiting.remove(lost)
-                        done(lost, failed)
-                    continue
-                if work.keep:
-                    self.keep(work.name, result)
-                done(work, result)
-
-    def _start(self, work: Work) -> Any:
-        ray_params = self.cluster.params
-        options = {
-            "num_cpus": ray_params.cpus_per_actor,
-            "num_gpus": self.cluster.gpus_per_actor,
-            "max_retries": 0,
-            "name": work.name,
-        }
-        args = work.args if work.needs is None else (*work.args, self.kept[work.needs])
-        task = ray.remote(work.run).options(**options)
-        return task.remote(ray_params.cpus_per_actor, self.data, *args)
 
 
 def _origin(trial: FrozenTrial) -> int:
@@ -194,11 +92,6 @@ def _mend(path: Path) -> None:
             os.truncate(path, len(whole))
     # Its lock outlives a killed process too; ours is held by now.
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 # -- the study ---------------------------------------------------------------------------------

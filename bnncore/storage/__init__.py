@@ -384,13 +384,13 @@ def _shape(data_params, root: Path) -> tuple[tuple[int, int, int], int, tuple[st
 
 def _print_params(path: Path) -> int:
     """Everything that a parameter file asks for, counted without training."""
-    from bnncore import params
+    from bnncore import check, params
     from bnncore.lowering import blueprint
     from bnncore.training import schemes
 
     p = params.load(path)
     image, classes, names = _shape(p.data, path.parent)
-    schemes.check(p, image, classes)
+    check.check(p, image, classes)
     specs = {
         "fp32": schemes.single_spec(p, image, classes, binary=False),
         "bnn": schemes.single_spec(p, image, classes, binary=True),

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from bnncore.data import Dataset
 from bnncore.networks.backbones import build
-from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, drawn, named
+from bnncore.networks.binarize import BinaryConv2d, drawn
 from bnncore.networks.ensemble import (
     SHARING,
     Ensemble,
@@ -444,55 +444,6 @@ def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int)
     if combine == "vote":
         combine = f"{ensemble.vote or scheme.options['vote']}_vote"
     return EnsembleSpec(model, ensemble.members, sharing, combine, classifier)
-
-
-def check(params: Params, image, classes: int) -> None:
-    """Build the structure of everything that `params` asks for, without memory or training.
-
-    Raises:
-        ParamsError: names the section that cannot be built, and why.
-    """
-    # Imported here: what is only checked must not make DVC train again when it changes.
-    from bnncore.lowering import blueprint
-    from bnncore.packed.program import validate
-
-    named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
-    named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
-    try:
-        with torch.device("meta"):
-            build(model_spec(params, image, classes, binary=False))
-            member = build(model_spec(params, image, classes, binary=True))
-    except ValueError as error:
-        raise ParamsError(f"model.backbone: {error}") from None
-    for ensemble in params.ensembles.train:
-        where = f"ensembles.train.{ensemble.name}"
-        spec = ensemble_spec(params, ensemble, image, classes)
-        recipe = params.recipe(ensemble)
-        try:
-            with torch.device("meta"):
-                own = Ensemble(spec, ids=(0,)).own
-            validate(blueprint.draw(spec).most)
-        except ValueError as error:
-            raise ParamsError(f"{where}: {error}") from None
-        if ensemble.scheme == "snapshot":
-            if recipe.epochs % spec.members:
-                raise ParamsError(
-                    f"{where}.recipe.epochs: expected a multiple of members ({spec.members}), a "
-                    f"cycle each, got {recipe.epochs}"
-                )
-            if ensemble.recipe.get("schedule", "cosine") != "cosine":
-                raise ParamsError(
-                    f"{where}.recipe.schedule: snapshots are taken at the end of cosine cycles; "
-                    f"expected cosine or none, got {recipe.schedule!r}"
-                )
-        if ensemble.scheme == "stochastic_rounding":
-            layers = weight_layers(member)
-            if not any(isinstance(layers[name], BinaryConv2d) for name in own & layers.keys()):
-                raise ParamsError(
-                    f"{where}.sharing: {spec.sharing.name!r} shares all binary convolutions, of "
-                    "which this scheme draws one version a member; expected a sharing in which "
-                    "members own some, such as no_shared or own: [binary_conv]"
-                )
 
 
 def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:

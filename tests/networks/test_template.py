@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bnncore import check
 from bnncore.lowering.lower import lower
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
@@ -197,7 +198,7 @@ def test_from_fp32_to_an_ensemble(sharing):
             "recipe": {"epochs": 1, "batch_size": 16},
         },
     )
-    schemes.check(p, GRAY.image, 4)
+    check.check(p, GRAY.image, 4)
     (fp32,) = train_many([schemes.first_job(p, GRAY, None)], GRAY)
     (bnn,) = train_many([schemes.first_job(p, GRAY, fp32.state)], GRAY)
     plan = schemes.plan(p, p.ensembles.train[0], GRAY, fp32.state, bnn.state)
@@ -297,7 +298,7 @@ def test_what_cannot_be_packed_is_named_before_anything_trains(name, message):
         model={**model, "width": None}, ensembles={"train": [{"name": "e", "members": 2}]}
     )
     with pytest.raises(ParamsError, match=message):
-        schemes.check(p, GRAY.image, 4)
+        check.check(p, GRAY.image, 4)
 
 
 @pytest.mark.slow
@@ -314,7 +315,7 @@ def test_a_users_network_trains_over_actors_to_the_same_bits():
         },
         ensembles={"train": sections, "recipe": {"epochs": 6, "batch_size": 8, "lr": 0.01}},
     )
-    schemes.check(p, data.image, 4)
+    check.check(p, data.image, 4)
     (fp32,) = train_many([schemes.first_job(p, data, None)], data)
     (bnn,) = train_many([schemes.first_job(p, data, fp32.state)], data)
     with actors.Cluster(RayParams(actors=2)) as cluster:

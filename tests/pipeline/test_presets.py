@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from bnncore import paper, params, storage
+from bnncore import check, paper, params, storage
 from bnncore.lowering import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.packed import execute, packfile
@@ -33,7 +33,7 @@ def composed(name: str) -> params.Params:
 def specs(p: params.Params) -> dict[str, EnsembleSpec]:
     (height, width, channels), classes = storage.SHAPES[p.data.name]
     image = (height, width, channels)
-    schemes.check(p, image, classes)
+    check.check(p, image, classes)
     return {
         "fp32": schemes.single_spec(p, image, classes, binary=False),
         "bnn": schemes.single_spec(p, image, classes, binary=True),

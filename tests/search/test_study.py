@@ -21,8 +21,8 @@ import ray
 import yaml
 from optuna.trial import TrialState
 
+from bnncore import check, storage
 from bnncore import params as P
-from bnncore import storage
 from bnncore.cluster.actors import Cluster
 from bnncore.lowering import blueprint
 from bnncore.networks.ensemble import Ensemble
@@ -144,7 +144,7 @@ def test_a_configuration_that_cannot_be_built_is_named():
 def test_snapshots_get_epochs_that_divide():
     p = space.preset(parse(), configuration(scheme="snapshot", members=3))
     assert p.recipe(p.ensembles.train[0]).epochs == 3
-    schemes.check(p, DATA.image, len(DATA.classes))
+    check.check(p, DATA.image, len(DATA.classes))
 
 
 def test_numbers_in_equal_steps_have_an_order():
@@ -454,7 +454,7 @@ class TestAStudy:
         preset = P.load(folder / "reports/best.yaml")
         assert preset.ensembles.train[0].members == report.best["members"]
         assert preset.model.width == report.best["width"]
-        schemes.check(preset, DATA.image, len(DATA.classes))
+        check.check(preset, DATA.image, len(DATA.classes))
         assert f"{report.best['val_top1']:.2f} %" in said
 
     def test_front_as_files(self, study):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnncore import check
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.params import ParamsError
@@ -55,7 +56,7 @@ class Watched:
 
 def run(**ensemble):
     p = params(**ensemble)
-    schemes.check(p, IMAGE, CLASSES)
+    check.check(p, IMAGE, CLASSES)
     plan = schemes.plan(p, p.ensembles.train[0], DATA, *pretrained())
     watched = Watched()
     return schemes.train(plan, watched), watched, plan
@@ -434,7 +435,7 @@ def test_a_draw_for_a_weight_of_zero_can_be_either_sign():
 )
 def test_what_makes_no_sense_is_refused_before_training(section, message):
     with pytest.raises(ParamsError, match=message) as caught:
-        schemes.check(params(**section), IMAGE, CLASSES)
+        check.check(params(**section), IMAGE, CLASSES)
     assert "ensembles.train.e" in str(caught.value)
 
 
@@ -450,10 +451,10 @@ def test_no_shortcut_to_share_but_for_tentaclenet():
             model=nin, ensembles={"train": [{"name": "e", "scheme": scheme, "sharing": sharing}]}
         )
         if good:
-            schemes.check(p, IMAGE, CLASSES)
+            check.check(p, IMAGE, CLASSES)
         else:
             with pytest.raises(ParamsError, match="matches no layer of this backbone"):
-                schemes.check(p, IMAGE, CLASSES)
+                check.check(p, IMAGE, CLASSES)
 
 
 def test_options_out_of_range_are_refused_with_what_is_allowed():

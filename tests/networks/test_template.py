@@ -289,7 +289,7 @@ def test_width_is_the_users_own():
     [
         ("in_groups", r"'body\.2': expected a convolution with groups 1.* got groups 4"),
         ("gelu", r"'body\.3': GELU cannot be packed"),
-        ("nothing", r"cannot import 'tests\.test_template:nothing'"),
+        ("nothing", r"cannot import 'tests\.networks\.test_template:nothing'"),
     ],
 )
 def test_what_cannot_be_packed_is_named_before_anything_trains(name, message):

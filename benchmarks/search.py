@@ -44,10 +44,12 @@ from benchmarks import seeds
 from benchmarks.rows import processor
 from bnncore import data, metrics, params
 from bnncore.cluster.actors import Cluster
+from bnncore.lowering import packing
 from bnncore.packed import execute, packfile
 from bnncore.params import EnsembleParams, Params
-from bnncore.search import space, trial
+from bnncore.search import space
 from bnncore.search import study as S
+from bnncore.search.run import Search
 from bnncore.training import schemes, train
 
 ROOT = Path(__file__).parent.parent
@@ -87,26 +89,24 @@ def rejections(p: Params, images: data.Dataset, pieces: Pieces, count: int = 200
     started = time.process_time()
     with (
         tempfile.TemporaryDirectory() as folder,
-        S.Search(p, images, Path(folder) / "search", say=lambda _: None) as study,
+        Search(p, images, Path(folder) / "search", say=lambda _: None) as search,
     ):
         opening = time.process_time() - started
         gc.collect()
         gc.freeze()  # as the pipeline does
         rng, seen = np.random.default_rng(0), set()
-        counting, whole = [], []
-        while len(counting) < count:
-            config = {k: v[rng.integers(len(v))] for k, v in study.space.values.items()}
+        whole: list[float] = []
+        while len(whole) < count:
+            config = {k: v[rng.integers(len(v))] for k, v in search.space.values.items()}
             if space.identity(config) in seen:
                 continue
             seen.add(space.identity(config))
-            before, at = len(study._rejecting), time.thread_time()
-            asked = study._begin(config, {}, batch=0)
-            seconds = time.thread_time() - at
-            if asked is None:
-                counting += study._rejecting[before:]
-                whole.append(seconds)
-            else:
-                study._interrupt(study.study, asked.number)
+            at = time.thread_time()
+            trial = search.study.count(config, len(seen), batch=0)
+            if not trial.feasible:
+                search.study.reject(trial)
+                whole.append(time.thread_time() - at)
+        counting = search.study.rejecting_s
 
     def figures(values: list[float]) -> dict[str, float]:
         ms = 1000 * np.array(values)
@@ -135,15 +135,15 @@ def studies(p: Params, images: data.Dataset, pieces: Pieces, trials: int, seed: 
         search = replace(p.search, trials=trials, seed=seed, sampler=sampler, rivals=False)
         # A folder a study, so that no study's time profits from networks that another has made.
         folder = SCRATCH / name.replace("/", "-")
-        with S.Search(replace(p, search=search), images, folder) as study, Cluster(p.ray) as here:
-            before = len(study.rows())
+        with Search(replace(p, search=search), images, folder) as study, Cluster(p.ray) as here:
+            before = len(study.report().rows)
             report = study.run(here)
             slots = here.slots()
             if report.ended == "interrupted":
                 sys.exit(130)
             assert report.best is not None
             pieces[name] = {
-                "best": report.best, "config": study.config(report.best),
+                "best": report.best, "config": {k: report.best[k] for k in study.space.values},
                 "outcomes": {o: sum(r["outcome"] == o for r in report.rows)
                              for o in (*S.COUNTED, S.REJECTED)},
                 # Of a study that was stopped and went on, the wall time is not known.
@@ -197,7 +197,7 @@ def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) ->
             bases[key] = seeds.base(one, images)
         plan = schemes.plan(one, one.ensembles.train[0], images, *bases[key])
         made = schemes.train(plan, partial(train.train_many, data=images))
-        program, _ = trial.packed(made, one, images)
+        program, _ = packing.packed(made, one, images, *space.model(one))
         content = packfile.encode(program)
         size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")
         top1 = 100 * metrics.accuracy(model.predict(images.test.images), images.test.labels)
@@ -220,7 +220,7 @@ def workers(p: Params, images: data.Dataset, pieces: Pieces, trials: int = 20) -
         ray = replace(p.ray, actors=count)
         with (
             tempfile.TemporaryDirectory() as folder,
-            S.Search(replace(p, search=search, ray=ray), images, Path(folder) / "search") as study,
+            Search(replace(p, search=search, ray=ray), images, Path(folder) / "search") as study,
             Cluster(ray) as cluster,
         ):
             report = study.run(cluster)

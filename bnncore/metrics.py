@@ -5,6 +5,8 @@ Legend: `B` images, `C` classes, `m` members.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -52,6 +54,19 @@ def disagreement(predictions: np.ndarray) -> float:
     if not pairs:
         return 0.0
     return float(np.mean([(predictions[i] != predictions[j]).mean() for i, j in pairs]))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (bytes, accuracy) points that no other beats, by bytes.
+
+    A point is beaten by one that is no larger and no less accurate, and better in one of the two;
+    of equal points the first is listed.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
 
 
 def _same(got: tuple[int, ...], expected: tuple[int, ...]) -> None:

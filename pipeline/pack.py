@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, metrics, params
-from bnncore.lowering import lower, parity
+from bnncore import data, params
+from bnncore.lowering import packing, parity
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import execute, narrow, packfile
-from bnncore.training import schemes, train
+from bnncore.packed import execute, packfile
+from bnncore.packed.program import Program
+from bnncore.training import schemes
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
 
@@ -32,26 +33,19 @@ def main() -> None:
         found = models()
         for name in ("fp32", "bnn", *order):
             trained = schemes.Ensembled.read(found[name])
-            ensemble = trained.ensemble()
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
-            info = facts(s.params, name, section)
-            program = lower.lower(ensemble, images.mean, images.std, images.classes, info)
-            theirs = torch_outputs(ensemble, images)
-            _, predicted = execute.combine(program, theirs["val"])
-            program.info["val_top1"] = round(
-                100 * metrics.accuracy(predicted, images.val.labels), 2
-            )
-            program = narrow.narrowed(program, s.params.pack)
+            parts = ("val", "test")
+            program, theirs = packing.packed(trained, s.params, images, name, section, parts)
             size = packfile.save(program, PACKED / f"{name}.bnn")
             np.savez(PACKED / "torch" / f"{name}.npz", val=theirs["val"], test=theirs["test"])
-            flips = differences(ensemble, program, images, theirs["test"])
+            flips = differences(trained.ensemble(), program, images, theirs["test"])
             (PACKED / "torch" / f"{name}.flips.json").write_text(json.dumps(flips))
             print(f"{name:>16}: {size:8,} bytes", flush=True)
         params.save(s.params, PACKED / "params.yaml")
 
 
 def differences(
-    ensemble: Ensemble, program, images: data.Dataset, theirs: np.ndarray
+    ensemble: Ensemble, program: Program, images: data.Dataset, theirs: np.ndarray
 ) -> list[dict]:
     """Test images that are classified differently by the packed program, traced to a sign."""
     _, expected = execute.combine(program, theirs)
@@ -63,32 +57,6 @@ def differences(
         else []
     )
     return [{**asdict(flip), "image": int(at[flip.image])} for flip in flips]
-
-
-def facts(p: params.Params, name: str, section: params.EnsembleParams | None) -> dict:
-    """What the file says of itself."""
-    found = {"name": name, "backbone": p.model.backbone, "kind": name, "seed": p.seed}
-    if p.model.width:
-        found["width"] = p.model.width
-    if section is not None:
-        sharing = section.sharing
-        found |= {
-            "kind": "ensemble",
-            "scheme": section.scheme,
-            "sharing": sharing if isinstance(sharing, str) else sharing.name,
-        }
-    return found
-
-
-def torch_outputs(ensemble: Ensemble, images: data.Dataset) -> dict[str, np.ndarray]:
-    """Member outputs of torch on the validation and test parts, (M, N, C) float32 each."""
-    spec = ensemble.spec
-    job = train.Job("outputs", spec, ensemble.ids, params.Recipe(epochs=0), 0, ensemble.state())
-    trainer = train.Trainer(job, images, device="cpu")
-    return {
-        "val": trainer.outputs(trainer.uploaded(images.val)),
-        "test": trainer.outputs(trainer.uploaded(images.test)),
-    }
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import gc
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 from bnncore import check, data, metrics, params
 from bnncore.cluster.actors import Cluster
 from bnncore.packed import execute, packfile
-from bnncore.search import answer, space, trial
-from bnncore.search import study as searching
+from bnncore.search import answer, trial
+from bnncore.search import run as searching
+from bnncore.search.answer import Report
+from bnncore.search.run import Search
 from bnncore.tracking import Tracker
 from bnncore.training import train
 from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
@@ -29,29 +32,29 @@ def main() -> None:
     images = data.load(p.data, ROOT)
     check.check(p, images.image, len(images.classes))
     settings = p.mlflow
-    with searching.Search(p, images, CHECKPOINTS / "search") as study:
-        known = {"study": study.name, **params.plain(p)}
+    with Search(p, images, CHECKPOINTS / "search") as search:
+        known = {"study": search.study.name, **params.plain(p)}
         with Tracker(
             ROOT, known, settings.uri, experiment=settings.experiment, name="search"
         ) as tracker, Cluster(p.ray) as cluster:  # fmt: skip
-            study.tracker = tracker
+            search.tracker = tracker
             # What is imported stays: a full collection took 0.2 s in the middle of a rejection.
             gc.freeze()
             # Written before the rivals too, so that a stop meanwhile leaves an answer.
-            report = study.run(cluster, options.trials, options.timeout,
-                               partial(answer.write, search=study, out=OUT))  # fmt: skip
-            written = answer.write(report, study, OUT)
-            answer.show(report, study)
-            if report.best:
-                keys = ("val_top1", "file_bytes")
-                tracker.metrics({k: report.best[k] for k in keys})
-            if options.finish and report.best and report.ended != "interrupted":
-                written.append(finish(study, report, images, cluster, tracker))
+            report = search.run(cluster, options.trials, options.timeout,
+                                partial(answer.write, out=OUT))  # fmt: skip
+            written = answer.write(report, OUT)
+            answer.show(report)
+            winner = report.winner
+            if winner:
+                tracker.metrics({k: winner[k] for k in ("val_top1", "file_bytes")})
+            if options.finish and winner and report.ended != searching.INTERRUPTED:
+                written.append(finish(report, images, cluster, tracker))
             for path in written:
                 tracker.artifact(path, "search")
     print(f"\n{OUT / 'best.yaml'}: cp it to params.yaml, and dvc repro trains it"
-          if report.best else f"\n{OUT / 'front.csv'} lists what was asked for")  # fmt: skip
-    if report.ended == "interrupted":
+          if winner else f"\n{OUT / 'front.csv'} lists what was asked for")  # fmt: skip
+    if report.ended == searching.INTERRUPTED:
         sys.exit(130)
 
 
@@ -67,17 +70,16 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Tracker):
+def finish(report: Report, images: data.Dataset, cluster: Cluster, tracker: Tracker) -> Path:
     """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
-    best = space.preset(study.full, study.config(report.best))
+    winner = report.winner
+    assert winner is not None
     with train.resumable(CHECKPOINTS / "search-finish") as checkpoints:
-        trained, program = trial.finish(best, images, cluster, checkpoints)
+        trained, program = searching.finish(report.preset(winner), images, cluster, checkpoints)
     size = packfile.save(program, OUT / "best.bnn")
-    if size > report.best["bound_bytes"]:
-        raise RuntimeError(
-            f"best.bnn: expected at most {report.best['bound_bytes']} bytes, got {size}"
-        )
-    model = execute.Model(packfile.load(OUT / "best.bnn"), study.full.evaluate.ops)
+    if size > winner["bound_bytes"]:
+        raise RuntimeError(f"best.bnn: expected at most {winner['bound_bytes']} bytes, got {size}")
+    model = execute.Model(packfile.load(OUT / "best.bnn"), report.params.evaluate.ops)
     scores: dict[str, float] = {"file_bytes": size}
     for part, split in (("val", images.val), ("test", images.test)):
         predicted = model.predict(split.images)
@@ -87,7 +89,7 @@ def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Track
         f"\ntrained in full: validation {scores['val_top1']:.2f} %, test {scores['test_top1']:.2f} "
         f"%, {size:,} bytes ({OUT / 'best.bnn'})"
     )
-    with tracker.model("best", study.config(report.best)) as child:
+    with tracker.model("best", {"about": answer.about(winner)}) as child:
         child.history(trial.merged(trained.histories))
         child.metrics(scores)
     return OUT / "finished.json"

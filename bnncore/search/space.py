@@ -1,4 +1,4 @@
-"""What a search chooses from: configurations, what they take, and the rivals of its answer.
+"""What a search chooses from: configurations, and what each takes.
 
 A configuration is a dict with a value for each field of `params.SpaceParams`. Nothing here trains.
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, product
@@ -23,6 +23,7 @@ from bnncore import check, storage
 from bnncore import params as P
 from bnncore.data import Dataset
 from bnncore.lowering import blueprint
+from bnncore.lowering.packing import facts
 from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import SHARING, EnsembleSpec
 from bnncore.packed import execute
@@ -31,22 +32,26 @@ from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, Sear
 from bnncore.training import schemes
 
 Config = dict[str, Any]
-WIDTHS = 4, 1024  # between which a rival's width is looked for
+Row = dict[str, Any]  # of a report
 TRACED = 64  # networks that are traced before they are asked for
 
 
 # -- configurations ----------------------------------------------------------------------------
 
 
-def preset(params: Params, config: Config, name: str = "best", **changes: Any) -> Params:
-    """`params` with the configuration as its only ensemble: what the pipeline can run."""
+def preset(params: Params, config: Config, **changes: Any) -> Params:
+    """`params` with the configuration as its only ensemble, ``best``: what the pipeline can run.
+
+    Args:
+        changes: other fields of the ensemble's section.
+    """
     model = replace(params.model, backbone=config["backbone"], width=config["width"])
     epochs = params.ensembles.recipe.epochs
     if config["scheme"] == "snapshot" and epochs % config["members"]:
         # A cycle a member, all of the same length.
         changes["recipe"] = {"epochs": -(-epochs // config["members"]) * config["members"]}
     keys = ("scheme", "sharing", "members", "start")
-    ensemble = EnsembleParams(name, **{k: config[k] for k in keys}, **changes)
+    ensemble = EnsembleParams("best", **{k: config[k] for k in keys}, **changes)
     return replace(
         params,
         model=model,
@@ -55,18 +60,10 @@ def preset(params: Params, config: Config, name: str = "best", **changes: Any) -
     )
 
 
-def facts(params: Params) -> dict[str, str | int | float]:
-    """What the packed file of `preset` says of itself (stage pack's facts)."""
-    model = params.model
-    found: dict[str, str | int | float] = {
-        "name": "best", "backbone": model.backbone, "kind": "fp32", "seed": params.seed,
-    }  # fmt: skip
-    if model.width:
-        found["width"] = model.width
-    for ensemble in params.ensembles.train:
-        scheme = {"scheme": ensemble.scheme, "sharing": str(ensemble.sharing)}
-        found |= {"kind": "ensemble", **scheme}
-    return found | {"val_top1": 99.99}
+def model(params: Params) -> tuple[str, EnsembleParams | None]:
+    """Name and section of what `params` are about: the only ensemble, or else the FP32 network."""
+    (section,) = params.ensembles.train or (None,)
+    return (section.name, section) if section else ("fp32", None)
 
 
 def shortened(params: Params) -> Params:
@@ -119,13 +116,14 @@ class Cost:
 
 
 def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str = "file") -> Cost:
-    """Count `spec`, packed as `params` say: one member is drawn, the rest is multiplication."""
+    """Count `spec`, packed as `params` say: one member is traced, the rest is multiplication."""
     drawing = blueprint.draw(spec)
+    info = facts(params, *model(params))
     if count == "file":
-        size = blueprint.file_bound(spec, params.pack, classes, facts(params))
+        size = blueprint.file_bound(spec, params.pack, classes, info)
         counted = size / 1024
     else:
-        counts = storage.count(spec, params.pack, classes, facts(params))
+        counts = storage.count(spec, params.pack, classes, info)
         size, counted = counts.file, getattr(counts, count) / 8 / 1024
     binary, real = drawing.macs(spec.members)
     return Cost(size, counted, (real + binary / 64) / 1e6, _activations(drawing.most) / 1024)
@@ -173,9 +171,9 @@ class Space:
                 f"smallest configuration, {described(self.smallest)}, takes "
                 f"{self.least.counted_kib:.2f} KiB"
             )
-        self._draw_networks()
+        self._trace_networks()
 
-    def _draw_networks(self) -> None:
+    def _trace_networks(self) -> None:
         """Trace every network once, now, so that no rejection waits for it; of a very large space
         each when it is first seen.
         """
@@ -280,92 +278,3 @@ def described(config: Config) -> str:
         [f"{config['backbone']} {config['width']}", config["scheme"], config["sharing"], members,
          f"start {config['start']}", *extra]
     )  # fmt: skip
-
-
-# -- rivals ------------------------------------------------------------------------------------
-
-# The papers' own rows: label -> scheme, sharing, start.
-PAPERS = {
-    "TentacleNet (2020)": ("tentaclenet", "tentaclenet", "hadamard"),
-    "Kim et al. (2022), fusion": ("fusion", "shared_conv", "bnn"),
-    "Kim et al. (2022), bagging": ("bagging", "shared_conv", "bnn"),
-}
-
-
-@dataclass(frozen=True)
-class Rival:
-    """What the answer is compared with.
-
-    Attributes:
-        label: for people.
-        about: the configuration in words.
-        row: the configuration as a row of the report.
-        params: what to train.
-        int8: whether it is the FP32 network with 8-bit weights.
-    """
-
-    label: str
-    about: str
-    row: dict[str, Any]
-    params: Params
-    int8: bool = False
-
-
-def rivals(params: Params, space: Space, best: dict[str, Any]) -> list[Rival]:
-    """The papers' configurations of ``model`` with the most members that fit the budget; one BNN of
-    the best's backbone, as wide as fits; and that backbone's FP32 network in 8-bit weights, as wide
-    as fits. The budget is in bytes of the file; where it counts otherwise, the best's bytes are it.
-    """
-    search = params.search
-    limit = int(1024 * search.budget_kib) if search.count == "file" else best["bound_bytes"]
-    plain = {"affine": best["affine"], "weights": "float32"}
-    found = []
-
-    def size(config: Config) -> int:
-        return cost(space.spec(config), preset(params, config), space.classes).file_bytes
-
-    own = {"backbone": params.model.backbone, "width": params.model.width, **plain}
-    for label, (scheme, sharing, start) in PAPERS.items():
-        config = {**own, "scheme": scheme, "sharing": sharing, "start": start}
-        sizes = {m: size(config | {"members": m}) for m in range(1, 65)}
-        members = max((m for m, taken in sizes.items() if taken <= limit), default=None)
-        if members and not space.problem(config | {"members": members}):
-            config["members"] = members
-            p = preset(params, config, "rival")
-            found.append(Rival(label, described(config), config, p))
-
-    single = {"backbone": best["backbone"], "scheme": "fusion", "sharing": "no_shared", **plain}
-    single |= {"members": 1, "start": "bnn"}
-    width = _most(lambda w: size(single | {"width": w}) <= limit, *WIDTHS)
-    if width:
-        config = single | {"width": width}
-        p = preset(params, config, "rival", jitter=0.0, fresh_classifier=False)
-        about = f"{best['backbone']} {width}, one BNN"
-        found.append(Rival("one wider BNN", about, config, p))
-
-    def int8(width: int) -> tuple[EnsembleSpec, Params]:
-        p = preset(params, single | {"width": width}, "rival")
-        return schemes.single_spec(p, space.image, len(space.classes), binary=False), p
-
-    eight = PackParams(weights="int8")
-
-    def int8_bytes(width: int) -> int:
-        return storage.file_bound(int8(width)[0], eight, space.classes)
-
-    width = _most(lambda w: int8_bytes(w) <= limit, *WIDTHS)
-    if width:
-        p = int8(width)[1]
-        row = {"backbone": best["backbone"], "width": width, "weights": "int8", "members": 1}
-        about = f"{best['backbone']} {width}, FP32 network with 8-bit weights"
-        found.append(Rival("int8 of the same bytes", about, row, p, int8=True))
-    return found
-
-
-def _most(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest of low..high that fits; None if none does. What fits also fits smaller."""
-    if not fits(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -1,33 +1,29 @@
 """What one task of a search does: train a network, a trial or a rival, and measure it.
 
-These run in workers of the cluster (`search.Crew`). Scores are of the validation part: a search
+These run in workers of the cluster (`cluster.crew`). Scores are of the validation part: a search
 never sees the test part.
 
-Legend: `M` members, `N` images, `C` classes, `O` filters.
+Legend: `M` members, `N` images, `C` classes.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from bnncore import metrics
-from bnncore import params as P
-from bnncore.cluster.actors import Cluster
 from bnncore.data import Dataset
-from bnncore.lowering import lower
-from bnncore.packed import execute, narrow, packfile
-from bnncore.packed.program import Program
+from bnncore.lowering import packing
+from bnncore.packed import execute, packfile
 from bnncore.params import PackParams, Params
 from bnncore.search import space
 from bnncore.training import schemes, train
 from bnncore.training.schemes import Ensembled
+
+Result = dict[str, Any]
+Rung = tuple[float, float | None]
+History = list[dict[str, Any]]
 
 
 def network(
@@ -40,17 +36,17 @@ def network(
 
 
 def ensemble(
-    threads: int,
-    data: Dataset,
-    params: Params,
-    rungs: list[tuple[float, float | None]],
-    base: Ensembled | None = None,
-) -> dict[str, Any]:
+    threads: int, data: Dataset, params: Params, rungs: list[Rung], base: Ensembled | None = None
+) -> Result:
     """Train the only ensemble of `params`, rung by rung.
 
     Args:
         rungs: (fraction of the epochs, validation accuracy in percent below which to stop there).
         base: the BNN or the FP32 network that members start from.
+
+    Returns:
+        What `assess` finds, the accuracies at the rungs, whether it stopped before the last, and
+        seconds of the processor.
     """
     started, found = time.process_time(), {}
     train_many = partial(train.train_many, data=data, threads=threads)
@@ -67,30 +63,23 @@ def ensemble(
     return {**found, "rungs": values, "stopped": stopped, "cpu_s": time.process_time() - started}
 
 
-def int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
-    """Train the FP32 network as long as an ensemble in all, and pack its weights in 8 bits."""
+def fp32(threads: int, data: Dataset, params: Params) -> Result:
+    """Train the FP32 network as its recipe says, and assess it."""
     started = time.process_time()
-    epochs = [r.epochs for r in (params.pretrain, params.binarize, params.ensembles.recipe)]
-    p = replace(
-        params,
-        pretrain=replace(params.pretrain, epochs=sum(epochs)),
-        pack=PackParams(weights="int8"),
-        ensembles=replace(params.ensembles, train=()),
-    )
-    # oneDNN (torch 2.13, CPU) corrupts memory in gradients of FP32 ResNets of 4 to 6 channels.
-    mkldnn: Any = torch.backends.mkldnn
-    before = mkldnn.enabled
-    mkldnn.enabled = before and (params.model.width or 8) >= 8
-    try:
-        trained = network(threads, data, p)
-    finally:
-        mkldnn.enabled = before
-    return {**assess(trained, p, data), "cpu_s": time.process_time() - started}
+    found = assess(network(threads, data, params), params, data)
+    return {**found, "cpu_s": time.process_time() - started}
 
 
-def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
-    """Scores on the validation part, in percent and nats, and the real size of the packed file."""
-    program, outputs = packed(trained, params, data)
+def assess(trained: Ensembled, params: Params, data: Dataset) -> Result:
+    """Scores on the validation part, in percent and nats, and the real size of the packed file.
+
+    Outputs are torch's, which the packed Program gives too; but of a narrowed Program they are its
+    own.
+    """
+    program, theirs = packing.packed(trained, params, data, *space.model(params))
+    outputs = theirs["val"]
+    if params.pack != PackParams():
+        outputs = execute.Model(program, params.evaluate.ops).outputs(data.val.images)
     scores, predicted = execute.combine(program, outputs)
     labels = data.val.labels
     return {
@@ -101,28 +90,9 @@ def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
     }
 
 
-def packed(trained: Ensembled, params: Params, data: Dataset) -> tuple[Program, np.ndarray]:
-    """The Program as stage pack would write it, and its member outputs on the validation part.
-
-    Outputs (M, N, C) are torch's, which the packed Program gives too; but of a narrowed Program
-    they are its own.
-    """
-    info = space.facts(params)
-    program = lower.lower(trained.ensemble(), data.mean, data.std, data.classes, info)
-    ids = tuple(range(trained.spec.members))
-    job = train.Job("outputs", trained.spec, ids, P.Recipe(epochs=0), 0, trained.state)
-    outputs = train.Trainer(job, data, device="cpu").validation_outputs()
-    _, predicted = execute.combine(program, outputs)
-    program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
-    if params.pack != PackParams():
-        program = narrow.narrowed(program, params.pack)
-        outputs = execute.Model(program, params.evaluate.ops).outputs(data.val.images)
-    return program, outputs
-
-
-def merged(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def merged(histories: dict[str, History]) -> History:
     """One curve of several members' curves: means by epoch."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, History] = {}
     for history in histories.values():
         for row in history:
             found.setdefault(row["epoch"], []).append(row)
@@ -130,15 +100,3 @@ def merged(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if all(k in r for r in rows)}
         for rows in found.values()
     ]
-
-
-def finish(
-    params: Params, data: Dataset, cluster: Cluster, checkpoints: Path, on_epoch=None
-) -> tuple[Ensembled, Program]:
-    """Train the only ensemble of `params` by its full recipes, members spread over the cluster."""
-    train_many = partial(cluster.train_many, data=data, checkpoints=checkpoints, on_epoch=on_epoch)
-    (fp32,) = train_many([schemes.first_job(params, data, None)])
-    (bnn,) = train_many([schemes.first_job(params, data, fp32.state)])
-    plan = schemes.plan(params, params.ensembles.train[0], data, fp32.state, bnn.state)
-    trained = schemes.train(plan, train_many)
-    return trained, packed(trained, params, data)[0]

@@ -1,0 +1,80 @@
+"""The pretrained networks that trials start from: each trained once, kept on disk, shared."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from bnncore import params as P
+from bnncore.cluster.crew import Crew, Work
+from bnncore.data import Dataset
+from bnncore.networks.ensemble import SHARING
+from bnncore.params import Params
+from bnncore.search import trial
+from bnncore.search.journal import writing
+from bnncore.training import schemes
+from bnncore.training.schemes import Ensembled
+
+
+class Bases:
+    """FP32 networks and BNNs of a study's backbones and widths, a folder each."""
+
+    def __init__(self, data: Dataset, folder: Path, say: Callable[[str], None]):
+        self.data, self.folder, self.say = data, folder, say
+        self._keys: dict[str, str] = {}  # network -> the name of what is kept of it
+
+    def needed(self, crew: Crew, p: Params, todo: list[Work]) -> str | None:
+        """The name of the network that members of the ensemble of `p` start from, or None.
+
+        It is known to `crew` then, or what must be trained for it is added to `todo`.
+        """
+        (ensemble,) = p.ensembles.train
+        if ensemble.start != "bnn" and not SHARING[str(ensemble.sharing)].block:
+            return None
+        key = self._key(p)
+        fp32, bnn = f"fp32/{key}", f"bnn/{key}"
+        if ensemble.start != "bnn":
+            self._add(crew, fp32, p, None, todo)
+            return fp32
+        if not self._known(crew, bnn, todo):
+            self._add(crew, fp32, p, None, todo)
+            self._add(crew, bnn, p, fp32, todo)
+        return bnn
+
+    def _add(self, crew: Crew, name: str, p: Params, needs: str | None, todo: list[Work]) -> None:
+        if not self._known(crew, name, todo):
+            todo.append(Work(name, trial.network, (p,), needs, math.inf, keep=True))
+
+    def _known(self, crew: Crew, name: str, todo: list[Work]) -> bool:
+        if name in crew.kept or any(work.name == name for work in todo):
+            return True
+        folder = self.folder / name
+        if not folder.exists():
+            return False
+        try:
+            crew.keep(name, Ensembled.read(folder))
+        except ValueError as error:
+            self.say(f"{error}; it is trained again")
+            return False
+        return True
+
+    def _key(self, p: Params) -> str:
+        """Changes with all that the two networks depend on, the code of training included."""
+        key = f"{p.model.backbone}-{p.model.width}"
+        if key not in self._keys:
+            job = schemes.first_job(p, self.data, None)
+            digest = P.digest(job.digest(self.data), p.binarize, p.model.binarizer)
+            self._keys[key] = f"{key}-{digest}"
+        return self._keys[key]
+
+    def save(self, name: str, trained: Ensembled) -> None:
+        folder = self.folder / name
+        new = folder.with_name(folder.name + ".new")
+        with writing(folder):
+            shutil.rmtree(new, ignore_errors=True)
+            trained.save(new)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(new, folder)

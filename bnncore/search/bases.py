@@ -36,17 +36,13 @@ class Bases:
             return None
         key = self._key(p)
         fp32, bnn = f"fp32/{key}", f"bnn/{key}"
-        if ensemble.start != "bnn":
-            self._add(crew, fp32, p, None, todo)
-            return fp32
-        if not self._known(crew, bnn, todo):
-            self._add(crew, fp32, p, None, todo)
-            self._add(crew, bnn, p, fp32, todo)
-        return bnn
-
-    def _add(self, crew: Crew, name: str, p: Params, needs: str | None, todo: list[Work]) -> None:
-        if not self._known(crew, name, todo):
-            todo.append(Work(name, trial.network, (p,), needs, math.inf, keep=True))
+        wanted = bnn if ensemble.start == "bnn" else fp32
+        if not self._known(crew, wanted, todo):
+            if wanted == bnn and not self._known(crew, fp32, todo):
+                todo.append(Work(fp32, trial.network, (p,), None, math.inf, keep=True))
+            needs = fp32 if wanted == bnn else None
+            todo.append(Work(wanted, trial.network, (p,), needs, math.inf, keep=True))
+        return wanted
 
     def _known(self, crew: Crew, name: str, todo: list[Work]) -> bool:
         if name in crew.kept or any(work.name == name for work in todo):
@@ -57,7 +53,7 @@ class Bases:
         try:
             crew.keep(name, Ensembled.read(folder))
         except ValueError as error:
-            self.say(f"{error}; it is trained again")
+            self.say(f"{str(error).splitlines()[0]}; it is trained again")
             return False
         return True
 

@@ -15,20 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from safetensors import SafetensorError
 
 from bnncore.errors import UserError
 
 Record = dict[str, Any]
-# What Optuna's lines do, with what each must have; the last row is of what changes a trial.
-BEGIN_STUDY, STUDY_ATTRIBUTE, BEGIN_TRIAL = 0, 2, 4
-FIELDS = {
-    BEGIN_STUDY: ("study_name", "directions"), 1: ("study_id",),
-    STUDY_ATTRIBUTE: ("study_id", "user_attr"), 3: ("study_id", "system_attr"),
-    BEGIN_TRIAL: ("study_id", "datetime_start"),
-    **dict.fromkeys(range(5, 10), ("trial_id",)),
-}  # fmt: skip
+BEGIN_STUDY, STUDY_ATTRIBUTE, BEGIN_TRIAL = 0, 2, 4  # what Optuna's lines do
 
 
 class SearchError(UserError, RuntimeError):
@@ -53,14 +47,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class Journal(JournalFileBackend):
-    """Optuna's backend, with errors that name the file and, in reading, the line.
-
-    Attributes:
-        line: the one read last, from 1.
-    """
+    """Optuna's backend, with errors that name the file."""
 
     def __init__(self, path: Path):
-        self.path, self.line = path, 0
+        self.path = path
         with writing(path):
             super().__init__(str(path))
 
@@ -68,9 +58,18 @@ class Journal(JournalFileBackend):
         with writing(self.path):
             super().append_logs(logs)
 
-    def read_logs(self, log_number_from: int) -> Iterator[Record]:  # type: ignore[override]
-        for self.line, record in enumerate(super().read_logs(log_number_from), log_number_from + 1):
-            yield record
+
+class _Reader(BaseJournalBackend):
+    """Records for Optuna to read, one at a time, to see whether it can."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def read_logs(self, log_number_from: int) -> Iterator[Record]:
+        yield from self.records[log_number_from:]
+
+    def append_logs(self, logs: list[Record]) -> None:
+        raise NotImplementedError
 
 
 def mend(path: Path, study: Record, say: Callable[[str], None]) -> None:
@@ -90,9 +89,9 @@ def mend(path: Path, study: Record, say: Callable[[str], None]) -> None:
     except OSError as error:
         raise SearchError(f"{path}: cannot be read ({error.strerror or error})") from error
     *lines, last = content.split(b"\n")
-    records, end = [_record(line) for line in lines], _record(last)
+    *records, end = _read([*lines, last])
     head = b'{"op_code":'
-    torn = not lines and last[: len(head)] in (head, content)  # in its very first line
+    torn = not lines and last[: len(head)] == head[: len(last)]  # in its very first line
     if content and not any([*records, end, torn]):
         raise SearchError(
             f"{path}: line 1: expected a search's journal, got something else; nothing was "
@@ -124,15 +123,20 @@ def mend(path: Path, study: Record, say: Callable[[str], None]) -> None:
     )
 
 
-def _record(line: bytes) -> Record | None:
-    """What a good line says."""
-    try:
-        record = json.loads(line.decode())
-        wanted = FIELDS[record["op_code"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    whole = isinstance(record.get("worker_id"), str) and all(k in record for k in wanted)
-    return record if whole else None
+def _read(lines: list[bytes]) -> list[Record | None]:
+    """What the lines say; None for one that is no JSON or that Optuna cannot read."""
+    found: list[Record | None] = []
+    reader = _Reader()
+    optuna = JournalStorage(reader)
+    for line in lines:
+        try:
+            record = json.loads(line.decode())
+            reader.records.append(record)
+            optuna.get_all_studies()  # reads on
+        except Exception:  # whatever Optuna raises of a line that is not its own
+            record = None
+        found.append(record)
+    return found
 
 
 def _kept(records: list[Record | None], study: Record) -> list[Record]:

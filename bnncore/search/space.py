@@ -250,9 +250,8 @@ class Space:
             taken = self.cost(config)
             found.append((taken.counted_kib, len(found), config, taken))
         if not found:
-            raise ParamsError(
-                "search.space: nothing in it can be built:\n" + "\n".join(sorted(problems))
-            )
+            why = "; ".join(sorted(problems))
+            raise ParamsError(f"search.space: nothing in it can be built: {why}")
         _, _, config, taken = min(found)
         return config, taken
 

@@ -19,6 +19,7 @@ only).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ from optuna.storages import JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bnncore.search.journal import BEGIN_STUDY, Journal, SearchError, mend
+from bnncore.search.journal import BEGIN_STUDY, Journal, mend
 from bnncore.search.space import Config, Cost, Row, Space, identity
 
 # Asks in a row that give nothing to train, after which the space counts as used up.
@@ -108,17 +109,10 @@ class Study:
         path = folder / "journal.log"
         begin = {"op_code": BEGIN_STUDY, "worker_id": "", "study_name": name}
         mend(path, begin | {"directions": directions}, say)
-        journal = Journal(path)
-        try:
-            self._study = optuna.create_study(
-                storage=JournalStorage(journal), study_name=name, directions=directions,
-                load_if_exists=True,
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            raise SearchError(
-                f"{path}: line {journal.line}: expected a line of a search's journal, got one that "
-                f"Optuna cannot read ({error!r}); remove it, or move the file away to begin anew"
-            ) from error
+        self._study = optuna.create_study(
+            storage=JournalStorage(Journal(path)), study_name=name, directions=directions,
+            load_if_exists=True,
+        )  # fmt: skip
         with warnings.catch_warnings():  # it says that it is experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names(["val_top1", "file_bytes"][: 1 + self.two])
@@ -175,8 +169,8 @@ class Study:
         stopped: Callable[[], bool] = lambda: False,
         rejected: Callable[[Trial], object] = lambda trial: None,
     ) -> list[Trial]:
-        """The trials that the batch at hand, or the next one, still needs: within the limits, and
-        not tried before.
+        """The trials that the first batch that is not whole still needs: within the limits, and not
+        tried before. Asked again, it is the same ones.
 
         Args:
             wanted: how many trials the study shall have in all.
@@ -185,8 +179,7 @@ class Study:
         """
         known = self.trials()
         batches = [t.user_attrs["batch"] for t in known if t.user_attrs["outcome"] in COUNTED]
-        batch = max(batches, default=0)
-        batch += batches.count(batch) >= self.search.batch
+        batch = next(b for b in itertools.count() if batches.count(b) < self.search.batch)
         earlier = [t for t in known if t.user_attrs["batch"] < batch]
         here = {identity(t.params): t for t in known if t.user_attrs["batch"] == batch}
         before = sum(b < batch for b in batches)

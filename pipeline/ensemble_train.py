@@ -18,6 +18,7 @@ def main() -> None:
         bnn = schemes.Ensembled.read(MODELS / "bnn").state
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
+        out.mkdir(parents=True)  # the list may be empty
         plans = [
             schemes.plan(s.params, ensemble, images, fp32, bnn)
             for ensemble in s.params.ensembles.train

@@ -56,18 +56,18 @@ class Report:
 
     @property
     def compared(self) -> list[Row]:
-        """Everything that was trained and is within the limits, rivals too."""
-        return self.trained + [r for r in self.rivals if r.get("feasible")]
-
-    @property
-    def best(self) -> Row | None:
-        """The best configuration of the search."""
-        return _best(self.trained)
+        """Everything that was trained and is within the limits, rivals too, the best first."""
+        return _ranked(self.trained + [r for r in self.rivals if r.get("feasible")])
 
     @property
     def winner(self) -> Row | None:
         """The best of everything that was trained: a trial's row or a rival's."""
-        return _best(self.compared)
+        return next(iter(self.compared), None)
+
+    @property
+    def best(self) -> Row | None:
+        """The best configuration of the search."""
+        return next(iter(_ranked(self.trained)), None)
 
     @property
     def front(self) -> list[Row]:
@@ -82,10 +82,13 @@ class Report:
         return preset(self.params, row)
 
 
-def _best(rows: Sequence[Row]) -> Row | None:
+def _ranked(rows: Sequence[Row]) -> list[Row]:
     """By validation accuracy, then bytes, then validation loss."""
-    keys = [(-r["val_top1"], r["file_bytes"], r.get("val_loss") or 0.0) for r in rows]
-    return rows[keys.index(min(keys))] if rows else None
+
+    def key(row: Row) -> tuple[float, ...]:
+        return -row["val_top1"], row["file_bytes"], row.get("val_loss", 0.0)
+
+    return sorted(rows, key=key)
 
 
 def about(row: Row) -> str:

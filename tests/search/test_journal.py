@@ -78,7 +78,8 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], int, bool]] = {
     "its first line": (lambda c: b"garbage" + c[c.index(b"\n") :], 0, True),
     # The studies after it would get another's number.
     "the first line, another's": (lambda c: b"\x00\n" + c, 0, True),
-    "another study before": (lambda c: GOOD + c.replace(b'"study_id":0', b'"study_id":1'), 0, False),
+    "another study before": (
+        lambda c: GOOD + c.replace(b'"study_id":0', b'"study_id":1'), 0, False),
     "another study lost": (
         lambda c: b"\x00\n" + c.replace(b'"study_id":0', b'"study_id":1'), 0, True),
 }  # fmt: skip

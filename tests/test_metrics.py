@@ -44,3 +44,17 @@ def test_disagreement_by_hand():
     predictions = np.array([[0, 1, 2, 3], [0, 1, 2, 0], [0, 0, 0, 0]])
     assert metrics.disagreement(predictions) == pytest.approx((1 + 3 + 2) / 4 / 3)
     assert metrics.disagreement(predictions[:1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([], []),
+        ([(3, 5)], [0]),
+        ([(9, 8), (2, 7), (1, 5), (3, 6)], [2, 1, 0]),
+        ([(2, 7), (2, 8), (1, 8)], [2]),  # no larger and no less accurate
+        ([(1, 5), (1, 5), (2, 5)], [0]),  # of equal points the first
+    ],
+)
+def test_pareto_front_by_hand(points, front):
+    assert metrics.pareto_front(points) == front

@@ -173,13 +173,18 @@ class Search:
             weight += 1e-3 * t.config["members"]
             todo.append(Work(t.name, trial.ensemble, args, needs, weight))
 
+        crew.run(todo, self._done(lambda name, result: self._told(trials[name], result)), stopping)
+
+    def _done(self, told: Callable[[str, Any], None]) -> Callable[[Work, Any], None]:
+        """What `Crew.run` calls: networks are kept on disk, anything else is `told` by name."""
+
         def done(work: Work, result: Any) -> None:
-            if work.name in trials:
-                self._told(trials[work.name], result)
+            if work.run is not trial.network:
+                told(work.name, result)
             elif not isinstance(result, WorkError):
                 self.bases.save(work.name, result)
 
-        crew.run(todo, done, stopping)
+        return done
 
     def _told(self, t: Trial, result: trial.Result | WorkError) -> None:
         if isinstance(result, WorkError):
@@ -225,13 +230,8 @@ class Search:
         if missing:
             self.say(f"     rivals of the answer, to be trained: {', '.join(missing)}")
 
-        def done(work: Work, result: Any) -> None:
-            if work.name in missing:
-                self._told_rival(missing[work.name], result)
-            elif not isinstance(result, WorkError):
-                self.bases.save(work.name, result)
-
-        crew.run(todo, done, stopping)
+        told = self._done(lambda name, result: self._told_rival(missing[name], result))
+        crew.run(todo, told, stopping)
 
     def _told_rival(self, rival: rivals.Rival, result: trial.Result | WorkError) -> None:
         if isinstance(result, WorkError):

@@ -314,7 +314,7 @@ def test_the_pipeline_trains_what_finish_trains(project, cluster, tmp_path, monk
         subprocess.run([sys.executable, "-m", "pipeline.evaluate"], env=environment(), check=True,
                        capture_output=True, timeout=300)  # fmt: skip
         rows = json.loads(Path("reports/results.json").read_text())
-        assert [(r["name"], r["file_bytes"]) for r in rows][0] == ("fp32", len(made))
+        assert (rows[0]["name"], rows[0]["file_bytes"]) == ("fp32", len(made))
         assert rows[0]["test_top1"] == pytest.approx(finished["test_top1"])
 
 

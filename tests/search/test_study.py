@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from optuna.trial import TrialState
 
 from bnncore.search import space
 from bnncore.search import study as S
+from bnncore.search.run import INTERRUPTED
 from tests.search.studies import DATA, asked, configuration, parse, result, search, study, told
 
 
@@ -160,3 +162,18 @@ def test_one_process_at_a_time(tmp_path):
         search(tmp_path / "search")
     with search(tmp_path / "search"):  # free again
         pass
+
+
+def test_ctrl_c_once_and_twice(tmp_path):
+    """Once asks to finish, also of a study whose time is over; twice ends at once."""
+    lines: list[str] = []
+    with search(tmp_path / "search", say=lines.append) as found:
+        found._stop.set()  # as a time limit does
+        with found._interruptible():
+            signal.raise_signal(signal.SIGINT)
+            assert found.ended == INTERRUPTED
+            assert "Ctrl-C again ends at once" in lines[0]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # handled as before
+        signal.raise_signal(signal.SIGINT)

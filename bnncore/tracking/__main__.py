@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     do = parser.add_mutually_exclusive_group(required=True)
     do.add_argument("--flush", action="store_true", help="log what tracking servers have missed")
     do.add_argument("--ui", action="store_true", help="MLflow's pages on 127.0.0.1")
-    do.add_argument("--follow", metavar="KEY", help=argparse.SUPPRESS)
+    do.add_argument("--follow", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, default=Path(), help="the project's directory")
     parser.add_argument("--port", type=int, default=5000, help="for --ui")
     args = parser.parse_args(argv)
@@ -28,19 +28,19 @@ def main(argv: list[str] | None = None) -> int:
         ui(args.root, args.port)
         return 0
     if args.follow:
-        return follow(args.root, args.follow)
+        return follow(args.root, args.follow[0], int(args.follow[1]))
     left = sync(args.root)
     print(f"{left} entries left in {folder_of(args.root)}" if left else "all is logged")
     return 1 if left else 0
 
 
-def follow(root: Path, key: str) -> int:
+def follow(root: Path, key: str, stage: int) -> int:
     """Carry a project's logs until the standard input ends; 1 if that of `key` could not be.
 
-    The stage that began this process holds the input's other end, but so may a process that the
-    stage forked: it also ends when the stage is gone.
+    The process `stage`, which began this one, holds the input's other end; but so may another
+    that it forked: hence this ends, too, when it is another's child.
     """
-    store, stage, ended = Store(), os.getppid(), False
+    store, ended = Store(), False
     log = folder_of(root) / f"{key}.jsonl"
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], 0.5)[0]) or os.getppid() != stage

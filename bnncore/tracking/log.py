@@ -141,7 +141,7 @@ class Tracker(Run):
             "experiment": experiment,
         }
         self._follower: subprocess.Popen[bytes] | None = None
-        self._said = False
+        self._said: set[str] = set()
 
     def model(self, name: str, params: Mapping[str, Any]) -> ModelRun:
         """The child run of the model `name`: begun, or the one it has in this parent."""
@@ -184,10 +184,10 @@ class Tracker(Run):
             if self._follower is None and self.wait:
                 self._follower = _follow(self.root, self.key)
         except OSError as error:  # a full disk must not stop a training run
-            if not self._said:
-                where = error.filename or self.log
-                say(f"MLflow: {where}: {error.strerror}; going on without logging it")
-            self._said = True
+            text = f"MLflow: {error.filename}: {error.strerror}; going on without logging it"
+            if text not in self._said:
+                say(text)
+            self._said.add(text)
 
 
 def append(log: Path, model: str | None, op: str, **entry: Any) -> None:
@@ -308,8 +308,9 @@ def say(text: str) -> None:
 def _follow(root: Path, key: str) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "bnncore.tracking", "--root", str(root)]
     return subprocess.Popen(
-        [sys.executable, "-m", "bnncore.tracking", "--follow", key, "--root", str(root)],
+        [*command, "--follow", key, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": path},

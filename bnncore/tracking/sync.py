@@ -285,8 +285,11 @@ def _experiment(client: Any, start: Entry) -> str:
         folder = None  # a server's own business
         if uri.startswith("sqlite:///"):
             folder = str(Path(uri.removeprefix("sqlite:///")).with_name("mlruns"))
-        with contextlib.suppress(Exception):  # another process was first; else the next line fails
+        try:
             client.create_experiment(name, folder)
+        except Exception:  # another process was first?
+            if client.get_experiment_by_name(name) is None:
+                raise
         found = client.get_experiment_by_name(name)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
@@ -324,5 +327,5 @@ def _same(a: float, b: float) -> bool:
 
 
 def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -41,7 +41,7 @@ from pipeline.stage import ROOT, run
 EXCLUDE = [".git", ".venv", ".dvc/cache", ".dvc/tmp", ".dvc/config.local", "/dvc.lock", "/models",
            "/packed", "/reports", "/checkpoints", "/mlruns", "/mlflow.db*", "/tests", "/docs",
            "/benchmarks", "__pycache__", ".*_cache", ".hypothesis"]  # fmt: skip
-STORE = ["mlflow.db", "mlruns"]
+STORE = ["checkpoints/mlflow"]
 PACKED = re.compile(r"^results: (\S+\.tar), (\d+) bytes, sha256 ([0-9a-f]{64})$", re.MULTILINE)
 
 

@@ -1,0 +1,56 @@
+"""MLflow's pages, opened where the last run's models are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+from bnncore.tracking.log import project, resolve_uri
+from bnncore.tracking.sync import Store
+
+_TRAINING = "#/experiments?workflowType=machine_learning"  # else it opens its view of traces
+
+
+def compare_path(root: Path | str, uri: str | None = None) -> str | None:
+    """The path, in MLflow's pages, that compares the models of the run that ended last.
+
+    Those with final figures, or all where none has any (their curves can be compared); None
+    where nothing was logged.
+    """
+    uri = resolve_uri(root, uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None
+    client = Store().client(uri)
+    places = [experiment.experiment_id for experiment in client.search_experiments()]
+    last = client.search_runs(
+        places, "tags.`bnncore.run` LIKE '%'", max_results=1, order_by=["attributes.end_time DESC"]
+    )
+    if not last:
+        return None
+    parent = last[0].data.tags.get("mlflow.parentRunId", last[0].info.run_id)
+    place = last[0].info.experiment_id
+    models = client.search_runs([place], f"tags.`mlflow.parentRunId` = '{parent}'")
+    final = [run for run in models if "bnncore.final" in run.data.tags]
+    runs = quote(json.dumps([run.info.run_id for run in final or models]))
+    return f"/#/compare-runs?runs={runs}&experiments={quote(json.dumps([place]))}"
+
+
+def ui(root: Path, port: int) -> None:
+    """Becomes `mlflow ui` on loopback, with one worker (a third of the memory and time)."""
+    uri = resolve_uri(root)
+    if not uri.startswith("sqlite:"):
+        print(f"The runs are at {uri}")
+        return
+    where = f"http://127.0.0.1:{port}"
+    print(f"MLflow: {where}/{_TRAINING} (Ctrl-C ends it)")
+    if path := compare_path(root):
+        print(f"The last run's models compared: {where}{path}")
+    sys.stdout.flush()
+    mlflow = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--workers", "1"]
+    mlflow += ["--host", "127.0.0.1", "--port", str(port)]
+    mlflow += ["--default-artifact-root", str(project(root) / "mlruns")]
+    cheap = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    os.execve(sys.executable, mlflow, cheap | dict(os.environ))

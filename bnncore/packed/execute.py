@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from bnncore import metrics
-from bnncore.packed.program import Program, Shape, validate
+from bnncore.packed import plan
+from bnncore.packed.program import Program, validate
 
 OPS = {
     "numpy": "bnncore.packed.numpy_kernels",
@@ -441,31 +442,6 @@ def peak_memory(program: Program) -> tuple[int, int]:
 
     Nodes run one by one, members one after another; what members share stays until the last.
     """
-    shapes = validate(program)
-    last = len(program.nodes)
-    shared = [i for i in range(1, last + 1) if not shapes[i].own]
-    own = [i for i in range(1, last + 1) if shapes[i].own]
-    sources = {i: program.nodes[i - 1].inputs for i in shared + own}
-    kept = {number for i in own for number in sources[i] if not shapes[number].own} | {last}
-    peaks = [0, 0]
-    for packed in (0, 1):
-        size = [_bytes(shape, bool(packed)) for shape in shapes]
-        for numbers, alive, keep in (
-            (shared, {0}, kept),
-            (own, set(kept) - {last}, kept),
-        ):
-            for position, i in enumerate(numbers):
-                alive = alive | {i}
-                peaks[packed] = max(peaks[packed], sum(size[number] for number in alive))
-                later = {number for j in numbers[position + 1 :] for number in sources[j]} | keep
-                alive = alive & later
-    return peaks[1], peaks[0]
-
-
-def _bytes(shape: Shape, packed: bool) -> int:
-    count = int(np.prod(shape.dims))
-    if not packed:
-        return 4 * count
-    if shape.kind == "bits":
-        return count // shape.dims[-1] * -(-shape.dims[-1] // 8)
-    return count if shape.kind == "u8" else 4 * count
+    sizes = (plan.packed_bytes, plan.float_bytes)
+    packed, floats = (plan.peak(plan.of_nodes(program, size)) for size in sizes)
+    return packed, floats

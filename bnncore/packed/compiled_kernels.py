@@ -575,8 +575,8 @@ class _Chain:
 
     # The order of the parts, and the row of parameters where each begins.
     ORDER = (
-        ("affine", 0), ("prelu", 2), ("affine", 3), ("add", -1),
-        ("affine", tiles.GROUP), ("prelu", tiles.GROUP + 2), ("affine", tiles.GROUP + 3),
+        ("affine", 0), ("prelu", 2), ("affine", 4), ("add", -1),
+        ("affine", tiles.GROUP), ("prelu", tiles.GROUP + 2), ("affine", tiles.GROUP + 4),
     )  # fmt: skip
 
     def __init__(self, program: Program, channels: int, rooms: _Rooms) -> None:
@@ -612,7 +612,7 @@ class _Chain:
         for row in self.rows:
             self.parts |= tiles.FIRST if row < tiles.GROUP else tiles.SECOND
         if numbers and self.channels % _lanes(self.channels):
-            self.parts |= tiles.FIRST  # makes the channels beyond the last 0
+            self.parts |= tiles.CLEAR  # infinity times the weights of no filter is not 0
         nodes = [*self.rows.values(), *([self.level] if self.level else [])]
         names = [name for node in nodes for name in node.tensors.values()]
         self.params = _each_member(
@@ -623,7 +623,8 @@ class _Chain:
         count = self.channels
         rows = np.zeros((tiles.ROWS, _up(count)), np.float32)
         for first in (0, tiles.GROUP):
-            rows[[first, first + 2, first + 3], :count] = 1  # as good as nothing
+            rows[[first, first + 3, first + 4], :count] = 1  # as good as nothing
+            rows[first + 2] = -np.inf
 
         def get(node: Node, slot: str) -> Array | None:
             name = node.tensors.get(slot)
@@ -634,9 +635,12 @@ class _Chain:
                 scale, shift = get(node, "scale"), get(node, "shift")
                 rows[row, :count] = 1 if scale is None else scale
                 rows[row + 1, :count] = 0 if shift is None else shift
+            elif node.op == "prelu":
+                rows[row + 1, :count] = get(node, "slope")
             else:
-                rows[row, :count] = 0 if node.op == "relu" else get(node, "slope")
+                rows[row, :count], rows[row + 1, :count] = np.finfo(np.float32).min, 0
         flips = np.zeros(_up(count), bool)
+        rows[tiles.LIVE, :count] = 1
         rows[tiles.LOW] = np.inf  # no bit beyond the last channel
         rows[tiles.HIGH, :count] = np.inf
         if self.level is not None:

@@ -37,9 +37,10 @@ LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can coun
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue, in order.
-FIRST, RESIDUAL, SECOND, NUMBERS, BITS = 1, 2, 4, 8, 16
-# Rows of its parameters: two groups of scale, shift, slope, scale, shift; then the bounds of a bit.
-GROUP, LOW, HIGH, ROWS = 5, 10, 11, 12
+FIRST, RESIDUAL, SECOND, CLEAR, NUMBERS, BITS = 1, 2, 4, 8, 16, 32
+# Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift; the bounds of a
+# bit; and above 0 where a filter is, else `CLEAR` writes 0.
+GROUP, LOW, HIGH, LIVE, ROWS = 6, 12, 13, 14, 15
 
 
 def features() -> set[str]:
@@ -392,6 +393,7 @@ def _finish(
     def body(context, builder, signature, args):
         _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
+        zero = ir.Constant(vector, None)
 
         def row(index: int) -> ir.Value:
             return emit.load(vector, emit.at(params, 4 * lanes * index))
@@ -402,11 +404,17 @@ def _finish(
         def group(first: int) -> Callable[[ir.Value], ir.Value]:
             def apply(x: ir.Value) -> ir.Value:
                 x = b.fadd(b.fmul(x, row(first)), row(first + 1))
-                up = b.fcmp_ordered(">=", x, ir.Constant(vector, None))
-                x = b.select(up, x, b.fmul(x, row(first + 2)))
-                return b.fadd(b.fmul(x, row(first + 3)), row(first + 4))
+                up = b.fcmp_ordered(">=", x, zero)
+                # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
+                low = b.fcmp_ordered("<", x, row(first + 2))
+                down = b.fmul(b.select(low, row(first + 2), x), row(first + 3))
+                x = b.select(up, x, down)
+                return b.fadd(b.fmul(x, row(first + 4)), row(first + 5))
 
             return apply
+
+        def clear(x: ir.Value) -> ir.Value:
+            return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
 
         def store_numbers(x: ir.Value) -> ir.Value:
             emit.store(x, numbers)
@@ -432,6 +440,7 @@ def _finish(
         x = emit.when(asked(FIRST), x, group(0))
         x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
         x = emit.when(asked(SECOND), x, group(GROUP))
+        x = emit.when(asked(CLEAR), x, clear)
         x = emit.when(asked(NUMBERS), x, store_numbers)
         emit.when(asked(BITS), x, store_bits)
         return context.get_dummy_value()
@@ -576,7 +585,9 @@ def pool(x, kernel, stride, pad, divisor, maximum, out):
                                 room[c] = tap[c]
                         elif maximum:
                             for c in range(channels):
-                                room[c] = tap[c] if tap[c] > room[c] else room[c]
+                                # NaN wins, as in numpy and torch.
+                                up = tap[c] > room[c] or tap[c] != tap[c]
+                                room[c] = tap[c] if up else room[c]
                         else:
                             for c in range(channels):
                                 room[c] += tap[c]

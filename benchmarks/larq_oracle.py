@@ -126,7 +126,8 @@ def oracle(larq: Larq) -> list[str]:
     import packed
 
     from bnncore.packed import numpy_kernels
-    from bnncore.packed.program import unpack_bits, validate
+    from bnncore.packed.program import unpack_bits
+    from bnncore.packed.rules import validate
 
     lines = ["| backbone | binary convolutions | sums compared | different |",
              "| --- | ---: | ---: | ---: |"]  # fmt: skip

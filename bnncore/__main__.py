@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from bnncore.packed import execute, packfile
-from bnncore.packed.program import PackedFormatError, Program, Tensor, validate
+from bnncore.packed.program import PackedFormatError, Program, Tensor
+from bnncore.packed.rules import validate
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 

@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from bnncore.packed.execute import Step
-from bnncore.packed.program import Node, Program, Tensor, unpack_bits, validate
+from bnncore.packed.program import Node, Program, Tensor, unpack_bits
+from bnncore.packed.rules import validate
 
 IMAGES_FIRST = True
 

@@ -31,7 +31,8 @@ import numpy as np
 
 from bnncore.packed import numpy_kernels, tiles
 from bnncore.packed.execute import Step
-from bnncore.packed.program import MAX_TAPS, Node, Program, Shape, Tensor, unpack_bits, validate
+from bnncore.packed.program import Node, Program, Shape, Tensor, unpack_bits
+from bnncore.packed.rules import MAX_TAPS, validate
 from bnncore.packed.tiles import LANES
 
 IMAGES_FIRST = True

@@ -19,7 +19,8 @@ import numpy as np
 
 from bnncore import metrics
 from bnncore.packed import plan
-from bnncore.packed.program import Program, validate
+from bnncore.packed.program import Program
+from bnncore.packed.rules import validate
 
 OPS = {
     "numpy": "bnncore.packed.numpy_kernels",

@@ -17,7 +17,8 @@ from typing import TypeVar
 import numpy as np
 
 from bnncore.packed.execute import Step
-from bnncore.packed.program import Node, Program, Shape, Tensor, unpack_bits, validate
+from bnncore.packed.program import Node, Program, Shape, Tensor, unpack_bits
+from bnncore.packed.rules import validate
 
 IMAGES_FIRST = True  # every value is an array with the image as its first axis
 

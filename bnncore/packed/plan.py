@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from bnncore.packed.program import Program, Shape, validate
+from bnncore.packed.program import Program, Shape
+from bnncore.packed.rules import validate
 
 
 class Work(Protocol):

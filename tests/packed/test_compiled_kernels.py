@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from bnncore.lowering.lower import lower
 from bnncore.networks import backbones, ensemble
 from bnncore.packed import compiled_kernels, execute, numpy_kernels, packfile, tiles
-from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate
+from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits
+from bnncore.packed.rules import validate
 from bnncore.params import Binarizer
 from tests.graphs import programs, random_images, random_program
 
@@ -322,7 +323,7 @@ def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
     program = lower(network, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
     (tmp_path / "model.bnn").write_bytes(packfile.encode(program))
     code = (
-        "import sys, numpy as np; from bnncore import execute, packfile\n"
+        "import sys, numpy as np; from bnncore.packed import execute, packfile\n"
         "program = packfile.load(sys.argv[1])\n"
         "one, two = (execute.Model(program, threads=n) for n in (1, 2))\n"
         "images = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)\n"

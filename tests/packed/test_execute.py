@@ -1,8 +1,5 @@
-"""The executor: members, votes, early exit, sharing at run time, and that torch stays away."""
+"""The executor: members, votes, early exit, sharing at run time."""
 
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +10,8 @@ from hypothesis import strategies as st
 import bnncore
 from bnncore import metrics
 from bnncore.packed import execute, numpy_kernels, packfile
-from bnncore.packed.program import Tensor, pack_bits, validate
+from bnncore.packed.program import Tensor, pack_bits
+from bnncore.packed.rules import validate
 from tests.graphs import naive_values, programs, random_images, random_program
 from tests.packed.test_program import small
 
@@ -351,33 +349,3 @@ def test_load(tmp_path):
     model = bnncore.load(tmp_path / "net.bnn", ops="numpy")
     images = random_images(program, 3)
     assert np.array_equal(model(images), execute.Model(program, "numpy")(images))
-
-
-def test_torch_is_never_imported(tmp_path):
-    """The whole packed side, in a process of its own."""
-    program = ensemble(2, "hard_vote")
-    path = tmp_path / "net.bnn"
-    packfile.save(program, path)
-    script = f"""
-        import sys
-        import numpy as np
-        import bnncore
-        from bnncore import __main__, execute, metrics, ops, packfile, program
-        images = np.zeros((3, 8, 6, 3), np.uint8)
-        for ops in {OPS!r}:
-            model = bnncore.load({str(path)!r}, ops=ops, threads=2)
-            labels = model.predict(images)
-            model.anytime(images)
-            execute.curve(model, images, labels)
-            execute.choose_threshold(model, images, labels)
-            metrics.accuracy(labels, labels)
-        packfile.save(model.program, {str(tmp_path / "copy.bnn")!r})
-        assert __main__.main(["inspect", {str(path)!r}]) == 0
-        assert __main__.main(["bench", {str(path)!r}, "--batch", "2", "--repeats", "1"]) == 0
-        heavy = {{"torch", "torchvision", "ray", "mlflow", "sklearn"}} & sys.modules.keys()
-        assert not heavy, heavy
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bnncore.packed import numpy_kernels
-from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, validate
+from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits
+from bnncore.packed.rules import validate
 from tests.graphs import logical, naive_node, programs, random_images
 
 

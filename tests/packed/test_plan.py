@@ -7,7 +7,7 @@ import pytest
 
 from bnncore.packed import plan
 from bnncore.packed.plan import Lifetime
-from bnncore.packed.program import validate
+from bnncore.packed.rules import validate
 from tests.graphs import random_program
 
 

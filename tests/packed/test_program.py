@@ -18,9 +18,8 @@ from bnncore.packed.program import (
     Tensor,
     pack_bits,
     unpack_bits,
-    validate,
-    window,
 )
+from bnncore.packed.rules import validate, window
 from tests.graphs import programs, random_images
 
 
@@ -84,6 +83,17 @@ def test_shapes_kinds_and_who_owns_them():
 
 NO_PAD = {"stride": 1, "pad": 0}
 NAN = np.full((5,), np.nan, np.float32)
+
+
+def with_int8(scale):
+    shape = small().tensors["dense"].shape
+    weight = Tensor("int8", "weight", shape, True, np.ones((2, *shape), np.int8))
+    scales = Tensor("float32", "weight_scale", shape[:1], False, np.full(shape[0], scale, "f4"))
+    node = replace(small().nodes[-1], tensors={"weight": "dense", "weight_scale": "s"})
+    tensors = {**small().tensors, "dense": weight, "s": scales}
+    return small(nodes=(*small().nodes[:-1], node), tensors=tensors)
+
+
 WRONG = {
     "no members": (small(members=0), "members: expected an integer from 1"),
     "too many": (small(members=3), "'bconv': expected data of shape"),
@@ -127,6 +137,10 @@ WRONG = {
     "spare bits": (
         with_tensor("bconv", data=np.full((2, 40), 255, np.uint8)),
         "'bconv': expected spare bits of 0",
+    ),
+    "infinite weights": (
+        with_int8(1e37),
+        "dense.* weight_scale: expected finite weights, got 9.9",
     ),
     "integer levels of floats": (
         with_tensor("threshold", kind="int16", data=np.zeros(5, "<i2")),

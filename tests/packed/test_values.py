@@ -6,13 +6,13 @@ that agreement is equality. A weight of 0 still makes NaN of an infinity.
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 
 from bnncore.lowering import torch_kernels
 from bnncore.packed import compiled_kernels, numpy_kernels, tiles
-from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, validate
+from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits
+from bnncore.packed.rules import validate
 
 SIDE = 4
 KERNELS = {

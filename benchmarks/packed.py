@@ -324,7 +324,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
             tuple(nodes), {name: tensors[name] for name in used}, 1, "mean",
             (side, side, channels), tuple("0123456789"),
         )  # fmt: skip
-        steps = {step.output: step for step in compiled_kernels.plan(program)}
+        steps = {step.outputs[-1]: step for step in compiled_kernels.plan(program)}
         images = random.integers(0, 256, (BATCH, side, side, channels), dtype=np.uint8)
         parts = []
         for start in range(0, BATCH, CHUNK):
@@ -343,7 +343,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
 
 def popcount_peak(clock: Callable[[], float]) -> float:
     """Words of 64 bits that one tile XORs, counts and adds a second, on data in the cache."""
-    from bnncore.packed import compiled_kernels, tiles
+    from bnncore.packed import layouts, tiles
 
     dtype = tiles.binary_tile()
     pixels = tiles.tile_pixels(dtype)
@@ -351,14 +351,14 @@ def popcount_peak(clock: Callable[[], float]) -> float:
     runs = np.array([[0, 0, steps, 1]] * repeats, np.int64)
     count = 256 * pixels
     x = np.random.default_rng(0).integers(0, 1 << 32, (1, 1, 1, 64), dtype=np.uint32)
-    weights = compiled_kernels._aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
-    params, flips = np.zeros((1, 12, 32), np.float32), np.zeros(1, np.uint32)
+    weights = layouts.aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
+    params, flips = np.zeros((1, tiles.ROWS, 32), np.float32), np.zeros(1, np.uint32)
     constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
     starts = np.zeros(count, np.int64)
 
     def work() -> None:
         tiles.convolve(
-            x, 0, 1, weights, len(weights), compiled_kernels._table(), runs,
+            x, 0, 1, weights, len(weights), layouts.nibble_table(), runs,
             np.array([[0, repeats]], np.int64), starts, starts, constants, False, pixels, 0, params,
             flips, none, none, none.astype(np.uint32),
         )  # fmt: skip
@@ -396,7 +396,8 @@ import sys
 from time import {clock} as clock
 sys.path.insert(0, {root!r})
 began = clock()
-import numpy, bnncore.execute, bnncore.packfile, bnncore.packed.compiled_kernels
+import numpy, bnncore, bnncore.packed.execute, bnncore.packed.packfile
+import bnncore.packed.compiled_kernels
 before = clock()
 model = bnncore.load({file!r})
 loaded = clock()

@@ -12,7 +12,7 @@ import numpy as np
 from bnncore import data, metrics, params
 from bnncore.lowering import lower, parity
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import execute, narrow, packfile
+from bnncore.packed import execute, narrow, packfile, votes
 from bnncore.training import schemes, train
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
@@ -37,7 +37,7 @@ def main() -> None:
             info = facts(s.params, name, section)
             program = lower.lower(ensemble, images.mean, images.std, images.classes, info)
             theirs = torch_outputs(ensemble, images)
-            _, predicted = execute.combine(program, theirs["val"])
+            _, predicted = votes.combine(program, theirs["val"])
             program.info["val_top1"] = round(
                 100 * metrics.accuracy(predicted, images.val.labels), 2
             )
@@ -54,7 +54,7 @@ def differences(
     ensemble: Ensemble, program, images: data.Dataset, theirs: np.ndarray
 ) -> list[dict]:
     """Test images that are classified differently by the packed program, traced to a sign."""
-    _, expected = execute.combine(program, theirs)
+    _, expected = votes.combine(program, theirs)
     predicted = execute.Model(program).predict(images.test.images)
     at = np.flatnonzero(predicted != expected)
     flips = (

@@ -33,7 +33,7 @@ from bnncore.networks.ensemble import (
     weight_layers,
 )
 from bnncore.networks.parts import Backbone, ModelSpec
-from bnncore.packed import execute, packfile
+from bnncore.packed import costs, packfile
 from bnncore.packed import program as P
 from bnncore.packed.narrow import narrowed
 from bnncore.packed.rules import validate
@@ -85,7 +85,7 @@ class Drawing:
 @lru_cache(maxsize=4096)
 def _operations(program: P.Program) -> tuple[tuple[int, int], tuple[int, int]]:
     shapes = validate(program)[1:]
-    counts = execute.operations(program)
+    counts = costs.operations(program)
     sums = [[0, 0], [0, 0]]
     for shape, (binary, real) in zip(shapes, counts, strict=True):
         sums[shape.own][0] += binary

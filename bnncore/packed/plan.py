@@ -12,7 +12,8 @@ offsets by the number of images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,19 +21,14 @@ from bnncore.packed.program import Program, Shape
 from bnncore.packed.rules import validate
 
 
-class Work(Protocol):
-    """What the plan wants to know of a step: values as in `Node.inputs`; whether it is own."""
+@dataclass(frozen=True)
+class Step:
+    """One piece of work.
 
-    @property
-    def inputs(self) -> tuple[int, ...]: ...
-    @property
-    def outputs(self) -> tuple[int, ...]: ...
-    @property
-    def own(self) -> bool: ...
-
-
-class NodeWork(NamedTuple):
-    """A node as a step."""
+    Attributes:
+        inputs, outputs: value numbers, as in `Node.inputs`; values inside are never seen.
+        own: whether each member does it with its own tensors or inputs. False: once for all.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -51,15 +47,15 @@ class Lifetime(NamedTuple):
     bytes: int
 
 
-W = TypeVar("W", bound=Work)
+S = TypeVar("S", bound=Step)
 
 
-def in_order(steps: Iterable[W]) -> list[W]:
+def in_order(steps: Iterable[S]) -> list[S]:
     """The steps for all members, then a member's own, each in the order given."""
     return sorted(steps, key=lambda step: step.own)
 
 
-def lifetimes(steps: Sequence[Work], output: int, size: Callable[[int], int]) -> list[Lifetime]:
+def lifetimes(steps: Sequence[Step], output: int, size: Callable[[int], int]) -> list[Lifetime]:
     """The lifetimes of the image (value 0) and of all values that the steps write.
 
     Args:
@@ -87,7 +83,7 @@ def of_nodes(program: Program, size: Callable[[Shape], int] | None = None) -> li
     """
     shapes = validate(program)
     steps = [
-        NodeWork(node.inputs, (number,), shapes[number].own)
+        Step(node.inputs, (number,), shapes[number].own)
         for number, node in enumerate(program.nodes, 1)
     ]
     count = size or packed_bytes
@@ -111,7 +107,7 @@ def peak(values: Sequence[Lifetime], align: int = 1) -> int:
 
     No placement takes less.
     """
-    change = np.zeros(max(value.last for value in values) + 2, np.int64)
+    change = np.zeros(max((value.last for value in values), default=0) + 2, np.int64)
     for value in values:
         size = _up(value.bytes, align)
         change[value.first] += size
@@ -131,6 +127,8 @@ def place(values: Sequence[Lifetime], align: int = 64) -> tuple[dict[int, int], 
     Returns:
         value -> offset, and the size of the block, in bytes.
     """
+    if not values:
+        return {}, 0
     sizes = np.array([_up(value.bytes, align) for value in values], np.int64)
     first = np.array([value.first for value in values])
     last = np.array([value.last for value in values])

@@ -26,11 +26,14 @@ from validated shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+
+Array = np.ndarray
 
 LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
@@ -163,7 +166,10 @@ class _Emit:
 
 
 @intrinsic
-def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
+def _tile(
+    typing: Any, x: Any, weights: Any, flips: Any, pixels: Any, table: Any, runs: Any, count: Any,
+    sums: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
     """Add up `count` runs for one tile.
 
     The types of arrays tell what to make: of ``weights``, the tile; of ``x``, how wide a word of
@@ -178,7 +184,7 @@ def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
     unit = ir.IntType(x.dtype.bitwidth)
     emitter = _TILES[kind.name](lanes // 16, unit)
 
-    def body(context, builder, signature, args):
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, array, _, pixels, table, runs, count, sums = args
         emit = _Emit(builder)
         data = context.make_array(weights)(context, builder, array).data
@@ -375,8 +381,9 @@ _TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32
 
 @intrinsic
 def _finish(
-    typing, weights, constants, flips, constant, total, parts, params, flip, residual, numbers, bits
-):
+    typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, total: Any, parts: Any,
+    params: Any, flip: Any, residual: Any, numbers: Any, bits: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
     """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
 
     The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
@@ -390,7 +397,7 @@ def _finish(
     word = ir.IntType(lanes)
     vector = ir.VectorType(_F32, lanes)
 
-    def body(context, builder, signature, args):
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
         zero = ir.Constant(vector, None)
@@ -453,9 +460,10 @@ def _finish(
 
 @njit(cache=True, nogil=True)
 def convolve(
-    x, strip, images, weights, stretch, table, runs, spans, starts, classes, constants,
-    by_image, P, parts, params, flips, residual, numbers, bits,
-):  # fmt: skip
+    x: Array, strip: int, images: int, weights: Array, stretch: int, table: Array, runs: Array,
+    spans: Array, starts: Array, classes: Array, constants: Array, by_image: bool, P: int,
+    parts: int, params: Array, flips: Array, residual: Array, numbers: Array, bits: Array,
+) -> None:  # fmt: skip
     """A convolution, of bits or of floats, with its epilogue.
 
     Args:
@@ -541,7 +549,10 @@ def convolve(
 
 
 @njit(cache=True, nogil=True)
-def finish(x, zeros, parts, params, flips, residual, numbers, bits):
+def finish(
+    x: Array, zeros: Array, parts: int, params: Array, flips: Array, residual: Array,
+    numbers: Array, bits: Array,
+) -> None:  # fmt: skip
     """The epilogue alone, on stored numbers: x float32 (B, positions, lanes * blocks)."""
     blocks = len(params)
     lanes = flips.itemsize * 8
@@ -565,7 +576,9 @@ def finish(x, zeros, parts, params, flips, residual, numbers, bits):
 
 
 @njit(cache=True, nogil=True)
-def pool(x, kernel, stride, pad, divisor, maximum, out):
+def pool(
+    x: Array, kernel: int, stride: int, pad: int, divisor: Array, maximum: bool, out: Array
+) -> None:
     """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo)."""
     images, high, wide, channels = out.shape
     for n in range(images):

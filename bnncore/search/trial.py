@@ -22,7 +22,7 @@ from bnncore import params as P
 from bnncore.cluster.actors import Cluster
 from bnncore.data import Dataset
 from bnncore.lowering import lower
-from bnncore.packed import execute, narrow, packfile
+from bnncore.packed import execute, narrow, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.params import PackParams, Params
 from bnncore.search import space
@@ -91,11 +91,11 @@ def int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
 def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
     """Scores on the validation part, in percent and nats, and the real size of the packed file."""
     program, outputs = packed(trained, params, data)
-    scores, predicted = execute.combine(program, outputs)
+    scores, predicted = votes.combine(program, outputs)
     labels = data.val.labels
     return {
         "val_top1": 100 * metrics.accuracy(predicted, labels),
-        "val_loss": metrics.nll(execute.probabilities(program, scores), labels),
+        "val_loss": metrics.nll(votes.probabilities(program, scores), labels),
         "file_bytes": len(packfile.encode(program)),
         "history": trained.histories,
     }
@@ -112,7 +112,7 @@ def packed(trained: Ensembled, params: Params, data: Dataset) -> tuple[Program, 
     ids = tuple(range(trained.spec.members))
     job = train.Job("outputs", trained.spec, ids, P.Recipe(epochs=0), 0, trained.state)
     outputs = train.Trainer(job, data, device="cpu").validation_outputs()
-    _, predicted = execute.combine(program, outputs)
+    _, predicted = votes.combine(program, outputs)
     program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
     if params.pack != PackParams():
         program = narrow.narrowed(program, params.pack)

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bnncore.packed import execute, packfile, plan, rules
+from bnncore.packed import costs, execute, packfile, plan, rules
 from bnncore.packed.program import PackedFormatError
 from bnncore.packed.rules import MAX_NODES
 from tests.graphs import random_images, random_program
@@ -212,7 +212,7 @@ def storm(count, seed):
         else:  # another valid file: what it says is what is read, and it runs
             again = packfile.decode(packfile.encode(program))
             assert same(program, again)
-            if sum(execute.cost(program)) < 10**6 and execute.peak_memory(program)[1] < 10**6:
+            if sum(costs.cost(program)) < 10**6 and costs.peak_memory(program)[1] < 10**6:
                 images = random_images(program, 2)
                 for ops in ("numpy", "compiled"):  # within bounds, whatever the weights became
                     scores = execute.Model(program, ops)(images)
@@ -397,7 +397,7 @@ def test_what_inspect_asks_stays_fast(make):
     """Nothing that looks at a valid file is quadratic in its nodes, nor finding places."""
     program = packfile.decode(put_together(*make()))
     start = time.thread_time()
-    for ask in (rules.validate, execute.operations, execute.cost, execute.peak_memory):
+    for ask in (rules.validate, costs.operations, costs.cost, costs.peak_memory):
         ask(program)
     plan.place(plan.of_nodes(program))
     assert time.thread_time() - start < 1.0

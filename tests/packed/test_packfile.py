@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 
-from bnncore.packed import execute, packfile
+from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import KINDS, Node, PackedFormatError, Program, Tensor, pack_bits
 from tests import reader
 from tests.graphs import Builder, programs, random_images, random_program
@@ -290,7 +290,7 @@ def check_reader(program, content):
         scores = model(images, members)
         theirs = np.array([reader.classify(graph, image, members)[0] for image in images])
         if program.combine == "hard_vote":  # equal unless two logits are as good as equal
-            close = (execute.margin(model.outputs(images, members).max(0)) < 1e-3).any()
+            close = (votes.margin(model.outputs(images, members).max(0)) < 1e-3).any()
             assert close or np.array_equal(scores, theirs)
         else:
             spread = 1 + np.abs(theirs).max()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnncore.packed import execute, numpy_kernels
+from bnncore.packed import costs, execute, numpy_kernels
 from bnncore.packed.program import (
     KINDS,
     Node,
@@ -195,15 +195,14 @@ def test_bits_pack_and_unpack(members, shape, own):
 @given(programs())
 def test_inferred_shapes_are_those_that_come_out(program):
     shapes = validate(program)
-    values = {0: random_images(program, 2)}
     dtypes = {"f32": np.float32, "i32": np.int32, "bits": np.uint8}
-    for step in numpy_kernels.plan(program):
-        value = step.run([values[number] for number in step.inputs], 0)
-        shape = shapes[step.output]
+    steps = numpy_kernels.plan(program)
+    values = execute.every_value(steps, random_images(program, 2))
+    for number, (step, shape) in enumerate(zip(steps, shapes[1:], strict=True), 1):
+        value = values[number]
         last = -(-shape.dims[-1] // 8) if shape.kind == "bits" else shape.dims[-1]
         assert value.shape == (2, *shape.dims[:-1], last)
         assert value.dtype == dtypes[shape.kind]
-        assert step.own == shape.own
-        values[step.output] = value
+        assert (step.outputs, step.own) == ((number,), shape.own)
     assert KINDS.keys() == {"binary", "float32", "float16", "int8", "int16", "int32"}
-    assert execute.peak_memory(program)[0] <= execute.peak_memory(program)[1]
+    assert costs.peak_memory(program)[0] <= costs.peak_memory(program)[1]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bnncore.lowering import torch_kernels
-from bnncore.packed import compiled_kernels, numpy_kernels, tiles
+from bnncore.packed import compiled_kernels, execute, numpy_kernels, tiles
 from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits
 from bnncore.packed.rules import validate
 
@@ -150,10 +150,8 @@ def images(channels: int) -> np.ndarray:
 
 
 def run(steps: list, x: np.ndarray) -> np.ndarray:
-    values = {0: x}
-    for step in steps:
-        values[step.output] = step.run([values[number] for number in step.inputs], 0)
-    return np.array(values[steps[-1].output])
+    (output,) = steps[-1].outputs
+    return execute.every_value(steps, x)[output]
 
 
 def check(program: Program, what: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from bnncore import params as P
 from bnncore.cluster.actors import Cluster
 from bnncore.lowering import blueprint
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import execute, packfile
+from bnncore.packed import costs, packfile
 from bnncore.params import PackParams, ParamsError, RayParams
 from bnncore.search import answer as front
 from bnncore.search import space
@@ -126,7 +126,7 @@ def test_cost_counts_as_storage_does():
     assert taken.file_bytes == counts.file
     assert taken.megaops == (counts.float_macs + counts.binary_macs / 64) / 1e6
     program = blueprint.draw(found.spec(config)).most
-    assert taken.activation_kib == execute.peak_memory(program)[0] / 1024
+    assert taken.activation_kib == costs.peak_memory(program)[0] / 1024
     over = taken.constraints(replace(p.search, budget_kib=taken.counted_kib / 2, megaops=1e9))
     assert over["size"] == pytest.approx(1.0)
     assert over["operations"] < 0

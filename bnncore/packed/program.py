@@ -3,10 +3,10 @@
 `lower` (torch) writes a `Program`; `packfile` stores it; `storage` counts it; `execute` runs it.
 Nothing here, nor anything that reads a Program, imports torch.
 
-Legend: `B` images, `H W` map height and width (`Ho Wo` of an output), `C` input channels, `O` output
-channels (filters), `kh kw` height and width of a window, `M` members (`m` of them in use), `F`
-features, `S` channels as stored. Activations are laid out B H W C; a bit of 1 stands for +1, a bit
-of 0 for -1.
+Legend: `B` images, `H W` height and width of a map (`Ho Wo` of an output), `C` input channels, `O`
+output channels (filters), `kh kw` height and width of a window, `M` members (`m` of them in use),
+`F` features, `S` channels as stored. Activations are laid out B H W C; a bit of 1 stands for +1, a
+bit of 0 for -1.
 
 One template graph serves all members. A tensor is *shared* (one copy) or a member's *own* (a
 leading axis of `M` copies), and a value of the graph is computed once for all members exactly when

@@ -119,7 +119,7 @@ def place(values: Sequence[Lifetime], align: int = 64) -> tuple[dict[int, int], 
     """Give each value a place in one block, where no two that are alive together overlap.
 
     Large ones first, each at the lowest place that is free for all its life; where that takes more
-    than `peak`, what sticks out at the top goes first in another try, a few dozen times.
+    than `peak`, what sticks out at the top goes first in another try, for a while.
 
     Args:
         align: offsets are multiples of it.
@@ -135,7 +135,7 @@ def place(values: Sequence[Lifetime], align: int = 64) -> tuple[dict[int, int], 
     least = peak(values, align)
     queue = sorted(range(len(values)), key=lambda k: (-sizes[k], first[k]))
     best, total = np.zeros(0, np.int64), -1
-    for _ in range(_TRIES):
+    for _ in range(max(1, min(_TRIES, _WORK // len(values)))):
         offsets = _first_fit(queue, sizes, first, last)
         ends = offsets + sizes
         if total < 0 or ends.max() < total:
@@ -147,7 +147,7 @@ def place(values: Sequence[Lifetime], align: int = 64) -> tuple[dict[int, int], 
     return {value.value: int(best[k]) for k, value in enumerate(values)}, total
 
 
-_TRIES = 32
+_TRIES, _WORK = 32, 4096  # tries, and values placed in all of them: hostile files have thousands
 
 
 def _first_fit(

@@ -26,7 +26,7 @@ from validated shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -199,7 +199,7 @@ def _tile(
                 builder.add(emit.load(_I64, emit.at(pixels, 8 * j)), offset) for j in range(P)
             ]
             at = builder.add(base, where)
-            return emitter.run(emit, starts, at, table, steps, totals, widen, sums)
+            return emitter.run(emit, _Run(starts, at, table, steps, widen, sums), totals)
 
         totals = emitter.start(emit, P, sums)
         totals = emit.loop(count, totals, one_run)
@@ -207,6 +207,24 @@ def _tile(
         return context.get_dummy_value()
 
     return types.void(x, weights, flips, *[types.int64] * 5), body
+
+
+class _Run(NamedTuple):
+    """What one run of a tile works on: addresses, but for `steps` and `widen`.
+
+    Attributes:
+        starts: of the input, for each pixel.
+        weights, table, sums: see `_tile`.
+        steps: how many.
+        widen: whether afterwards.
+    """
+
+    starts: list[ir.Value]
+    weights: ir.Value
+    table: ir.Value
+    steps: ir.Value
+    widen: ir.Value
+    sums: ir.Value
 
 
 class _Words:
@@ -226,30 +244,20 @@ class _Words:
         """The totals to begin with, for each pixel its vectors."""
         return [ir.Constant(self.vector, None)] * (self.vectors * pixels)
 
-    def run(
-        self,
-        emit: _Emit,
-        starts: list[ir.Value],
-        weights: ir.Value,
-        table: ir.Value,
-        steps: ir.Value,
-        totals: list[ir.Value],
-        widen: ir.Value,
-        sums: ir.Value,
-    ) -> list[ir.Value]:
-        """Add up one run: `steps` from the address `starts` of each pixel and from `weights`."""
+    def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
+        """The totals with one run added."""
         n = self.vectors
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            at = emit.at(weights, index, 64 * n)
+            at = emit.at(run.weights, index, 64 * n)
             w = [emit.load(self.vector, emit.at(at, 64 * v)) for v in range(n)]
             new = []
-            for j, start in enumerate(starts):
+            for j, start in enumerate(run.starts):
                 a = emit.splat(self.read(emit, start, index), 16)
                 new += [self.add(emit, totals[n * j + v], a, w[v]) for v in range(n)]
             return new
 
-        return emit.loop(steps, totals, step)
+        return emit.loop(run.steps, totals, step)
 
     def read(self, emit: _Emit, start: ir.Value, index: ir.Value) -> ir.Value:
         size = self.unit.width // 8
@@ -278,23 +286,13 @@ class _Floats(_Words):
         self.vector = ir.VectorType(_F32, self.width)
         super().__init__(vectors * 16 // self.width, unit)
 
-    def run(
-        self,
-        emit: _Emit,
-        starts: list[ir.Value],
-        weights: ir.Value,
-        table: ir.Value,
-        steps: ir.Value,
-        totals: list[ir.Value],
-        widen: ir.Value,
-        sums: ir.Value,
-    ) -> list[ir.Value]:
+    def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
         n, size = self.vectors, 4 * self.width
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            values = [emit.load(_F32, emit.at(start, index, 4)) for start in starts]
+            values = [emit.load(_F32, emit.at(start, index, 4)) for start in run.starts]
             spread = [emit.splat(value, self.width) for value in values]
-            at = emit.at(weights, index, n * size)
+            at = emit.at(run.weights, index, n * size)
             new = list(totals)
             for v in range(n):
                 w = emit.load(self.vector, emit.at(at, size * v))
@@ -303,7 +301,7 @@ class _Floats(_Words):
                     new[n * j + v] = emit.call(name, self.vector, a, w, totals[n * j + v])
             return new
 
-        return emit.loop(steps, totals, step, unroll=False)
+        return emit.loop(run.steps, totals, step, unroll=False)
 
     def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
         for k, total in enumerate(totals):
@@ -325,43 +323,33 @@ class _Nibbles(_Words):
             emit.store(ir.Constant(self.wide, None), emit.at(sums, 32 * k))
         return totals
 
-    def run(
-        self,
-        emit: _Emit,
-        starts: list[ir.Value],
-        weights: ir.Value,
-        table: ir.Value,
-        steps: ir.Value,
-        totals: list[ir.Value],
-        widen: ir.Value,
-        sums: ir.Value,
-    ) -> list[ir.Value]:
+    def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
         b, n = emit.b, self.vectors
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             tables = []
-            for start in starts:
+            for start in run.starts:
                 byte = b.zext(emit.load(_I8, b.add(start, index), 1), _I64)
-                tables.append(emit.load(self.vector, emit.at(table, byte, 32), 32))
-            at = emit.at(weights, index, 32 * n)
+                tables.append(emit.load(self.vector, emit.at(run.table, byte, 32), 32))
+            at = emit.at(run.weights, index, 32 * n)
             w = [emit.load(self.vector, emit.at(at, 32 * v), 32) for v in range(n)]
             return [
                 b.add(
                     totals[n * j + v],
                     emit.call("llvm.x86.avx2.pshuf.b", self.vector, tables[j], w[v]),
                 )
-                for j in range(len(starts))
+                for j in range(len(run.starts))
                 for v in range(n)
             ]
 
-        totals = emit.loop(steps, totals, step)
+        totals = emit.loop(run.steps, totals, step)
         before = b.block
         inside, after = b.append_basic_block(), b.append_basic_block()
-        b.cbranch(b.icmp_signed("!=", widen, _I64(0)), inside, after)
+        b.cbranch(b.icmp_signed("!=", run.widen, _I64(0)), inside, after)
         b.position_at_end(inside)
         for k, total in enumerate(totals):
             low, high = (b.zext(emit.half(total, first, 16), self.wide) for first in (0, 16))
-            at = emit.at(sums, 32 * k)
+            at = emit.at(run.sums, 32 * k)
             emit.store(b.add(emit.load(self.wide, at), b.add(low, high)), at)
         b.branch(after)
         b.position_at_end(after)

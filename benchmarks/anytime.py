@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import seeds
 from bnncore import data
 from bnncore.lowering import lower
-from bnncore.packed import execute
+from bnncore.packed import execute, exits
 from bnncore.params import EnsembleParams, Params
 from bnncore.training import schemes, train
 
@@ -54,11 +54,11 @@ def one_seed(p: Params, seed: int) -> list[dict[str, Any]]:
         made = schemes.train(plan, partial(train.train_many, data=images))
         program = lower.lower(made.ensemble(), images.mean, images.std, images.classes)
         model = execute.Model(program)
-        threshold = execute.choose_threshold(model, images.val.images, images.val.labels, LOSS)
+        threshold = exits.choose_threshold(model, images.val.images, images.val.labels, LOSS)
         test = images.test.images, images.test.labels
         outputs = model.outputs(images.test.images)
-        (early,) = execute.exit_curve(model, *test, [threshold], outputs)
-        curve = execute.curve(model, *test, outputs)
+        (early,) = exits.exit_curve(model, *test, [threshold], outputs)
+        curve = exits.curve(model, *test, outputs)
         rows.append({"seed": seed, "name": ensemble.name, "scheme": ensemble.scheme,
                      "prefixes": prefixes, "curve": curve, "early": early})  # fmt: skip
         shown = " ".join(f"{100 * r['accuracy']:.1f}" for r in curve)

@@ -125,8 +125,9 @@ def oracle(larq: Larq) -> list[str]:
     """A line a backbone; raises AssertionError where a sum differs."""
     import packed
 
-    from bnncore.packed import numpy_kernels
-    from bnncore.packed.program import unpack_bits, validate
+    from bnncore.packed import execute, numpy_kernels
+    from bnncore.packed.program import unpack_bits
+    from bnncore.packed.rules import validate
 
     lines = ["| backbone | binary convolutions | sums compared | different |",
              "| --- | ---: | ---: | ---: |"]  # fmt: skip
@@ -134,9 +135,8 @@ def oracle(larq: Larq) -> list[str]:
     for backbone in BACKBONES:
         _, program = packed.network(backbone)
         shapes = validate(program)
-        values: dict[int, np.ndarray] = {0: packed.random_images(IMAGES)}
-        for step in numpy_kernels.plan(program):
-            values[step.output] = step.run([values[number] for number in step.inputs], 0)
+        images = packed.random_images(IMAGES)
+        values = execute.every_value(numpy_kernels.plan(program), images)
         count = compared = different = 0
         for index, node in enumerate(program.nodes):
             if node.op != "bconv":

@@ -142,9 +142,16 @@ def as_torch(images: np.ndarray) -> Any:
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
-def onnx_session(twin: Any, x: Any, threads: int) -> Callable[[], object]:
-    import onnxruntime
+def onnx_session(bench: Bench, twin: Any, x: Any, threads: int) -> dict[str, Callable[[], object]]:
+    """The peer onnxruntime, or none where it is not installed."""
     import torch
+
+    try:
+        import onnxruntime
+    except ImportError:
+        if threads == 1:
+            bench.note("onnxruntime is not installed: its rows are left out.")
+        return {}
 
     file = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -156,7 +163,7 @@ def onnx_session(twin: Any, x: Any, threads: int) -> Callable[[], object]:
         file.getvalue(), options, providers=["CPUExecutionProvider"]
     )
     name, feed = session.get_inputs()[0].name, x.numpy()
-    return lambda: session.run(None, {name: feed})
+    return {"onnxruntime fp32": lambda: session.run(None, {name: feed})}
 
 
 # ---- sections ---------------------------------------------------------------------------------
@@ -194,7 +201,7 @@ def resnet18(bench: Bench, quick: bool) -> None:
         peers: dict[str, Callable[[], object]] = {
             "torch fp32 eager, NCHW": partial(twin, x),
             "torch fp32 eager, channels last": partial(last, lasting),
-            "onnxruntime fp32": onnx_session(float_twin(ensemble, onnx=True), x, threads),
+            **onnx_session(bench, float_twin(ensemble, onnx=True), x, threads),
         }
         if BF16:
             peers["torch bf16 eager, channels last"] = partial(half, half_x)
@@ -279,6 +286,7 @@ def once(work: Callable[[], object], clock: Callable[[], float] = time.process_t
 def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, Callable]:
     """One binary layer, by the steps of a plan: from numbers to numbers, and from bits to bits."""
     from bnncore.packed import compiled_kernels
+    from bnncore.packed.arena import empty
     from bnncore.packed.program import Node, Program, Tensor, pack_bits
 
     random = np.random.default_rng(0)
@@ -324,26 +332,28 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
             tuple(nodes), {name: tensors[name] for name in used}, 1, "mean",
             (side, side, channels), tuple("0123456789"),
         )  # fmt: skip
-        steps = {step.output: step for step in compiled_kernels.plan(program)}
+        steps = {step.outputs[-1]: step for step in compiled_kernels.plan(program)}
+        rooms = {number: [empty(size * CHUNK) for size in step.rooms]
+                 for number, step in steps.items()}  # fmt: skip
         images = random.integers(0, 256, (BATCH, side, side, channels), dtype=np.uint8)
         parts = []
         for start in range(0, BATCH, CHUNK):
-            numbers = steps[1].run([images[start : start + CHUNK]], 0)
-            parts.append((numbers, steps[2].run([numbers], 0)))
+            (numbers,) = steps[1].alone([images[start : start + CHUNK]])
+            parts.append((numbers, *steps[2].alone([numbers])))
 
-        def work(form: str = form, steps: dict = steps, parts: list = parts) -> None:
+        def work(form: str, steps: dict, parts: list, rooms: dict) -> None:
             for numbers, bits in parts:
                 if form == "numbers":
-                    bits = steps[2].run([numbers], 0)
-                steps[4].run([bits], 0)
+                    (bits,) = steps[2].run([numbers], 0, rooms[2])
+                steps[4].run([bits], 0, rooms[4])
 
-        works.append(work)
+        works.append(partial(work, form, steps, parts, rooms))
     return works[0], works[1]
 
 
 def popcount_peak(clock: Callable[[], float]) -> float:
     """Words of 64 bits that one tile XORs, counts and adds a second, on data in the cache."""
-    from bnncore.packed import compiled_kernels, tiles
+    from bnncore.packed import layouts, tiles
 
     dtype = tiles.binary_tile()
     pixels = tiles.tile_pixels(dtype)
@@ -351,14 +361,14 @@ def popcount_peak(clock: Callable[[], float]) -> float:
     runs = np.array([[0, 0, steps, 1]] * repeats, np.int64)
     count = 256 * pixels
     x = np.random.default_rng(0).integers(0, 1 << 32, (1, 1, 1, 64), dtype=np.uint32)
-    weights = compiled_kernels._aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
-    params, flips = np.zeros((1, 12, 32), np.float32), np.zeros(1, np.uint32)
+    weights = layouts.aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
+    params, flips = np.zeros((1, tiles.ROWS, 32), np.float32), np.zeros(1, np.uint32)
     constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
     starts = np.zeros(count, np.int64)
 
     def work() -> None:
         tiles.convolve(
-            x, 0, 1, weights, len(weights), compiled_kernels._table(), runs,
+            x, 0, 1, weights, len(weights), layouts.nibble_table(), runs,
             np.array([[0, repeats]], np.int64), starts, starts, constants, False, pixels, 0, params,
             flips, none, none, none.astype(np.uint32),
         )  # fmt: skip
@@ -396,7 +406,8 @@ import sys
 from time import {clock} as clock
 sys.path.insert(0, {root!r})
 began = clock()
-import numpy, bnncore.execute, bnncore.packfile, bnncore.packed.compiled_kernels
+import numpy, bnncore, bnncore.packed.execute, bnncore.packed.packfile
+import bnncore.packed.compiled_kernels
 before = clock()
 model = bnncore.load({file!r})
 loaded = clock()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore.packed import execute, packfile
-from bnncore.packed.program import PackedFormatError, Program, Tensor, validate
+from bnncore.packed import costs, execute, packfile, votes
+from bnncore.packed.program import PackedFormatError, Program, Tensor
+from bnncore.packed.rules import validate
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -78,7 +79,7 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"{key}: {fact}")
     print()
     rows = [("#", "operator", "layer", "from", "output", "run", "tensors", "bytes", "MACs")]
-    operations = execute.operations(program)
+    operations = costs.operations(program)
     for index, node in enumerate(program.nodes):
         shape = shapes[index + 1]
         tensors = [(slot, program.tensors[name]) for slot, name in node.tensors.items()]
@@ -106,10 +107,10 @@ def _inspect(options: argparse.Namespace) -> None:
         + [(str(size), "file", "")],
         right={0},
     )
-    packed, floats = execute.peak_memory(program)
+    packed, floats = costs.peak_memory(program)
     print(f"\npeak activations of one image: {packed:,} bytes with bits, {floats:,} all in float32")
     for count in sorted({1, program.members}):
-        binary, full = execute.cost(program, count)
+        binary, full = costs.cost(program, count)
         print(f"operations of one image, {count} of {members}: "
               f"{binary:,} binary and {full:,} float multiply-accumulates")  # fmt: skip
 
@@ -146,7 +147,7 @@ def _predict(options: argparse.Namespace) -> None:
         part = paths[start : start + 64]
         images = np.stack([read_image(path, program.image) for path in part])
         scores = model(images, options.members)
-        shares = execute.probabilities(program, scores)
+        shares = votes.probabilities(program, scores)
         for path, row in zip(part, shares, strict=True):
             best = np.argsort(-row, kind="stable")[: options.top]
             found = "  ".join(f"{program.classes[k]} {100 * row[k]:.1f} %" for k in best)

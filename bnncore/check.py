@@ -11,7 +11,7 @@ from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
 from bnncore.networks.ensemble import Ensemble, weight_layers
-from bnncore.packed.program import validate
+from bnncore.packed.rules import validate
 from bnncore.params import Params, ParamsError
 from bnncore.training import schemes
 

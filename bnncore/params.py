@@ -299,7 +299,7 @@ class SearchParams:
         megaops: the most operations an image, in millions: float multiply-accumulates plus a
             64th of the binary ones (Liu et al. 2018, section 4.2). None for no limit.
         activation_kib: the most memory that values between layers take at once
-            (`execute.peak_memory`, bits as bits). None for no limit.
+            (`packed.costs.peak_memory`, bits as bits). None for no limit.
         epochs: of every recipe in a trial, at most; None for the recipes' own.
         rungs: fractions of the epochs; a trial trains so far first, and further only if it is not
             hopeless.

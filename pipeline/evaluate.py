@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bnncore import data, metrics, params, report, storage
-from bnncore.packed import execute, narrow, packfile
+from bnncore.packed import execute, exits, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
@@ -56,14 +56,14 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     found, top1, row = {}, {}, {}
     for part, split in (("val", images.val), ("test", images.test)):
         outputs = found[part] = model.outputs(split.images, batch=p.batch)
-        scores, predicted = execute.combine(program, outputs)
-        _, torch_predicted = execute.combine(program, theirs[part])
+        scores, predicted = votes.combine(program, outputs)
+        _, torch_predicted = votes.combine(program, theirs[part])
         compared += len(split)
         different += int((predicted != torch_predicted).sum())
         largest = max(largest, float(np.abs(outputs - theirs[part]).max(initial=0)))
         top1[part] = 100 * metrics.accuracy(predicted, split.labels)
         if part == "test":
-            probabilities = execute.probabilities(program, scores)
+            probabilities = votes.probabilities(program, scores)
             row = {
                 "ece": metrics.calibration_error(probabilities, split.labels),
                 "disagreement": metrics.disagreement(outputs.argmax(2)),
@@ -139,8 +139,8 @@ def early_exit(model: execute.Model, images: data.Dataset, outputs: dict) -> dic
     also stop when they are decided.
     """
     val, test = images.val, images.test
-    threshold = execute.choose_threshold(model, val.images, val.labels, outputs=outputs["val"])
-    (reached,) = execute.exit_curve(model, test.images, test.labels, [threshold], outputs["test"])
+    threshold = exits.choose_threshold(model, val.images, val.labels, outputs=outputs["val"])
+    (reached,) = exits.exit_curve(model, test.images, test.labels, [threshold], outputs["test"])
     return {
         "exit_threshold": threshold,
         "exit_top1": 100 * (reached["accuracy"] or 0.0),
@@ -150,7 +150,7 @@ def early_exit(model: execute.Model, images: data.Dataset, outputs: dict) -> dic
 
 def anytime(model: execute.Model, split: data.Split, outputs: np.ndarray) -> list[dict]:
     """Accuracy and cost with only the first 1..M members, one file serving all."""
-    rows = execute.curve(model, split.images, split.labels, outputs)
+    rows = exits.curve(model, split.images, split.labels, outputs)
     return [{**row, "top1": 100 * row["accuracy"], "mean_members": row["members"]} for row in rows]
 
 

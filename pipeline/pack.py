@@ -12,7 +12,7 @@ import numpy as np
 from bnncore import data, params
 from bnncore.lowering import packing, parity
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import execute, packfile
+from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.training import schemes
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
@@ -48,7 +48,7 @@ def differences(
     ensemble: Ensemble, program: Program, images: data.Dataset, theirs: np.ndarray
 ) -> list[dict]:
     """Test images that are classified differently by the packed program, traced to a sign."""
-    _, expected = execute.combine(program, theirs)
+    _, expected = votes.combine(program, theirs)
     predicted = execute.Model(program).predict(images.test.images)
     at = np.flatnonzero(predicted != expected)
     flips = (

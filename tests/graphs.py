@@ -18,9 +18,8 @@ from bnncore.packed.program import (
     Tensor,
     pack_bits,
     unpack_bits,
-    validate,
-    window,
 )
+from bnncore.packed.rules import validate, window
 
 CHANNELS = (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64, 65, 72, 96, 128, 130)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bnncore.__main__ import main, read_image
-from bnncore.packed import execute, packfile
+from bnncore.packed import costs, execute, packfile
 from tests.graphs import random_images
 from tests.packed.test_execute import OPS, ensemble
 
@@ -38,8 +38,8 @@ def test_inspect(net, capsys):
     assert "format 1, 3 members, combined by mean" in out
     assert "weight:binary[3*7x3x3x5]" in out
     assert f"{net.stat().st_size}  file" in out
-    assert f"{execute.cost(program, 3)[0]:,} binary" in out
-    assert f"{execute.peak_memory(program)[0]:,} bytes with bits" in out
+    assert f"{costs.cost(program, 3)[0]:,} binary" in out
+    assert f"{costs.peak_memory(program)[0]:,} bytes with bits" in out
 
 
 @pytest.mark.parametrize("ops", OPS)

@@ -33,9 +33,10 @@ from bnncore.networks.ensemble import (
     weight_layers,
 )
 from bnncore.networks.parts import Backbone, ModelSpec
-from bnncore.packed import execute, packfile
+from bnncore.packed import costs, packfile
 from bnncore.packed import program as P
 from bnncore.packed.narrow import narrowed
+from bnncore.packed.rules import validate
 from bnncore.params import PackParams
 
 # What a file says of itself, where the caller does not know yet: about as long as real ones.
@@ -83,8 +84,8 @@ class Drawing:
 
 @lru_cache(maxsize=4096)
 def _operations(program: P.Program) -> tuple[tuple[int, int], tuple[int, int]]:
-    shapes = P.validate(program)[1:]
-    counts = execute.operations(program)
+    shapes = validate(program)[1:]
+    counts = costs.operations(program)
     sums = [[0, 0], [0, 0]]
     for shape, (binary, real) in zip(shapes, counts, strict=True):
         sums[shape.own][0] += binary

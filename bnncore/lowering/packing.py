@@ -15,7 +15,7 @@ import numpy as np
 from bnncore import metrics
 from bnncore.data import Dataset
 from bnncore.lowering.lower import lower
-from bnncore.packed import execute
+from bnncore.packed import votes
 from bnncore.packed.narrow import narrowed
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, Params, Recipe
@@ -70,7 +70,7 @@ def packed(
     outputs = torch_outputs(trained, data, ("val", *(p for p in parts if p != "val")))
     info = facts(params, name, section)
     program = lower(trained.ensemble(), data.mean, data.std, data.classes, info)
-    _, predicted = execute.combine(program, outputs["val"])
+    _, predicted = votes.combine(program, outputs["val"])
     program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
     return narrowed(program, params.pack), outputs
 

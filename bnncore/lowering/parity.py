@@ -15,7 +15,7 @@ import torch
 
 from bnncore.data import normalization
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import numpy_kernels
+from bnncore.packed import execute, numpy_kernels
 from bnncore.packed.program import Program
 
 SIGNS = ("sign", "threshold", "interval")
@@ -89,12 +89,11 @@ def _keep(found: dict[str, torch.Tensor], name: str, _module, inputs, _output) -
 
 def _signs(program: Program, images: np.ndarray, member: int) -> dict[str, np.ndarray]:
     """Layer -> booleans (B, H, W, C), of every sign of one member, by the numpy kernels."""
-    values: dict[int, np.ndarray] = {0: images}
+    values = execute.every_value(numpy_kernels.plan(program), images, member)
     found = {}
-    for step, node in zip(numpy_kernels.plan(program), program.nodes, strict=True):
-        values[step.output] = step.run([values[i] for i in step.inputs], member)
+    for number, node in enumerate(program.nodes, 1):
         if node.op in SIGNS:
-            channels = values[step.inputs[0]].shape[-1]
-            bits = np.unpackbits(values[step.output], axis=-1, count=channels, bitorder="little")
+            channels = values[node.inputs[0]].shape[-1]
+            bits = np.unpackbits(values[number], axis=-1, count=channels, bitorder="little")
             found[node.name] = bits.astype(bool)
     return found

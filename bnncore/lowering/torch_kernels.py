@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from bnncore.packed.execute import Step
-from bnncore.packed.program import Node, Program, Tensor, unpack_bits, validate
-
-IMAGES_FIRST = True
+from bnncore.packed.arena import Kernel
+from bnncore.packed.program import Node, Program, Tensor, unpack_bits
+from bnncore.packed.rules import validate
 
 Slots = dict[str, torch.Tensor]
 
 
-def plan(program: Program) -> list[Step]:
+def plan(program: Program) -> list[Kernel]:
     """One step for each node of a Program."""
     shapes = validate(program)
     last = len(program.nodes)
@@ -35,17 +34,17 @@ def plan(program: Program) -> list[Step]:
             _slots(program, node, member, maps) for member in range(program.members * own or 1)
         ]
         run = _run(_OPS[node.op], node, slots, index + 1 == last)
-        steps.append(Step(node.inputs, index + 1, shapes[index + 1].own, run))
+        steps.append(Kernel(node.inputs, (index + 1,), shapes[index + 1].own, run))
     return steps
 
 
 def _run(
     op: Callable[..., torch.Tensor], node: Node, slots: list[Slots], last: bool
-) -> Callable[[Sequence[Any], int], Any]:
-    def run(values: Sequence[Any], member: int) -> Any:
+) -> Callable[[Sequence[Any], int, Sequence[np.ndarray]], Sequence[Any]]:
+    def run(values: Sequence[Any], member: int, rooms: Sequence[np.ndarray]) -> Sequence[Any]:
         mine = slots[member if len(slots) > 1 else 0]
         out = op(*values, **mine, **node.attrs)
-        return out.numpy() if last else out
+        return (out.numpy() if last else out,)
 
     return run
 

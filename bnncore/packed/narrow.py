@@ -15,11 +15,14 @@ Arithmetic stays float32: a narrowed Program computes what the wide one would wi
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnncore.packed.program import KINDS, Program, Tensor
-from bnncore.params import PackParams
+
+if TYPE_CHECKING:  # what runs packed files needs no pydantic
+    from bnncore.params import PackParams
 
 AFFINE_ROLES = ("scale", "shift", "slope", "bias", "threshold")
 FLOAT16_MAX = float(np.finfo(np.float16).max)

@@ -6,20 +6,20 @@ How values look here: numbers as float32 or int32 (B,H,W,C) or (B,F); bits as ui
 A binary convolution of K = kh·kw·C products is an XOR of packed words and a popcount:
 ``sum(a * w) = K - 2 * popcount(bits(a) ^ bits(w))``. Training pads with zeros, which no bit can
 say, so a padded tap enters as bits of 0 and is taken out again: it wrongly gave
-``C - 2 * popcount(w)``, which depends on the position in the map alone (see `_border`).
+``C - 2 * popcount(w)``, which depends on the position in the map alone (see `borders`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from bnncore.packed.execute import Step
-from bnncore.packed.program import Node, Program, Shape, Tensor, unpack_bits, validate
-
-IMAGES_FIRST = True  # every value is an array with the image as its first axis
+from bnncore.packed import borders
+from bnncore.packed.arena import Kernel
+from bnncore.packed.program import Node, Program, Shape, Tensor, unpack_bits
+from bnncore.packed.rules import validate
 
 Array = np.ndarray
 Run = Callable[[Sequence[Array], int], Array]
@@ -29,15 +29,24 @@ _PIXELS = 4096  # output positions worked on at once: long enough for numpy's lo
 _BLOCK = 1 << 15  # for the cache; and elements of one block of (filters, positions)
 
 
-def plan(program: Program) -> list[Step]:
+def plan(program: Program) -> list[Kernel]:
     """One step for each node of a Program."""
     shapes = validate(program)
     steps = []
-    for index, node in enumerate(program.nodes):
-        bound = _Bound(program, node, [shapes[number] for number in node.inputs], shapes[index + 1])
-        run = _BUILD[node.op](bound)
-        steps.append(Step(node.inputs, index + 1, bound.out.own, run))
+    for number, node in enumerate(program.nodes, 1):
+        run = one_output(operator(program, node, [shapes[i] for i in node.inputs], shapes[number]))
+        steps.append(Kernel(node.inputs, (number,), shapes[number].own, run))
     return steps
+
+
+def operator(program: Program, node: Node, inputs: list[Shape], out: Shape) -> Run:
+    """``run(values, member) -> value`` of a node with inputs and an output of these shapes."""
+    return _BUILD[node.op](_Bound(program, node, inputs, out))
+
+
+def one_output(run: Run) -> Callable[[Sequence[Any], int, Sequence[Array]], Sequence[Any]]:
+    """A kernel's `run`, of what gives one value and finds memory itself."""
+    return lambda values, member, rooms: (run(values, member),)
 
 
 class _Bound:
@@ -45,26 +54,45 @@ class _Bound:
 
     def __init__(self, program: Program, node: Node, inputs: list[Shape], out: Shape) -> None:
         self.node, self.inputs, self.out = node, inputs, out
-        self.members = program.members
         self.tensors = {slot: program.tensors[name] for slot, name in node.tensors.items()}
 
     def attr(self, name: str) -> int:
         return int(self.node.attrs[name])
 
     def per(self, prepare: Callable[..., T], *slots: str) -> Callable[[int], T]:
-        """``prepare(*arrays of the slots)``, once, or once a member; None for an absent slot.
-
-        What is shared is prepared and held once. Floats come as float32, bits as booleans.
-        """
+        """``prepare(*arrays of the slots)`` for a member, None for an absent slot; see `plain`."""
         tensors = [self.tensors.get(slot) for slot in slots]
-        count = self.members if any(t is not None and t.own for t in tensors) else 1
-        made = [prepare(*(_plain(t, member) for t in tensors)) for member in range(count)]
-        return lambda member: made[member if count > 1 else 0]
+
+        def make(member: int) -> T:
+            return prepare(*(None if t is None else plain(t, member) for t in tensors))
+
+        return each_member(make, [tensor for tensor in tensors if tensor is not None])
+
+    def window(self) -> borders.Window:
+        """Of a convolution."""
+        _, *kernel, _ = self.tensors["weight"].shape
+        return borders.Window.of(
+            (kernel[0], kernel[1]), self.attr("stride"), self.attr("pad"),
+            self.inputs[0].dims[:2], self.out.dims[:2],
+        )  # fmt: skip
 
 
-def _plain(tensor: Tensor | None, member: int) -> Array | None:
-    if tensor is None:
-        return None
+def each_member(make: Callable[[int], T], tensors: Iterable[Tensor]) -> Callable[[int], T]:
+    """``make(member)``, called once a member, or once if all tensors are shared; when needed."""
+    own = any(tensor.own for tensor in tensors)
+    made: dict[int, T] = {}
+
+    def get(member: int) -> T:
+        member = member if own else 0
+        if member not in made:
+            made[member] = make(member)
+        return made[member]
+
+    return get
+
+
+def plain(tensor: Tensor, member: int) -> Array:
+    """A member's copy: booleans, float32, or integers."""
     data = unpack_bits(tensor) if tensor.kind == "binary" else tensor.data
     data = data[member] if tensor.own else data
     return data.astype(np.float32) if data.dtype.kind == "f" else data
@@ -127,7 +155,7 @@ def _affine(bound: _Bound) -> Run:
     return run
 
 
-def _float_weight(weight: Array, scale: Array | None) -> Array:
+def float_weight(weight: Array, scale: Array | None) -> Array:
     """Booleans to +-1, int8 times its filter's scale; (O, ...) -> float32 (O, everything else)."""
     flat = weight.reshape(len(weight), -1)
     if flat.dtype == bool:
@@ -136,12 +164,16 @@ def _float_weight(weight: Array, scale: Array | None) -> Array:
     return flat if scale is None else flat * scale[:, None]
 
 
+def _matrix(weight: Array, scale: Array | None) -> Array:
+    return float_weight(weight, scale).T.copy()
+
+
 def _conv(bound: _Bound) -> Run:
     _, kh, kw, channels = bound.tensors["weight"].shape
     stride, pad = bound.attr("stride"), bound.attr("pad")
     height, width, filters = bound.out.dims
     taps = kh * kw * channels
-    weights = bound.per(lambda w, s: _float_weight(w, s).T.copy(), "weight", "weight_scale")
+    weights = bound.per(_matrix, "weight", "weight_scale")
     biases = bound.per(lambda bias: bias, "bias")
     step = max(1, _PIXELS // (height * width))
 
@@ -162,16 +194,22 @@ def _conv(bound: _Bound) -> Run:
 
 
 def _bconv(bound: _Bound) -> Run:
-    _, kh, kw, _ = bound.tensors["weight"].shape
+    _, kh, kw, channels = bound.tensors["weight"].shape
     stride, pad = bound.attr("stride"), bound.attr("pad")
     height, width, filters = bound.out.dims
     step = max(1, _PIXELS // (height * width))
     words = bound.per(_words, "weight")
-    borders = bound.per(_border(bound), "weight")
+    window = bound.window()
+
+    def border(weight: Array) -> Array:
+        ones = weight.sum(3, dtype=np.int32)
+        return window.constants(ones, channels).astype(np.int32)[window.class_of]
+
+    constants = bound.per(border, "weight")
 
     def run(values: Sequence[Array], member: int) -> Array:
         x = np.pad(values[0], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else values[0]
-        weight, constant = words(member), borders(member)
+        weight, constant = words(member), constants(member)
         out = np.empty((len(x), height, width, filters), np.int32)
         for start in range(0, len(x), step):
             views = _taps(x[start : start + step], (kh, kw), stride, (height, width))
@@ -232,38 +270,6 @@ def _count_differences(columns: Array, weight: Array, out: Array) -> None:
                 else:
                     total[:n, :m] = ones[0, :n, :m]
             out[p : p + m, o : o + n] = total[:n, :m].T
-
-
-def _border(bound: _Bound) -> Callable[[Array], Array]:
-    """What to add to ``-2 * differences``: int32 (Ho,Wo,O), from booleans (O,kh,kw,C).
-
-    A tap inside the map contributes C. A padded one has to contribute 0, but its zero bits differed
-    from each weight bit of 1, so twice those is given back.
-    """
-    _, kh, kw, channels = bound.tensors["weight"].shape
-    stride, pad = bound.attr("stride"), bound.attr("pad")
-    height, width, _ = bound.out.dims
-    rows = _inside(bound.inputs[0].dims[0], kh, stride, pad, height)
-    columns = _inside(bound.inputs[0].dims[1], kw, stride, pad, width)
-    # Few different patterns exist along an axis: near the start, in the middle, near the end.
-    rows, row_of = np.unique(rows, axis=0, return_inverse=True)
-    columns, column_of = np.unique(columns, axis=0, return_inverse=True)
-    rows, columns = rows.astype(np.int32), columns.astype(np.int32)
-    taps = np.outer(rows.sum(1), columns.sum(1))[..., None]
-
-    def constant(weight: Array) -> Array:
-        ones = weight.sum(3, dtype=np.int32)
-        padded = ones.sum((1, 2)) - np.moveaxis(rows @ ones @ columns.T, 0, -1)
-        table = taps * channels + 2 * padded
-        return table.astype(np.int32)[row_of[:, None], column_of[None, :]]
-
-    return constant
-
-
-def _inside(size: int, kernel: int, stride: int, pad: int, out: int) -> Array:
-    """Booleans (out, kernel): whether a tap of a window lies in the map, along one axis."""
-    where = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None, :]
-    return (where >= 0) & (where < size)
 
 
 def _prelu(bound: _Bound) -> Run:
@@ -367,11 +373,8 @@ def _avgpool(bound: _Bound) -> Run:
     # What a window divides by: with include_pad also its taps in the padding, but not those that
     # `ceil` adds beyond.
     reach = pad if bound.attr("include_pad") else 0
-    taps = [
-        _inside(size + 2 * reach, kernel, stride, pad - reach, count).sum(1)
-        for size, count in zip(bound.inputs[0].dims[:2], out, strict=True)
-    ]
-    divisor = (taps[0][:, None] * taps[1][None, :]).astype(np.float32)[..., None]
+    size = bound.inputs[0].dims[:2]
+    divisor = borders.divisors(size, out, (kernel, kernel), stride, pad, reach)[..., None]
 
     def run(values: Sequence[Array], member: int) -> Array:
         x = _float(values[0])
@@ -394,7 +397,7 @@ def _flatten(bound: _Bound) -> Run:
 
 
 def _dense(bound: _Bound) -> Run:
-    weights = bound.per(lambda w, s: _float_weight(w, s).T.copy(), "weight", "weight_scale")
+    weights = bound.per(_matrix, "weight", "weight_scale")
     biases = bound.per(lambda bias: bias, "bias")
 
     def run(values: Sequence[Array], member: int) -> Array:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import secrets
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,18 +21,13 @@ import numpy as np
 
 from bnncore.packed.program import (
     KINDS,
-    MAX_MEMBERS,
-    MAX_NODES,
-    MAX_TENSORS,
     Node,
     PackedFormatError,
     Program,
     Tensor,
-    _product,
-    _require,
     stored_shape,
-    validate,
 )
+from bnncore.packed.rules import MAX_MEMBERS, MAX_NODES, MAX_TENSORS, require, validate
 
 FORMAT = "bnncore"
 VERSION = "1"
@@ -55,20 +51,22 @@ def save(program: Program, path: str | os.PathLike[str]) -> int:
 
     Raises:
         PackedFormatError: the Program is not valid.
+        OSError: it cannot be written; names `path`.
     """
     content = encode(program)
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except OSError as error:
+        # A full disk says so without a name, and nobody knows the temporary file's.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(content)
 
 
@@ -114,7 +112,7 @@ def encode(program: Program) -> bytes:
         ],
     }
     text = json.dumps(graph, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    _require(len(text) <= MAX_GRAPH, "graph", f"at most {MAX_GRAPH} bytes of JSON", len(text))
+    require(len(text) <= MAX_GRAPH, "graph", f"at most {MAX_GRAPH} bytes of JSON", len(text))
     parts = {
         kind: b"".join(t.data.tobytes() for t in program.tensors.values() if t.kind == kind)
         for kind in _DTYPES
@@ -159,14 +157,14 @@ def decode(content: bytes) -> Program:
     Raises:
         PackedFormatError: the bytes are not a valid packed file.
     """
-    _require(len(content) >= 8, "file", "at least 8 bytes", len(content))
+    require(len(content) >= 8, "file", "at least 8 bytes", len(content))
     (length,) = struct.unpack_from("<Q", content)
     limit = min(MAX_HEADER, len(content) - 8)
-    _require(length <= limit, "header length", f"at most {limit} bytes", length)
+    require(length <= limit, "header length", f"at most {limit} bytes", length)
     header = _object(_json(content[8 : 8 + length], "header"), "header")
     metadata = _object(header.get("__metadata__"), "header __metadata__")
-    _require(metadata.get("format") == FORMAT, "format", FORMAT, metadata.get("format"))
-    _require(metadata.get("version") == VERSION, "version", VERSION, metadata.get("version"))
+    require(metadata.get("format") == FORMAT, "format", FORMAT, metadata.get("format"))
+    require(metadata.get("version") == VERSION, "version", VERSION, metadata.get("version"))
     data = memoryview(content)[8 + length :]
     parts: dict[str, Any] = {}
     start = 0
@@ -176,16 +174,16 @@ def decode(content: bytes) -> Program:
             offsets: Any = entry.get("data_offsets")
             end = offsets[1] if _integers(offsets) and len(offsets) == 2 else -1
             good = start <= end <= len(data)
-            _require(good, f"entry {kind} offsets", f"[{start}, <= {len(data)}]", offsets)
+            require(good, f"entry {kind} offsets", f"[{start}, <= {len(data)}]", offsets)
             parts[kind] = bytes(data[start:end]) if kind == "graph" else data[start:end]
             start = end
-    _require(start == len(data), "file", f"{start} bytes of data", len(data))
+    require(start == len(data), "file", f"{start} bytes of data", len(data))
     # What the writer would have put there is known in full, down to the checksum.
     expected = _header(parts, data)
     for key in header.keys() | expected.keys():
         got = header.get(key)
-        _require(got == expected.get(key), f"header entry {key!r}", expected.get(key), got)
-    _require("graph" in parts, "file", "an entry graph", "none")
+        require(got == expected.get(key), f"header entry {key!r}", expected.get(key), got)
+    require("graph" in parts, "file", "an entry graph", "none")
     return _program(_json(_inflate(parts["graph"]), "graph"), parts)
 
 
@@ -196,13 +194,18 @@ def _inflate(packed: bytes) -> bytes:
     except zlib.error as error:
         raise PackedFormatError(f"graph: expected zlib data, got {error}") from None
     whole = stream.eof and not stream.unused_data
-    _require(whole, "graph", f"one zlib stream of at most {MAX_GRAPH} bytes", "another")
+    require(whole, "graph", f"one zlib stream of at most {MAX_GRAPH} bytes", "another")
     return text
 
 
 def _json(text: bytes, where: str) -> Any:
     def constant(name: str) -> NoReturn:
         raise ValueError(f"the constant {name}")
+
+    def integer(digits: str) -> int:
+        if len(digits) > 20:  # far beyond all limits, and with 4,300 Python refuses to print it
+            raise ValueError(f"an integer of {len(digits)} digits")
+        return int(digits)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -211,13 +214,15 @@ def _json(text: bytes, where: str) -> Any:
         return found
 
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=constant, object_pairs_hook=unique)
+        return json.loads(
+            text.decode(), parse_constant=constant, parse_int=integer, object_pairs_hook=unique
+        )
     except (ValueError, RecursionError) as error:
         raise PackedFormatError(f"{where}: expected strict JSON, got {str(error)[:200]}") from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    _require(isinstance(value, dict), where, "a JSON object", value)
+    require(isinstance(value, dict), where, "a JSON object", value)
     return value
 
 
@@ -227,11 +232,11 @@ def _integers(value: Any) -> bool:
 
 def _rows(value: Any, where: str, types: tuple[type, ...]) -> list[list[Any]]:
     """A list of lists, each of items of these JSON types."""
-    _require(isinstance(value, list), where, "a list", value)
+    require(isinstance(value, list), where, "a list", value)
     names = ", ".join(kind.__name__ for kind in types)
     for index, row in enumerate(value):
         good = isinstance(row, list) and tuple(type(item) for item in row) == types
-        _require(good, f"{where} {index}", f"[{names}]", row)
+        require(good, f"{where} {index}", f"[{names}]", row)
     return value
 
 
@@ -249,29 +254,29 @@ _GRAPH_KEYS = {
 
 def _program(raw: Any, parts: dict[str, Any]) -> Program:
     graph = _object(raw, "graph")
-    _require(graph.keys() == _GRAPH_KEYS, "graph", f"keys {sorted(_GRAPH_KEYS)}", sorted(graph))
+    require(graph.keys() == _GRAPH_KEYS, "graph", f"keys {sorted(_GRAPH_KEYS)}", sorted(graph))
     members = graph["members"]
     good = type(members) is int and 1 <= members <= MAX_MEMBERS
-    _require(good, "members", f"1 to {MAX_MEMBERS}", members)
-    _require(_integers(graph["image"]), "image", "[H, W, C]", graph["image"])
-    _require(isinstance(graph["combine"], str), "combine", "a name", graph["combine"])
-    _require(isinstance(graph["classes"], list), "classes", "a list", graph["classes"])
+    require(good, "members", f"1 to {MAX_MEMBERS}", members)
+    require(_integers(graph["image"]), "image", "[H, W, C]", graph["image"])
+    require(isinstance(graph["combine"], str), "combine", "a name", graph["combine"])
+    require(isinstance(graph["classes"], list), "classes", "a list", graph["classes"])
     for key, fact in _object(graph["info"], "info").items():
         good = type(fact) in (str, int, float)
-        _require(good, f"info {key!r}", "a string or a number", fact)
+        require(good, f"info {key!r}", "a string or a number", fact)
     tensors = _tensors(graph["tensors"], members, parts)
     names = list(tensors)
     nodes = []
     count = len(graph["nodes"]) if isinstance(graph["nodes"], list) else 0
-    _require(count <= MAX_NODES, "nodes", f"at most {MAX_NODES}", count)
+    require(count <= MAX_NODES, "nodes", f"at most {MAX_NODES}", count)
     for index, row in enumerate(_rows(graph["nodes"], "node", (str, str, list, dict, dict))):
         op, name, back, slots, attrs = row
         where = f"node {index} ({op} {name!r})"
-        _require(_integers(back), f"{where} inputs", "a list of integers", back)
+        require(_integers(back), f"{where} inputs", "a list of integers", back)
         good = all(1 <= step <= index + 1 for step in back)  # so that no graph has a cycle
-        _require(good, f"{where} inputs", f"steps back of 1 to {index + 1}", back)
+        require(good, f"{where} inputs", f"steps back of 1 to {index + 1}", back)
         good = all(type(value) in (int, float) for value in attrs.values())
-        _require(good, f"{where} attributes", "numbers", attrs)
+        require(good, f"{where} attributes", "numbers", attrs)
         inputs = tuple(index + 1 - step for step in back)
         nodes.append(Node(op, name, inputs, _named(slots, names, where), attrs))
     program = Program(
@@ -293,33 +298,33 @@ def _program(raw: Any, parts: dict[str, Any]) -> Program:
 def _named(slots: dict[str, Any], names: list[str], where: str) -> dict[str, str]:
     for slot, number in slots.items():
         good = type(number) is int and 0 <= number < len(names)
-        _require(good, f"{where} {slot}", f"a tensor number below {len(names)}", number)
+        require(good, f"{where} {slot}", f"a tensor number below {len(names)}", number)
     return {slot: names[number] for slot, number in slots.items()}
 
 
 def _tensors(rows: Any, members: int, parts: dict[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     count = len(rows) if isinstance(rows, list) else 0
-    _require(count <= MAX_TENSORS, "tensors", f"at most {MAX_TENSORS}", count)
+    require(count <= MAX_TENSORS, "tensors", f"at most {MAX_TENSORS}", count)
     taken = dict.fromkeys(KINDS, 0)
     for name, kind, role, shape, own in _rows(rows, "tensor", (str, str, str, list, int)):
         where = f"tensor {name!r}"
-        _require(name not in tensors, where, "a name used once", "a second one")
-        _require(kind in KINDS, where, f"a kind of {', '.join(KINDS)}", kind)
+        require(name not in tensors, where, "a name used once", "a second one")
+        require(kind in KINDS, where, f"a kind of {', '.join(KINDS)}", kind)
         good = _integers(shape) and 1 <= len(shape) <= 4 and min(shape) > 0
-        _require(good, where, "a shape of 1 to 4 positive sizes", shape)
-        _require(own in (0, 1), where, "own of 0 or 1", own)
+        require(good, where, "a shape of 1 to 4 positive sizes", shape)
+        require(own in (0, 1), where, "own of 0 or 1", own)
         blank = Tensor(kind, role, tuple(shape), bool(own), np.empty(0, KINDS[kind]))
         stored = stored_shape(blank, members)
         start = taken[kind]
-        end = start + _product(stored) * KINDS[kind].itemsize
+        end = start + math.prod(stored) * KINDS[kind].itemsize
         part = parts.get(kind, b"")
         good = end <= len(part)
-        _require(good, where, f"bytes {start} to {end} of {kind}", f"{len(part)} in all")
+        require(good, where, f"bytes {start} to {end} of {kind}", f"{len(part)} in all")
         taken[kind] = end
         data = np.frombuffer(part[start:end], KINDS[kind]).reshape(stored)
         tensors[name] = Tensor(kind, role, tuple(shape), bool(own), data)
     for kind, end in taken.items():
         size = len(parts.get(kind, b""))
-        _require(size == end, f"entry {kind}", f"the {end} bytes that its tensors take", size)
+        require(size == end, f"entry {kind}", f"the {end} bytes that its tensors take", size)
     return tensors

@@ -26,20 +26,24 @@ from validated shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+Array = np.ndarray
+
 LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue, in order.
-FIRST, RESIDUAL, SECOND, NUMBERS, BITS = 1, 2, 4, 8, 16
-# Rows of its parameters: two groups of scale, shift, slope, scale, shift; then the bounds of a bit.
-GROUP, LOW, HIGH, ROWS = 5, 10, 11, 12
+FIRST, RESIDUAL, SECOND, CLEAR, NUMBERS, BITS = 1, 2, 4, 8, 16, 32
+# Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift; the bounds of a
+# bit; and above 0 where a filter is, else `CLEAR` writes 0.
+GROUP, LOW, HIGH, LIVE, ROWS = 6, 12, 13, 14, 15
 
 
 def features() -> set[str]:
@@ -162,7 +166,10 @@ class _Emit:
 
 
 @intrinsic
-def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
+def _tile(
+    typing: Any, x: Any, weights: Any, flips: Any, pixels: Any, table: Any, runs: Any, count: Any,
+    sums: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
     """Add up `count` runs for one tile.
 
     The types of arrays tell what to make: of ``weights``, the tile; of ``x``, how wide a word of
@@ -177,7 +184,7 @@ def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
     unit = ir.IntType(x.dtype.bitwidth)
     emitter = _TILES[kind.name](lanes // 16, unit)
 
-    def body(context, builder, signature, args):
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, array, _, pixels, table, runs, count, sums = args
         emit = _Emit(builder)
         data = context.make_array(weights)(context, builder, array).data
@@ -192,7 +199,7 @@ def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
                 builder.add(emit.load(_I64, emit.at(pixels, 8 * j)), offset) for j in range(P)
             ]
             at = builder.add(base, where)
-            return emitter.run(emit, starts, at, table, steps, totals, widen, sums)
+            return emitter.run(emit, _Run(starts, at, table, steps, widen, sums), totals)
 
         totals = emitter.start(emit, P, sums)
         totals = emit.loop(count, totals, one_run)
@@ -200,6 +207,24 @@ def _tile(typing, x, weights, flips, pixels, table, runs, count, sums):
         return context.get_dummy_value()
 
     return types.void(x, weights, flips, *[types.int64] * 5), body
+
+
+class _Run(NamedTuple):
+    """What one run of a tile works on: addresses, but for `steps` and `widen`.
+
+    Attributes:
+        starts: of the input, for each pixel.
+        weights, table, sums: see `_tile`.
+        steps: how many.
+        widen: whether afterwards.
+    """
+
+    starts: list[ir.Value]
+    weights: ir.Value
+    table: ir.Value
+    steps: ir.Value
+    widen: ir.Value
+    sums: ir.Value
 
 
 class _Words:
@@ -219,30 +244,20 @@ class _Words:
         """The totals to begin with, for each pixel its vectors."""
         return [ir.Constant(self.vector, None)] * (self.vectors * pixels)
 
-    def run(
-        self,
-        emit: _Emit,
-        starts: list[ir.Value],
-        weights: ir.Value,
-        table: ir.Value,
-        steps: ir.Value,
-        totals: list[ir.Value],
-        widen: ir.Value,
-        sums: ir.Value,
-    ) -> list[ir.Value]:
-        """Add up one run: `steps` from the address `starts` of each pixel and from `weights`."""
+    def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
+        """The totals with one run added."""
         n = self.vectors
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            at = emit.at(weights, index, 64 * n)
+            at = emit.at(run.weights, index, 64 * n)
             w = [emit.load(self.vector, emit.at(at, 64 * v)) for v in range(n)]
             new = []
-            for j, start in enumerate(starts):
+            for j, start in enumerate(run.starts):
                 a = emit.splat(self.read(emit, start, index), 16)
                 new += [self.add(emit, totals[n * j + v], a, w[v]) for v in range(n)]
             return new
 
-        return emit.loop(steps, totals, step)
+        return emit.loop(run.steps, totals, step)
 
     def read(self, emit: _Emit, start: ir.Value, index: ir.Value) -> ir.Value:
         size = self.unit.width // 8
@@ -271,23 +286,13 @@ class _Floats(_Words):
         self.vector = ir.VectorType(_F32, self.width)
         super().__init__(vectors * 16 // self.width, unit)
 
-    def run(
-        self,
-        emit: _Emit,
-        starts: list[ir.Value],
-        weights: ir.Value,
-        table: ir.Value,
-        steps: ir.Value,
-        totals: list[ir.Value],
-        widen: ir.Value,
-        sums: ir.Value,
-    ) -> list[ir.Value]:
+    def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
         n, size = self.vectors, 4 * self.width
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            values = [emit.load(_F32, emit.at(start, index, 4)) for start in starts]
+            values = [emit.load(_F32, emit.at(start, index, 4)) for start in run.starts]
             spread = [emit.splat(value, self.width) for value in values]
-            at = emit.at(weights, index, n * size)
+            at = emit.at(run.weights, index, n * size)
             new = list(totals)
             for v in range(n):
                 w = emit.load(self.vector, emit.at(at, size * v))
@@ -296,7 +301,7 @@ class _Floats(_Words):
                     new[n * j + v] = emit.call(name, self.vector, a, w, totals[n * j + v])
             return new
 
-        return emit.loop(steps, totals, step, unroll=False)
+        return emit.loop(run.steps, totals, step, unroll=False)
 
     def end(self, emit: _Emit, totals: list[ir.Value], sums: ir.Value) -> None:
         for k, total in enumerate(totals):
@@ -318,43 +323,33 @@ class _Nibbles(_Words):
             emit.store(ir.Constant(self.wide, None), emit.at(sums, 32 * k))
         return totals
 
-    def run(
-        self,
-        emit: _Emit,
-        starts: list[ir.Value],
-        weights: ir.Value,
-        table: ir.Value,
-        steps: ir.Value,
-        totals: list[ir.Value],
-        widen: ir.Value,
-        sums: ir.Value,
-    ) -> list[ir.Value]:
+    def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
         b, n = emit.b, self.vectors
 
         def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             tables = []
-            for start in starts:
+            for start in run.starts:
                 byte = b.zext(emit.load(_I8, b.add(start, index), 1), _I64)
-                tables.append(emit.load(self.vector, emit.at(table, byte, 32), 32))
-            at = emit.at(weights, index, 32 * n)
+                tables.append(emit.load(self.vector, emit.at(run.table, byte, 32), 32))
+            at = emit.at(run.weights, index, 32 * n)
             w = [emit.load(self.vector, emit.at(at, 32 * v), 32) for v in range(n)]
             return [
                 b.add(
                     totals[n * j + v],
                     emit.call("llvm.x86.avx2.pshuf.b", self.vector, tables[j], w[v]),
                 )
-                for j in range(len(starts))
+                for j in range(len(run.starts))
                 for v in range(n)
             ]
 
-        totals = emit.loop(steps, totals, step)
+        totals = emit.loop(run.steps, totals, step)
         before = b.block
         inside, after = b.append_basic_block(), b.append_basic_block()
-        b.cbranch(b.icmp_signed("!=", widen, _I64(0)), inside, after)
+        b.cbranch(b.icmp_signed("!=", run.widen, _I64(0)), inside, after)
         b.position_at_end(inside)
         for k, total in enumerate(totals):
             low, high = (b.zext(emit.half(total, first, 16), self.wide) for first in (0, 16))
-            at = emit.at(sums, 32 * k)
+            at = emit.at(run.sums, 32 * k)
             emit.store(b.add(emit.load(self.wide, at), b.add(low, high)), at)
         b.branch(after)
         b.position_at_end(after)
@@ -374,8 +369,9 @@ _TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32
 
 @intrinsic
 def _finish(
-    typing, weights, constants, flips, constant, total, parts, params, flip, residual, numbers, bits
-):
+    typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, total: Any, parts: Any,
+    params: Any, flip: Any, residual: Any, numbers: Any, bits: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
     """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
 
     The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
@@ -389,9 +385,10 @@ def _finish(
     word = ir.IntType(lanes)
     vector = ir.VectorType(_F32, lanes)
 
-    def body(context, builder, signature, args):
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
+        zero = ir.Constant(vector, None)
 
         def row(index: int) -> ir.Value:
             return emit.load(vector, emit.at(params, 4 * lanes * index))
@@ -402,11 +399,17 @@ def _finish(
         def group(first: int) -> Callable[[ir.Value], ir.Value]:
             def apply(x: ir.Value) -> ir.Value:
                 x = b.fadd(b.fmul(x, row(first)), row(first + 1))
-                up = b.fcmp_ordered(">=", x, ir.Constant(vector, None))
-                x = b.select(up, x, b.fmul(x, row(first + 2)))
-                return b.fadd(b.fmul(x, row(first + 3)), row(first + 4))
+                up = b.fcmp_ordered(">=", x, zero)
+                # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
+                low = b.fcmp_ordered("<", x, row(first + 2))
+                down = b.fmul(b.select(low, row(first + 2), x), row(first + 3))
+                x = b.select(up, x, down)
+                return b.fadd(b.fmul(x, row(first + 4)), row(first + 5))
 
             return apply
+
+        def clear(x: ir.Value) -> ir.Value:
+            return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
 
         def store_numbers(x: ir.Value) -> ir.Value:
             emit.store(x, numbers)
@@ -432,6 +435,7 @@ def _finish(
         x = emit.when(asked(FIRST), x, group(0))
         x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
         x = emit.when(asked(SECOND), x, group(GROUP))
+        x = emit.when(asked(CLEAR), x, clear)
         x = emit.when(asked(NUMBERS), x, store_numbers)
         emit.when(asked(BITS), x, store_bits)
         return context.get_dummy_value()
@@ -444,9 +448,10 @@ def _finish(
 
 @njit(cache=True, nogil=True)
 def convolve(
-    x, strip, images, weights, stretch, table, runs, spans, starts, classes, constants,
-    by_image, P, parts, params, flips, residual, numbers, bits,
-):  # fmt: skip
+    x: Array, strip: int, images: int, weights: Array, stretch: int, table: Array, runs: Array,
+    spans: Array, starts: Array, classes: Array, constants: Array, by_image: bool, P: int,
+    parts: int, params: Array, flips: Array, residual: Array, numbers: Array, bits: Array,
+) -> None:  # fmt: skip
     """A convolution, of bits or of floats, with its epilogue.
 
     Args:
@@ -532,7 +537,10 @@ def convolve(
 
 
 @njit(cache=True, nogil=True)
-def finish(x, zeros, parts, params, flips, residual, numbers, bits):
+def finish(
+    x: Array, zeros: Array, parts: int, params: Array, flips: Array, residual: Array,
+    numbers: Array, bits: Array,
+) -> None:  # fmt: skip
     """The epilogue alone, on stored numbers: x float32 (B, positions, lanes * blocks)."""
     blocks = len(params)
     lanes = flips.itemsize * 8
@@ -556,7 +564,9 @@ def finish(x, zeros, parts, params, flips, residual, numbers, bits):
 
 
 @njit(cache=True, nogil=True)
-def pool(x, kernel, stride, pad, divisor, maximum, out):
+def pool(
+    x: Array, kernel: int, stride: int, pad: int, divisor: Array, maximum: bool, out: Array
+) -> None:
     """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo)."""
     images, high, wide, channels = out.shape
     for n in range(images):
@@ -576,7 +586,9 @@ def pool(x, kernel, stride, pad, divisor, maximum, out):
                                 room[c] = tap[c]
                         elif maximum:
                             for c in range(channels):
-                                room[c] = tap[c] if tap[c] > room[c] else room[c]
+                                # NaN wins, as in numpy and torch.
+                                up = tap[c] > room[c] or tap[c] != tap[c]
+                                room[c] = tap[c] if up else room[c]
                         else:
                             for c in range(channels):
                                 room[c] += tap[c]

@@ -26,7 +26,7 @@ from bnncore.lowering import blueprint
 from bnncore.lowering.packing import facts
 from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import SHARING, EnsembleSpec
-from bnncore.packed import execute
+from bnncore.packed import costs
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams
 from bnncore.training import schemes
@@ -131,7 +131,7 @@ def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str 
 
 @lru_cache(maxsize=4096)
 def _activations(program: Program) -> int:
-    return execute.peak_memory(program)[0]
+    return costs.peak_memory(program)[0]
 
 
 class Space:

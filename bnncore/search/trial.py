@@ -15,7 +15,7 @@ from typing import Any
 from bnncore import metrics
 from bnncore.data import Dataset
 from bnncore.lowering import packing
-from bnncore.packed import execute, packfile
+from bnncore.packed import execute, packfile, votes
 from bnncore.params import PackParams, Params
 from bnncore.search import space
 from bnncore.training import schemes, train
@@ -80,11 +80,11 @@ def assess(trained: Ensembled, params: Params, data: Dataset) -> Result:
     outputs = theirs["val"]
     if params.pack != PackParams():
         outputs = execute.Model(program, params.evaluate.ops).outputs(data.val.images)
-    scores, predicted = execute.combine(program, outputs)
+    scores, predicted = votes.combine(program, outputs)
     labels = data.val.labels
     return {
         "val_top1": 100 * metrics.accuracy(predicted, labels),
-        "val_loss": metrics.nll(execute.probabilities(program, scores), labels),
+        "val_loss": metrics.nll(votes.probabilities(program, scores), labels),
         "file_bytes": len(packfile.encode(program)),
         "history": trained.histories,
     }

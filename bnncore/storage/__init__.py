@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnncore.packed import execute, packfile
+from bnncore.packed import costs, packfile
 from bnncore.packed.program import KINDS, Program
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def counted(program: Program, file_bytes: int | None = None) -> Count:
     """
     rows = table(program)
     size = len(packfile.encode(program)) if file_bytes is None else file_bytes
-    macs = execute.cost(program)
+    macs = costs.cost(program)
     m = program.members
     return Count(m, tentaclenet_bits(rows, m), filter_sharing_bits(rows), size, size, *macs,
                  tuple(rows))  # fmt: skip

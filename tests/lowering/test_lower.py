@@ -12,7 +12,8 @@ from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, Shift
 from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
 from bnncore.networks.parts import Backbone
 from bnncore.packed import execute
-from bnncore.packed.program import unpack_bits, validate
+from bnncore.packed.program import unpack_bits
+from bnncore.packed.rules import validate
 from bnncore.params import Binarizer
 from tests import tiny
 

@@ -11,7 +11,7 @@ from bnncore import metrics
 from bnncore.lowering import blueprint
 from bnncore.lowering.packing import facts, packed
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import execute, packfile
+from bnncore.packed import execute, packfile, votes
 from bnncore.params import PackParams
 from bnncore.training import schemes
 from tests import tiny
@@ -49,7 +49,7 @@ def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
     assert {part: o.shape for part, o in outputs.items()} == {
         "val": (spec.members, 16, 4), "test": (spec.members, 16, 4),
     }  # fmt: skip
-    _, predicted = execute.combine(program, outputs["val"])
+    _, predicted = votes.combine(program, outputs["val"])
     top1 = round(100 * metrics.accuracy(predicted, DATA.val.labels), 2)
     assert program.info["val_top1"] == top1
     if pack == PackParams():

@@ -23,7 +23,7 @@ from bnncore.networks.ensemble import (
     weight_layers,
     winners,
 )
-from bnncore.packed import execute
+from bnncore.packed import votes
 from tests import tiny
 
 
@@ -289,6 +289,6 @@ def test_torch_and_the_packed_evaluator_combine_alike(how):
     z = torch.randint(-4, 5, (3, 200, 4), generator=rng) / 2
     weights = ensemble.weights if how != "mean" else torch.ones(3)
     scores = combine(how, list(z), weights, None)
-    expected, predicted = execute.combine(program, z.numpy())
+    expected, predicted = votes.combine(program, z.numpy())
     assert np.allclose(scores.numpy(), expected, atol=1e-6)
     assert winners(how, list(z), scores).tolist() == predicted.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import platform
@@ -18,8 +17,17 @@ from hypothesis import strategies as st
 
 from bnncore.lowering.lower import lower
 from bnncore.networks import backbones, ensemble
-from bnncore.packed import compiled_kernels, execute, numpy_kernels, packfile, tiles
-from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits, validate
+from bnncore.packed import (
+    arena,
+    compiled_kernels,
+    execute,
+    layouts,
+    numpy_kernels,
+    packfile,
+    tiles,
+)
+from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits
+from bnncore.packed.rules import validate
 from bnncore.params import Binarizer
 from tests.graphs import programs, random_images, random_program
 
@@ -33,14 +41,14 @@ class Reference:
 
     def __init__(self, program: Program) -> None:
         self.program, self.shapes = program, validate(program)
-        self.runs = [step.run for step in numpy_kernels.plan(program)]
+        self.steps = numpy_kernels.plan(program)
 
     def value(self, number: int, known: dict[int, np.ndarray], member: int) -> np.ndarray:
         """Compute a value from known ones, which are left as they are."""
         if number not in known:
             node = self.program.nodes[number - 1]
             inputs = [self.value(i, known, member) for i in node.inputs]
-            known[number] = self.runs[number - 1](inputs, member)
+            (known[number],) = self.steps[number - 1].alone(inputs, member)
         return known[number]
 
     def rounded(self, number: int, known: dict[int, np.ndarray]) -> bool:
@@ -77,44 +85,49 @@ def check(program: Program, images: np.ndarray, tile: np.dtype) -> None:
     reference = Reference(program)
     shapes = reference.shapes
     steps = compiled_kernels.plan(program, tile)
-    assert steps[-1].output == len(program.nodes)
+    assert steps[-1].outputs == (len(program.nodes),)
     for member in range(program.members):
         values: dict[int, object] = {0: images}
         for step in steps:
-            got = step.run([values[number] for number in step.inputs], member)
-            values[step.output] = got
-            shape = shapes[step.output]
-            plain = (
-                got if step.output == len(program.nodes) else compiled_kernels._to_plain(got, shape)
-            )
-            known = {number: compiled_kernels._to_plain(values[number], shapes[number])
+            # Memory holds anything, here NaN and bits of 1: what is not written would show.
+            rooms = [arena.empty(size * len(images)) for size in step.rooms]
+            for room in rooms:
+                room[:] = 255
+            inputs = [values[number] for number in step.inputs]
+            outputs = step.run(inputs, member, rooms)
+            values.update(zip(step.outputs, outputs, strict=True))
+            known = {number: layouts.to_plain(values[number], shapes[number])
                      for number in step.inputs}  # fmt: skip
-            rounded = reference.rounded(step.output, known)
-            want = reference.value(step.output, dict(known), member)
-            where = f"{step.inputs} -> {program.nodes[step.output - 1]}"
-            assert plain.shape == want.shape, where
-            if shape.kind == "bits":
-                channels = shape.dims[-1]
-                differ = numpy_kernels._unpack(plain, channels) != numpy_kernels._unpack(
-                    want, channels
-                )
-                if rounded:
-                    differ &= ~reference.doubtful(step.output, known, member, differ.shape)
-                assert not differ.any(), where
-                assert not (plain ^ want)[..., -1].max(initial=0) >> (channels % 8 or 8), where
-                spare = (
-                    compiled_kernels._numbers(got)
-                    if not isinstance(got, compiled_kernels._Both)
-                    else got.bits
-                )
-                assert unused_bits(spare, channels) == 0, where
-            elif rounded:
-                largest = max(1.0, float(np.abs(want).max(initial=0)))
-                np.testing.assert_allclose(plain, want, rtol=0, atol=1e-5 * largest, err_msg=where)
-            else:
-                np.testing.assert_array_equal(plain, want, err_msg=where)
-            if shape.kind != "bits" and step.output != len(program.nodes):
-                assert not compiled_kernels._numbers(got)[..., shape.dims[-1] :].any(), where
+            for number, got in zip(step.outputs, outputs, strict=True):
+                check_value(reference, number, got, known, member)
+
+
+def check_value(
+    reference: Reference, number: int, got: np.ndarray, known: dict[int, np.ndarray], member: int
+) -> None:
+    """One value of the compiled kernels against numpy's, from known values before it."""
+    program, shape = reference.program, reference.shapes[number]
+    last = number == len(program.nodes)
+    plain = got if last else layouts.to_plain(got, shape)
+    rounded = reference.rounded(number, known)
+    want = reference.value(number, dict(known), member)
+    where = f"{sorted(known)} -> {program.nodes[number - 1]}"
+    assert plain.shape == want.shape, where
+    if shape.kind == "bits":
+        channels = shape.dims[-1]
+        differ = numpy_kernels._unpack(plain, channels) != numpy_kernels._unpack(want, channels)
+        if rounded:
+            differ &= ~reference.doubtful(number, known, member, differ.shape)
+        assert not differ.any(), where
+        assert not (plain ^ want)[..., -1].max(initial=0) >> (channels % 8 or 8), where
+        assert unused_bits(got, channels) == 0, where
+    elif rounded:
+        largest = max(1.0, float(np.abs(want).max(initial=0)))
+        np.testing.assert_allclose(plain, want, rtol=0, atol=1e-5 * largest, err_msg=where)
+    else:
+        np.testing.assert_array_equal(plain, want, err_msg=where)
+    if shape.kind != "bits" and not last:
+        assert not got[..., shape.dims[-1] :].any(), where
 
 
 def unused_bits(words: np.ndarray, channels: int) -> int:
@@ -234,17 +247,17 @@ def test_binary_convolution_equals_torch(
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(0)
     program = one_layer(rng, channels, filters, size, stride, pad, (side, side), ())
-    steps = {step.output: step for step in compiled_kernels.plan(program, tile)}
+    steps = {step.outputs: step for step in compiled_kernels.plan(program, tile)}
     signs = rng.random((batch, side, side, channels)) < 0.5
     weight = unpack_bits(program.tensors["w"])
-    got = steps[3].run([compiled_kernels._to_words(signs)], 0)[..., :filters]
+    (got,) = steps[3,].alone([layouts.to_words(signs)])
     want = torch.nn.functional.conv2d(
         torch.from_numpy(signs * 2.0 - 1).permute(0, 3, 1, 2),
         torch.from_numpy(weight * 2.0 - 1).permute(0, 3, 1, 2),
         stride=stride,
         padding=pad,
     )
-    np.testing.assert_array_equal(got, want.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(got[..., :filters], want.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -269,9 +282,13 @@ def test_work_is_fused() -> None:
     chain = ("affine", "prelu", "affine", "add", "prelu")
     program = one_layer(rng, 64, 64, 3, 1, 1, (8, 8), chain)
     # The convolution is also the residual here, so the rest is a second step.
-    assert [step.output for step in compiled_kernels.plan(program)] == [1, 2, 3, 8, 9, 10]
+    assert [step.outputs for step in compiled_kernels.plan(program)] == one_each(1, 2, 3, 8, 9, 10)
     program = one_layer(rng, 64, 64, 3, 1, 1, (8, 8), ("affine", "prelu", "affine", "threshold"))
-    assert [step.output for step in compiled_kernels.plan(program)] == [1, 2, 7, 8, 9, 10]
+    assert [step.outputs for step in compiled_kernels.plan(program)] == one_each(1, 2, 7, 8, 9, 10)
+
+
+def one_each(*numbers: int) -> list[tuple[int, ...]]:
+    return [(number,) for number in numbers]
 
 
 def test_shared_steps_run_once() -> None:
@@ -280,7 +297,7 @@ def test_shared_steps_run_once() -> None:
         program = random_program(seed)
         shapes = validate(program)
         for step in compiled_kernels.plan(program):
-            assert step.own == shapes[step.output].own
+            assert {step.own} == {shapes[number].own for number in step.outputs}
 
 
 def test_batches_and_threads_change_nothing() -> None:
@@ -298,19 +315,6 @@ def test_no_images() -> None:
     assert execute.Model(program)(random_images(program, 0)).shape == (0, len(program.classes))
 
 
-def test_memory_in_use_is_not_taken_again() -> None:
-    rooms = compiled_kernels._Rooms()
-    kind = np.dtype("f4")
-    first, second = rooms.take((100,), kind), rooms.take((100,), kind)
-    assert not np.shares_memory(first, second)
-    assert first.ctypes.data % 64 == 0
-    view, where = first[10:20], first.ctypes.data
-    del first
-    assert rooms.take((100,), kind).ctypes.data != where  # the view still looks into it
-    del view
-    assert rooms.take((50,), kind).ctypes.data == where
-
-
 def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
     """In one heap, and with little space between blocks, what is used after it was freed shows."""
     spec = ensemble.EnsembleSpec(
@@ -322,7 +326,7 @@ def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
     program = lower(network, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
     (tmp_path / "model.bnn").write_bytes(packfile.encode(program))
     code = (
-        "import sys, numpy as np; from bnncore import execute, packfile\n"
+        "import sys, numpy as np; from bnncore.packed import execute, packfile\n"
         "program = packfile.load(sys.argv[1])\n"
         "one, two = (execute.Model(program, threads=n) for n in (1, 2))\n"
         "images = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)\n"
@@ -336,26 +340,6 @@ def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
         env=os.environ | small, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-2000:]
-
-
-def test_results_outlive_the_next_call() -> None:
-    """32 classes fill a word, so the last value is handed out without a copy."""
-    rng = np.random.default_rng(0)
-    program = one_layer(rng, 33, 33, 3, 1, 1, (5, 5), ("affine",))
-    program.tensors["dense"] = tensor("float32", "weight", rng.normal(0, 1, (32, 33)))
-    program = dataclasses.replace(program, classes=tuple(f"class {k}" for k in range(32)))
-    steps = compiled_kernels.plan(program)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        values: dict[int, object] = {0: images}
-        for step in steps:
-            values[step.output] = step.run([values[number] for number in step.inputs], 0)
-        return values[len(program.nodes)]  # type: ignore[return-value]
-
-    first = run(random_images(program, 3, 1))
-    kept = first.copy()
-    run(random_images(program, 3, 2))
-    np.testing.assert_array_equal(first, kept)
 
 
 def test_windows_wider_than_the_map() -> None:

@@ -1,8 +1,5 @@
-"""The executor: members, votes, early exit, sharing at run time, and that torch stays away."""
+"""The executor: members, votes, early exit, sharing at run time."""
 
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +9,10 @@ from hypothesis import strategies as st
 
 import bnncore
 from bnncore import metrics
-from bnncore.packed import execute, numpy_kernels, packfile
-from bnncore.packed.program import Tensor, pack_bits, validate
+from bnncore.packed import costs, execute, exits, numpy_kernels, packfile, votes
+from bnncore.packed.arena import Arena
+from bnncore.packed.program import Tensor, pack_bits
+from bnncore.packed.rules import validate
 from tests.graphs import naive_values, programs, random_images, random_program
 from tests.packed.test_program import small
 
@@ -141,9 +140,9 @@ def test_shared_steps_run_once(monkeypatch):
     steps = numpy_kernels.plan(small())
 
     def counted(step):
-        def run(values, member):
-            ran.append(step.output)
-            return step.run(values, member)
+        def run(values, member, rooms):
+            ran.extend(step.outputs)
+            return step.run(values, member, rooms)
 
         return replace(step, run=run)
 
@@ -158,8 +157,9 @@ def test_shared_steps_run_once(monkeypatch):
 def test_values_are_dropped_after_their_last_use():
     program = random_program(11, steps=12)
     model = execute.Model(program, "numpy")
-    values = model._run_shared(random_images(program, 1))
-    needed = {number for step in model._own for number in step.inputs} | {len(program.nodes)}
+    values = model._run_shared(random_images(program, 1), Arena(model._layout))
+    own = [step for step in model._steps if step.own]
+    needed = {number for step in own for number in step.inputs} | {len(program.nodes)}
     assert values.keys() <= needed
 
 
@@ -176,7 +176,7 @@ Z = np.array(
 def combined(combine, z=Z, **arrays):
     program = with_combine(replace(random_program(0), members=3, classes=("a", "b", "c")),
                            combine, **arrays)  # fmt: skip
-    return execute.combine(program, z)
+    return votes.combine(program, z)
 
 
 def softmax(z):
@@ -260,9 +260,9 @@ def test_votes_exit_early_exactly(ops, data):
     weight = np.array(weights or [1.0] * members)[:count]
     for image, m in enumerate(used):
         if m > 1:
-            votes = execute.combine(program, outputs[: m - 1, image : image + 1])[0][0]
-            votes = votes * (weight[: m - 1].sum() if combine == "soft_vote" else 1)
-            lead = np.sort(votes)[-1] - np.sort(votes)[-2]
+            shares = votes.combine(program, outputs[: m - 1, image : image + 1])[0][0]
+            shares = shares * (weight[: m - 1].sum() if combine == "soft_vote" else 1)
+            lead = np.sort(shares)[-1] - np.sort(shares)[-2]
             assert lead <= weight[m - 1 :].sum() + 1e-3
 
 
@@ -285,7 +285,7 @@ def test_thresholds(ops, combine):
     images = random_images(program, 60, 1)
     truth = model.predict(images)
     labels = np.where(np.arange(60) % 3 == 0, (truth + 1) % 4, truth)
-    rows = execute.exit_curve(model, images, labels, [0.0, 0.2, 1e9, None])
+    rows = exits.exit_curve(model, images, labels, [0.0, 0.2, 1e9, None])
     for row in rows:
         predicted, used = model.anytime(images, row["threshold"])
         assert row["accuracy"] == metrics.accuracy(predicted, labels)
@@ -294,24 +294,12 @@ def test_thresholds(ops, combine):
     assert rows[2] == {**rows[3], "threshold": 1e9}
     if combine in ("mean", "sum"):
         assert rows[3]["mean_members"] == 6
-    threshold = execute.choose_threshold(model, images, labels)
-    kept = execute.exit_curve(model, images, labels, [threshold])[0]
+    threshold = exits.choose_threshold(model, images, labels)
+    kept = exits.exit_curve(model, images, labels, [threshold])[0]
     assert kept["accuracy"] >= metrics.accuracy(truth, labels)
-    loose = execute.choose_threshold(model, images, labels, loss=1.0)
+    loose = exits.choose_threshold(model, images, labels, loss=1.0)
     assert loose <= threshold
-    assert execute.exit_curve(model, images, labels, [loose])[0]["mean_members"] == 1
-
-
-def test_early_exit_without_images_first(monkeypatch):
-    """Values of unknown layout: the shared steps are run again for the images that stay."""
-
-    program = ensemble(7, "hard_vote", seed=4)
-    images = random_images(program, 40)
-    expected = execute.Model(program, "numpy").anytime(images)
-    monkeypatch.setattr(numpy_kernels, "IMAGES_FIRST", False)
-    got = execute.Model(program, "numpy").anytime(images)
-    assert np.array_equal(expected, got)
-    assert len(set(got[1])) > 1
+    assert exits.exit_curve(model, images, labels, [loose])[0]["mean_members"] == 1
 
 
 def test_curve_and_cost():
@@ -319,7 +307,7 @@ def test_curve_and_cost():
     model = execute.Model(program, "numpy")
     images = random_images(program, 50)
     labels = model.predict(images)
-    rows = execute.curve(model, images, labels)
+    rows = exits.curve(model, images, labels)
     assert [row["members"] for row in rows] == [1, 2, 3]
     assert rows[-1]["accuracy"] == 1
     assert rows[0]["accuracy"] == metrics.accuracy(model.predict(images, 1), labels)
@@ -331,7 +319,7 @@ def test_curve_and_cost():
 
 
 def test_peak_memory_by_hand():
-    packed, floats = execute.peak_memory(small())
+    packed, floats = costs.peak_memory(small())
     # The convolution: its input of 3 and its output of 5 channels, all float32.
     assert packed == 8 * 6 * (3 + 5) * 4
     assert floats == 8 * 6 * (5 + 5) * 4  # the sign: 5 channels in, 5 out
@@ -339,10 +327,10 @@ def test_peak_memory_by_hand():
 
 def test_probabilities():
     scores = np.array([[2.0, 1.0, 1.0]], np.float32)
-    mean = execute.probabilities(with_combine(small(), "mean"), scores)
+    mean = votes.probabilities(with_combine(small(), "mean"), scores)
     assert np.allclose(mean, softmax(scores))
-    votes = execute.probabilities(with_combine(small(), "hard_vote"), scores)
-    assert votes.tolist() == [[0.5, 0.25, 0.25]]
+    shares = votes.probabilities(with_combine(small(), "hard_vote"), scores)
+    assert shares.tolist() == [[0.5, 0.25, 0.25]]
 
 
 def test_load(tmp_path):
@@ -351,33 +339,3 @@ def test_load(tmp_path):
     model = bnncore.load(tmp_path / "net.bnn", ops="numpy")
     images = random_images(program, 3)
     assert np.array_equal(model(images), execute.Model(program, "numpy")(images))
-
-
-def test_torch_is_never_imported(tmp_path):
-    """The whole packed side, in a process of its own."""
-    program = ensemble(2, "hard_vote")
-    path = tmp_path / "net.bnn"
-    packfile.save(program, path)
-    script = f"""
-        import sys
-        import numpy as np
-        import bnncore
-        from bnncore import __main__, execute, metrics, ops, packfile, program
-        images = np.zeros((3, 8, 6, 3), np.uint8)
-        for ops in {OPS!r}:
-            model = bnncore.load({str(path)!r}, ops=ops, threads=2)
-            labels = model.predict(images)
-            model.anytime(images)
-            execute.curve(model, images, labels)
-            execute.choose_threshold(model, images, labels)
-            metrics.accuracy(labels, labels)
-        packfile.save(model.program, {str(tmp_path / "copy.bnn")!r})
-        assert __main__.main(["inspect", {str(path)!r}]) == 0
-        assert __main__.main(["bench", {str(path)!r}, "--batch", "2", "--repeats", "1"]) == 0
-        heavy = {{"torch", "torchvision", "ray", "mlflow", "sklearn"}} & sys.modules.keys()
-        assert not heavy, heavy
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -11,13 +11,16 @@ import random
 import struct
 import time
 import tracemalloc
+import unicodedata
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bnncore.packed import execute, packfile
-from bnncore.packed.program import MAX_NODES, PackedFormatError
+from bnncore.packed import costs, execute, packfile, plan, rules
+from bnncore.packed.program import PackedFormatError
+from bnncore.packed.rules import MAX_NODES
 from tests.graphs import random_images, random_program
 from tests.packed.test_packfile import same
 
@@ -209,7 +212,7 @@ def storm(count, seed):
         else:  # another valid file: what it says is what is read, and it runs
             again = packfile.decode(packfile.encode(program))
             assert same(program, again)
-            if sum(execute.cost(program)) < 10**6 and execute.peak_memory(program)[1] < 10**6:
+            if sum(costs.cost(program)) < 10**6 and costs.peak_memory(program)[1] < 10**6:
                 images = random_images(program, 2)
                 for ops in ("numpy", "compiled"):  # within bounds, whatever the weights became
                     scores = execute.Model(program, ops)(images)
@@ -328,6 +331,76 @@ def test_extremes_keep_to_time_and_memory(make):
     content = put_together(*make())
     for trace in (False, True):  # tracing takes time, so time is looked at without
         assert (attempt(content, trace) is not None) == (make in VALID)
+
+
+@pytest.mark.parametrize("digits", [19, 20, 21, 4299, 4300, 4301, 20_000])
+def test_integers_of_any_length(digits):
+    """At every place in the graph and the header; Python prints none of more than 4,300 digits."""
+    graph, parts = small()
+    (length,) = struct.unpack_from("<Q", content := packfile.encode(random_program(3)))
+    header = json.loads(content[8 : 8 + length])
+    mark, number = "here", "9" * digits
+    for tree in (graph, header):
+        for container, key in list(places(tree)):
+            if type(held := container[key]) is int:
+                container[key] = mark
+                text = json.dumps(tree).replace(f'"{mark}"', number).encode()
+                container[key] = held
+                if tree is graph:
+                    damaged = put_together(text, parts)
+                elif len(text) <= packfile.MAX_HEADER:
+                    damaged = struct.pack("<Q", len(text)) + text + content[8 + length :]
+                assert attempt(damaged, trace=False) is None
+
+
+def characters():
+    """One of each category that a name may not hold, and some of what they do to a terminal."""
+    every = {unicodedata.category(chr(k)): chr(k) for k in range(0x10FFFF, 0, -1)}
+    return [every[category] for category in rules.UNSEEN if category != "Zs"] + list(
+        "\x00\n\r\t\x1b\x7f\x9b\xa0\u200b\u200f\u202e\u2066\u2028\u3000\ufeff\ue000"
+    )
+
+
+@pytest.mark.parametrize("character", sorted(set(characters())), ids=ascii)
+def test_no_file_speaks_to_the_terminal(character):
+    """Each string of a file, as a value and as a key: refused, and in words that can be printed."""
+    graph, parts = small()
+    graph["info"]["name"] = "bidi"
+    for container, key in list(places(graph)):
+        if isinstance(container[key], str):
+            held, container[key] = container[key], f"a{character}b"
+            refused(put_together(graph, parts), character)
+            container[key] = held
+        if isinstance(container, dict):
+            container[f"a{character}b"] = container.pop(key)
+            refused(put_together(graph, parts), character)
+            container[key] = container.pop(f"a{character}b")
+
+
+def refused(content, character):
+    with pytest.raises(PackedFormatError) as error:
+        packfile.decode(content)
+    assert character not in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_names_of_the_world_are_welcome():
+    program = random_program(3)
+    names = ("Größe 3", "猫", "القط", "ไทย", "नमस्ते", "x́", "🐈", "a\u0301")
+    for name in names:
+        changed = replace(program, info={name: name})
+        assert packfile.decode(packfile.encode(changed)).info == {name: name}
+
+
+@pytest.mark.parametrize("make", VALID)
+def test_what_inspect_asks_stays_fast(make):
+    """Nothing that looks at a valid file is quadratic in its nodes, nor finding places."""
+    program = packfile.decode(put_together(*make()))
+    start = time.thread_time()
+    for ask in (rules.validate, costs.operations, costs.cost, costs.peak_memory):
+        ask(program)
+    plan.place(plan.of_nodes(program))
+    assert time.thread_time() - start < 1.0
 
 
 def test_every_cut_is_refused():

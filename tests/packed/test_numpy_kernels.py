@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from bnncore.packed import numpy_kernels
-from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, validate
+from bnncore.packed import execute, numpy_kernels
+from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits
+from bnncore.packed.rules import validate
 from tests.graphs import logical, naive_node, programs, random_images
 
 
@@ -29,19 +30,18 @@ def test_each_node_given_its_inputs(program, seed):
     shapes = validate(program)
     images = random_images(program, 2, seed)
     for member in range(program.members):
-        values = {0: images}
-        for step, node in zip(numpy_kernels.plan(program), program.nodes, strict=True):
-            inputs = [values[number] for number in step.inputs]
-            values[step.output] = out = step.run(inputs, member)
+        values = execute.every_value(numpy_kernels.plan(program), images, member)
+        for number, node in enumerate(program.nodes, 1):
+            inputs, out = [values[source] for source in node.inputs], values[number]
             slots = {s: logical(program.tensors[name], member) for s, name in node.tensors.items()}
             for index in range(len(images)):
                 plain = [
-                    as_numbers(value[index], shapes[number])
-                    for value, number in zip(inputs, step.inputs, strict=True)
+                    as_numbers(value[index], shapes[source])
+                    for value, source in zip(inputs, node.inputs, strict=True)
                 ]
                 expected = naive_node(node, plain, slots)
-                got = as_numbers(out[index], shapes[step.output])
-                if shapes[step.output].kind in ("bits", "i32"):
+                got = as_numbers(out[index], shapes[number])
+                if shapes[number].kind in ("bits", "i32"):
                     assert np.array_equal(got, expected), node
                 else:
                     # Cancellation must not be asked to be exact: the scale is that of the terms.
@@ -75,10 +75,7 @@ def validate_channels(nodes, table, image):
 
 
 def run_to(program: Program, images: np.ndarray, value: int) -> np.ndarray:
-    values = {0: images}
-    for step in numpy_kernels.plan(program)[:value]:
-        values[step.output] = step.run([values[number] for number in step.inputs], 0)
-    return values[value]
+    return execute.every_value(numpy_kernels.plan(program)[:value], images)[value]
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (5, 5), (3, 1), (7, 7)])
@@ -151,7 +148,7 @@ def test_sign_of_zero_is_plus_one():
              Node("global_avg", "", (3,)))  # fmt: skip
     weight = Tensor("binary", "weight", (1, 1, 1, 3), False, np.array([7], np.uint8))
     program = Program(nodes, {"t": tensor, "w": weight}, 1, "mean", (1, 1, 3), ("a",))
-    assert numpy_kernels.plan(program)[1].run([zero], 0).item() == 0b011
+    assert numpy_kernels.plan(program)[1].alone([zero])[0].item() == 0b011
 
 
 def test_affine_rounds_twice():
@@ -167,7 +164,7 @@ def test_affine_rounds_twice():
              Node("affine", "", (1,), {"scale": "a", "shift": "b"}),
              Node("global_avg", "", (2,)))  # fmt: skip
     program = Program(nodes, table, 1, "mean", (4, 4, 50), tuple(map(str, range(50))))
-    got = numpy_kernels.plan(program)[1].run([x], 0)
+    got = numpy_kernels.plan(program)[1].alone([x])[0]
     product = (x.astype(np.float64) * scale).astype(np.float32)
     assert np.array_equal(got, (product.astype(np.float64) + shift).astype(np.float32))
     eager = torch.from_numpy(x) * torch.from_numpy(scale) + torch.from_numpy(shift)
@@ -185,5 +182,6 @@ def test_shared_filters_are_laid_out_once():
         node = Node("bconv", "", (0,), {"weight": "w"})
         bound = numpy_kernels._Bound(program, node, [], None)
         pick = bound.per(lambda weight, calls=calls: calls.append(1) or weight, "weight")
+        picked = [pick(member) for member in range(3)]
         assert len(calls) == expected
-        assert (pick(0) is pick(2)) == (not own)
+        assert (picked[0] is picked[2]) == (not own)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import struct
 import tempfile
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 
-from bnncore.packed import execute, packfile
+from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import KINDS, Node, PackedFormatError, Program, Tensor, pack_bits
 from tests import reader
 from tests.graphs import Builder, programs, random_images, random_program
@@ -56,6 +57,51 @@ def test_save_is_atomic_and_returns_the_size(tmp_path):
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["net.bnn"]
     assert same(packfile.load(path), program)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o000])
+def test_save_leaves_permissions_to_the_umask(tmp_path, umask):
+    path = tmp_path / ("n" * 251 + ".bnn")  # as long as names may be
+    before = os.umask(umask)
+    try:
+        packfile.save(random_program(1), path)
+        packfile.save(random_program(2), path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def full(path):
+    """As on a disk that holds no more than 100 bytes a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        packfile.save(random_program(2), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def no_folder(path):
+    packfile.save(random_program(2), path.parent / "none" / path.name)
+
+
+def a_folder(path):
+    packfile.save(random_program(2), path.parent)
+
+
+@pytest.mark.parametrize("fail", [full, no_folder, a_folder])
+def test_a_save_that_fails_names_the_path_and_leaves_all_as_it_was(tmp_path, fail):
+    path = tmp_path / "folder" / "net.bnn"
+    path.parent.mkdir()
+    packfile.save(random_program(1), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=f"'{path.parent}") as error:
+        fail(path)
+    assert not error.value.filename.endswith(".tmp")
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["net.bnn"]
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_the_safetensors_library_reads_it(tmp_path):
@@ -244,7 +290,7 @@ def check_reader(program, content):
         scores = model(images, members)
         theirs = np.array([reader.classify(graph, image, members)[0] for image in images])
         if program.combine == "hard_vote":  # equal unless two logits are as good as equal
-            close = (execute.margin(model.outputs(images, members).max(0)) < 1e-3).any()
+            close = (votes.margin(model.outputs(images, members).max(0)) < 1e-3).any()
             assert close or np.array_equal(scores, theirs)
         else:
             spread = 1 + np.abs(theirs).max()

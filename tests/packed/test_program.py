@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnncore.packed import execute, numpy_kernels
+from bnncore.packed import costs, execute, numpy_kernels
 from bnncore.packed.program import (
     KINDS,
     Node,
@@ -18,9 +18,8 @@ from bnncore.packed.program import (
     Tensor,
     pack_bits,
     unpack_bits,
-    validate,
-    window,
 )
+from bnncore.packed.rules import validate, window
 from tests.graphs import programs, random_images
 
 
@@ -84,6 +83,17 @@ def test_shapes_kinds_and_who_owns_them():
 
 NO_PAD = {"stride": 1, "pad": 0}
 NAN = np.full((5,), np.nan, np.float32)
+
+
+def with_int8(scale):
+    shape = small().tensors["dense"].shape
+    weight = Tensor("int8", "weight", shape, True, np.ones((2, *shape), np.int8))
+    scales = Tensor("float32", "weight_scale", shape[:1], False, np.full(shape[0], scale, "f4"))
+    node = replace(small().nodes[-1], tensors={"weight": "dense", "weight_scale": "s"})
+    tensors = {**small().tensors, "dense": weight, "s": scales}
+    return small(nodes=(*small().nodes[:-1], node), tensors=tensors)
+
+
 WRONG = {
     "no members": (small(members=0), "members: expected an integer from 1"),
     "too many": (small(members=3), "'bconv': expected data of shape"),
@@ -127,6 +137,10 @@ WRONG = {
     "spare bits": (
         with_tensor("bconv", data=np.full((2, 40), 255, np.uint8)),
         "'bconv': expected spare bits of 0",
+    ),
+    "infinite weights": (
+        with_int8(1e37),
+        "dense.* weight_scale: expected finite weights, got 9.9",
     ),
     "integer levels of floats": (
         with_tensor("threshold", kind="int16", data=np.zeros(5, "<i2")),
@@ -181,15 +195,14 @@ def test_bits_pack_and_unpack(members, shape, own):
 @given(programs())
 def test_inferred_shapes_are_those_that_come_out(program):
     shapes = validate(program)
-    values = {0: random_images(program, 2)}
     dtypes = {"f32": np.float32, "i32": np.int32, "bits": np.uint8}
-    for step in numpy_kernels.plan(program):
-        value = step.run([values[number] for number in step.inputs], 0)
-        shape = shapes[step.output]
+    steps = numpy_kernels.plan(program)
+    values = execute.every_value(steps, random_images(program, 2))
+    for number, (step, shape) in enumerate(zip(steps, shapes[1:], strict=True), 1):
+        value = values[number]
         last = -(-shape.dims[-1] // 8) if shape.kind == "bits" else shape.dims[-1]
         assert value.shape == (2, *shape.dims[:-1], last)
         assert value.dtype == dtypes[shape.kind]
-        assert step.own == shape.own
-        values[step.output] = value
+        assert (step.outputs, step.own) == ((number,), shape.own)
     assert KINDS.keys() == {"binary", "float32", "float16", "int8", "int16", "int32"}
-    assert execute.peak_memory(program)[0] <= execute.peak_memory(program)[1]
+    assert costs.peak_memory(program)[0] <= costs.peak_memory(program)[1]

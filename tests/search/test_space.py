@@ -12,7 +12,7 @@ from bnncore import check, storage
 from bnncore.lowering import blueprint
 from bnncore.lowering.packing import facts
 from bnncore.networks.ensemble import Ensemble
-from bnncore.packed import execute
+from bnncore.packed import costs
 from bnncore.params import PackParams, ParamsError
 from bnncore.search import rivals, space, trial
 from bnncore.training import schemes
@@ -83,7 +83,7 @@ def test_cost_counts_as_storage_does():
     assert taken.file_bytes == counts.file
     assert taken.megaops == (counts.float_macs + counts.binary_macs / 64) / 1e6
     program = blueprint.draw(found.spec(config)).most
-    assert taken.activation_kib == execute.peak_memory(program)[0] / 1024
+    assert taken.activation_kib == costs.peak_memory(program)[0] / 1024
     over = taken.constraints(replace(p.search, budget_kib=taken.counted_kib / 2, megaops=1e9))
     assert over["size"] == pytest.approx(1.0)
     assert over["operations"] < 0

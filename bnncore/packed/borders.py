@@ -1,0 +1,104 @@
+"""Zero padding: which taps of a window lie in the map, and what bits cannot say about the others.
+
+Which taps lie outside depends on the position alone, and few such *border classes* exist: a pattern
+of rows with a pattern of columns, near the start of an axis, in its middle, near its end.
+
+A padded tap contributes 0 to a sum of +-1 products, but a bit is +1 or -1. So it enters as a bit of
+0, and the constant of its class takes it out again:
+``sum of products = constant[class, filter] - 2 * differing bits``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def inside(size: int, kernel: int, stride: int, pad: int, out: int) -> Array:
+    """Booleans (out, kernel): whether a tap of a window lies in the map, along one axis."""
+    where = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None, :]
+    return (where >= 0) & (where < size)
+
+
+def divisors(
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: int,
+    pad: int,
+    reach: int,
+) -> Array:
+    """What an average divides by, float32 (Ho,Wo): the taps in the map with `reach` around it."""
+    high, wide = (
+        inside(size + 2 * reach, taps, stride, pad - reach, out).sum(1)
+        for size, out, taps in zip(inputs, outputs, kernel, strict=True)
+    )
+    return (high[:, None] * wide[None, :]).astype(np.float32)
+
+
+class Window(NamedTuple):
+    """Size, stride and padding of a convolution, and its border classes."""
+
+    kernel: tuple[int, ...]
+    stride: int
+    pad: int
+    inputs: tuple[int, ...]
+    rows: Array  # booleans (patterns, kh)
+    row_of: Array  # (Ho,)
+    columns: Array  # booleans (patterns, kw)
+    column_of: Array  # (Wo,)
+
+    @classmethod
+    def of(
+        cls,
+        kernel: tuple[int, ...],
+        stride: int,
+        pad: int,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+    ) -> Window:
+        found = []
+        for size, taps, out in zip(inputs, kernel, outputs, strict=True):
+            patterns, which = np.unique(
+                inside(size, taps, stride, pad, out), axis=0, return_inverse=True
+            )
+            found += [patterns, which.reshape(-1)]
+        return cls(kernel, stride, pad, inputs, *found)
+
+    @property
+    def classes(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def class_of(self) -> Array:
+        """The class of each position, (Ho,Wo)."""
+        return self.row_of[:, None] * len(self.columns) + self.column_of[None, :]
+
+    def share(self) -> float:
+        """Of all products, those with a tap in the map."""
+        return float(self.rows[self.row_of].mean() * self.columns[self.column_of].mean())
+
+    def products(self, channels: int) -> Array:
+        """Products with a tap in the map, int32 (classes, 1)."""
+        return self._per_class(np.full((1, *self.kernel), channels, np.int32))
+
+    def constants(self, ones: Array, channels: int) -> Array:
+        """The constants of the classes, int32 (classes,O), where padded taps are bits of 0.
+
+        A tap in the map contributes C, less 2 for each bit that differs. A padded one differs from
+        each weight bit of 1 and has to contribute 0, so twice those is given back.
+
+        Args:
+            ones: weight bits of 1 at each tap, int32 (O,kh,kw).
+        """
+        padded = ones.sum((1, 2), dtype=np.int32) - self._per_class(ones)
+        return self.products(channels) + 2 * padded
+
+    def _per_class(self, taps: Array) -> Array:
+        """Sums over the taps in the map: (...,kh,kw) -> (classes,...)."""
+        rows, columns = self.rows.astype(np.int32), self.columns.astype(np.int32)
+        sums = np.moveaxis(rows @ taps @ columns.T, (-2, -1), (0, 1))
+        return sums.reshape(self.classes, *taps.shape[:-2])

@@ -5,6 +5,8 @@ Legend: `B` images, `C` classes, `m` members.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -12,13 +14,6 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """The fraction of (B,) predictions that equal the labels."""
     _same(predictions.shape, labels.shape)
     return float((predictions == labels).mean())
-
-
-def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """The fraction of images whose label is among the k best (B,C) scores; ties by lower class."""
-    _same(scores.shape[:1], labels.shape)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(1).mean())
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -52,6 +47,19 @@ def disagreement(predictions: np.ndarray) -> float:
     if not pairs:
         return 0.0
     return float(np.mean([(predictions[i] != predictions[j]).mean() for i, j in pairs]))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (bytes, accuracy) no other beats in both: indices in order of bytes.
+
+    Of equal points the first.
+    """
+    order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
 
 
 def _same(got: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -71,7 +71,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
     print(f"\n== {name}")
-    storage.print_count(counts, storage.layout_table(program))
+    print(*storage.described(counts), sep="\n")
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
     for flip in flips:
         print(

@@ -14,14 +14,6 @@ def test_accuracy():
         metrics.accuracy(np.array([]), np.array([]))
 
 
-def test_top_k_breaks_ties_by_class():
-    scores = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
-    labels = np.array([1, 1])
-    assert metrics.top_k(scores, labels, 1) == 0
-    assert metrics.top_k(scores, labels, 2) == 0.5  # of the tie in row two class 0 comes first
-    assert metrics.top_k(scores, labels, 3) == 1
-
-
 def test_calibration_error_by_hand():
     # Bin (0.8, 0.9]: two images of confidence 0.85, one right; bin (0.6, 0.7]: one of 0.65, right.
     probabilities = np.array([[0.85, 0.15], [0.85, 0.15], [0.35, 0.65]])
@@ -44,3 +36,9 @@ def test_disagreement_by_hand():
     predictions = np.array([[0, 1, 2, 3], [0, 1, 2, 0], [0, 0, 0, 0]])
     assert metrics.disagreement(predictions) == pytest.approx((1 + 3 + 2) / 4 / 3)
     assert metrics.disagreement(predictions[:1]) == 0
+
+
+def test_pareto_front_by_hand():
+    points = [(9, 8), (2, 4), (1, 5), (3, 7), (2, 7), (2, 7)]
+    assert metrics.pareto_front(points) == [2, 4, 0]
+    assert metrics.pareto_front([]) == []

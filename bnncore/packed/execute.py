@@ -450,15 +450,14 @@ def peak_memory(program: Program) -> tuple[int, int]:
     peaks = [0, 0]
     for packed in (0, 1):
         size = [_bytes(shape, bool(packed)) for shape in shapes]
-        for numbers, alive, keep in (
-            (shared, {0}, kept),
-            (own, set(kept) - {last}, kept),
-        ):
-            for position, i in enumerate(numbers):
-                alive = alive | {i}
-                peaks[packed] = max(peaks[packed], sum(size[number] for number in alive))
-                later = {number for j in numbers[position + 1 :] for number in sources[j]} | keep
-                alive = alive & later
+        for numbers, alive in ((shared, {0}), (own, kept - {last})):
+            final = {number: i for i in numbers for number in sources[i]}  # its last reader
+            total = sum(size[number] for number in alive)
+            for i in numbers:
+                total += size[i]
+                peaks[packed] = max(peaks[packed], total)
+                gone = {number for number in (*sources[i], i) if final.get(number, i) == i}
+                total -= sum(size[number] for number in gone - kept)
     return peaks[1], peaks[0]
 
 

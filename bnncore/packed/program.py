@@ -59,6 +59,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bnncore.errors import UserError
+
 KINDS: dict[str, np.dtype] = {
     "binary": np.dtype("u1"),  # eight weights a byte, see `Tensor.data`
     "float32": np.dtype("<f4"),
@@ -94,7 +96,7 @@ MAX_VALUE = 1 << 24  # elements of one value, for one image
 MAX_VALUES = 1 << 28  # elements of all values together, for one image
 
 
-class PackedFormatError(ValueError):
+class PackedFormatError(UserError, ValueError):
     """A Program, or the file that should hold one, is invalid; the message says what and where."""
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bnncore import params as P
-from bnncore import report as report_plots
 from bnncore.params import Params, SearchParams
+from bnncore.report import plots
 from bnncore.search import study as S
 from bnncore.search.space import described, preset
 
@@ -206,7 +206,7 @@ def plot(report: S.Report, search: SearchParams, path: Path) -> None:
     if budget is not None:
         ax.axvspan(budget, 1.15 * right, color=_OVER, alpha=0.08, lw=0)
         ax.axvline(budget, color=_OVER, lw=1, ls="--", label=f"budget, {budget:g} KiB")
-    report_plots._log_ticks(ax, [left / 1.15, 1.15 * right])
+    plots.log_ticks(ax, [left / 1.15, 1.15 * right])
     ax.set_xlabel("KiB of the packed file (log scale)")
     ax.set_ylabel("validation accuracy, %")
     said = []
@@ -222,7 +222,7 @@ def plot(report: S.Report, search: SearchParams, path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     if grid:
         _bars(figure.add_subplot(grid[1]), report.importances)
-    report_plots._labels(figure, ax, named, front, [(x, max(y, edge)) for x, y in others])
+    plots.labels(figure, ax, named, front, [(x, max(y, edge)) for x, y in others])
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from bnncore import report
+from bnncore.report import page
+from bnncore.report.__main__ import main
+from bnncore.report.table import ReportError
 from tests.report.test_report import a_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -186,7 +189,7 @@ TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
 
 @browser_only
 def test_the_page_in_a_browser(reports, tmp_path):
-    url = report.page(reports).as_uri()
+    url = page.write(reports).as_uri()
 
     async def drive(browser):
         await browser.open(url, 1200, 900)
@@ -265,7 +268,7 @@ def test_the_page_in_a_browser(reports, tmp_path):
 
 @browser_only
 def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
-    url = report.page(reports).as_uri()
+    url = page.write(reports).as_uri()
 
     async def drive(browser):
         backs = []
@@ -325,11 +328,11 @@ CONTRAST = """
 @browser_only
 def test_a_page_with_next_to_nothing(tmp_path):
     (tmp_path / "results.json").write_text('[{"name": "bnn"}]')
-    url = report.page(tmp_path).as_uri()
+    url = page.write(tmp_path).as_uri()
     report.write(
         [{"name": "one", "test_top1": 50.0, "file_bytes": 100, "members": 1}], {}, tmp_path
     )
-    other = report.page(tmp_path, tmp_path / "one.html").as_uri()
+    other = page.write(tmp_path, tmp_path / "one.html").as_uri()
 
     async def drive(browser):
         await browser.open(url, 800, 600)
@@ -343,7 +346,7 @@ def test_a_page_with_next_to_nothing(tmp_path):
 
 
 def test_the_page_holds_all_and_fetches_nothing(reports):
-    text = report.page(reports).read_text()
+    text = page.write(reports).read_text()
     assert text.count("</script>") == 2, "a name cannot end the script that holds the data"
     assert not any(word in text for word in ("https://", "src=", "@import", "url("))
     data = text.split('id="data">')[1].split("</script>")[0]
@@ -351,20 +354,20 @@ def test_the_page_holds_all_and_fetches_nothing(reports):
 
 
 def test_what_is_wrong_is_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=r"results\.json"):
-        report.page(tmp_path)
+    with pytest.raises(ReportError, match=r"results\.json"):
+        page.write(tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"results\.json: expected a list, got dict"):
-        report.page(tmp_path)
+    with pytest.raises(ReportError, match=r"results\.json: expected a list, got dict"):
+        page.write(tmp_path)
     (tmp_path / "results.json").write_text("[")
-    assert report.main(["--html", "--reports", str(tmp_path)]) == 1
+    assert main(["--html", "--reports", str(tmp_path)]) == 1
     assert "results.json: expected JSON" in capsys.readouterr().err
 
 
 def test_a_search_alone_makes_a_page(tmp_path, capsys):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "front.json").write_text(json.dumps(a_search()))
-    assert report.main(["--html", "--reports", str(tmp_path)]) == 0
+    assert main(["--html", "--reports", str(tmp_path)]) == 0
     assert "index.html" in capsys.readouterr().out
     assert "int8 of the same bytes" in (tmp_path / "index.html").read_text()
 
@@ -376,7 +379,7 @@ def test_a_search_alone_is_shown(tmp_path):
     content = a_search()
     content["trials"][0]["val_top1"] = 10.0  # far below the others: on the lower edge
     (tmp_path / "search" / "front.json").write_text(json.dumps(content))
-    url = report.page(tmp_path).as_uri()
+    url = page.write(tmp_path).as_uri()
 
     async def drive(browser):
         await browser.open(url, 800, 900)

@@ -1,7 +1,6 @@
 """The table and the plots, on made-up results."""
 
 import csv
-import io
 import json
 import math
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from bnncore import report
+from bnncore.report import table
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,14 +107,12 @@ def test_nothing_known_yet(tmp_path):
 
 def test_table():
     rows = [a_model("fp32", "fp32", 1, 96.875, 98_304), a_model("a|b", "bnn", 1, 90, 12_288)]
-    text = report.table_markdown(rows)
+    text = table.markdown(rows)
     assert text.splitlines()[2:] == [
         "| fp32 | 96.88 | 97.38 | 98,304 | 81.92 | 1.0× |",
         "| a\\|b | 90.00 | 90.50 | 12,288 | 10.24 | 8.0× |",
     ]
-    out = io.StringIO()
-    report.print_table([*rows, {"name": "unknown"}], out)
-    lines = out.getvalue().splitlines()
+    lines = table.text([*rows, {"name": "unknown"}]).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "aligned"
     assert lines[-1].split() == ["unknown", "–", "–", "–", "–", "–"]
@@ -147,14 +145,9 @@ def test_bad_results_are_named():
         report.complete([{"name": "a"}, {"name": "a"}])
 
 
-def test_front_by_hand():
-    points = [(1, 5, ""), (2, 4, ""), (2, 7, ""), (3, 7, ""), (9, 8, "")]
-    assert report._front(points) == [(1, 5), (2, 7), (9, 8)]
-
-
 def test_families_by_what_tells_them_apart():
     results, _, _ = a_run()
-    families = report.members_curves(results)
+    families = table.families(results)
     assert [r["members"] for r in families["tentaclenet"]] == [1, 3, 5]
     assert list(families) == [
         "fusion, shared_conv",

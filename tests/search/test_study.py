@@ -21,7 +21,7 @@ import ray
 import yaml
 from optuna.trial import TrialState
 
-from bnncore import check, storage
+from bnncore import check
 from bnncore import params as P
 from bnncore.cluster.actors import Cluster
 from bnncore.lowering import blueprint
@@ -32,6 +32,7 @@ from bnncore.search import answer as front
 from bnncore.search import space
 from bnncore.search import study as S
 from bnncore.search import trial as tasks
+from bnncore.storage import untrained
 from bnncore.training import schemes
 from tests import processes, tiny
 from tests.pipeline.test_pipeline import closure, copy, dvc, environment
@@ -121,7 +122,7 @@ def test_cost_counts_as_storage_does():
     found = space.Space(p, DATA)
     taken = found.cost(config)
     info = space.facts(space.preset(p, config))
-    counts = storage.count(found.spec(config), PackParams(), DATA.classes, info)
+    counts = untrained.count(found.spec(config), PackParams(), DATA.classes, info)
     assert taken.counted_kib == counts.filter_sharing / 8 / 1024
     assert taken.file_bytes == counts.file
     assert taken.megaops == (counts.float_macs + counts.binary_macs / 64) / 1e6
@@ -161,8 +162,8 @@ def test_an_int8_rival_is_judged_with_its_rounded_weights():
     config = configuration(backbone="resnet8")
     found = tasks.int8(1, DATA, space.preset(p, config))
     spec = schemes.single_spec(space.preset(p, config), DATA.image, 4, binary=False)
-    plain = storage.file_bound(spec, PackParams(), DATA.classes)
-    most = storage.file_bound(spec, PackParams(weights="int8"), DATA.classes)
+    plain = blueprint.file_bound(spec, PackParams(), DATA.classes)
+    most = blueprint.file_bound(spec, PackParams(weights="int8"), DATA.classes)
     assert found["file_bytes"] <= most < plain / 2.5
     (history,) = found["history"].values()
     assert len(history) == 3 * SHORT["epochs"]  # as long as an ensemble's three stages
@@ -176,7 +177,7 @@ def test_rivals_use_the_budget_and_no_more():
     assert len(rivals) == 5
     for rival in rivals.values():
         if rival.int8:
-            size = partial(storage.file_bound, pack=PackParams(weights="int8"))
+            size = partial(blueprint.file_bound, pack=PackParams(weights="int8"))
             spec = schemes.single_spec(rival.params, DATA.image, 4, binary=False)
             wider = replace(spec, model=replace(spec.model, width=rival.row["width"] + 1))
             sizes = [size(s, classes=DATA.classes) for s in (spec, wider)]
@@ -294,7 +295,7 @@ def test_networks_are_traced_when_the_space_is_made():
         config = {k: v[i] for (k, v), i in zip(found.values.items(), choice, strict=True)}
         if not found.problem(config):
             cost = found.cost(config)
-            assert cost.file_bytes == storage.file_bound(
+            assert cost.file_bytes == blueprint.file_bound(
                 found.spec(config),
                 PackParams(),
                 DATA.classes,

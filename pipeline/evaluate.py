@@ -26,7 +26,9 @@ def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
-        results = report.complete([evaluated(s, name, images) for name in names])
+        found = [evaluated(s, name, images) for name in names]
+        counts = {r["name"]: r.pop("counts") for r in found}
+        results = report.complete(found)
         histories: dict[str, list[dict]] = {}
         for name in names:
             histories |= curves(name)
@@ -34,6 +36,8 @@ def main() -> None:
         narrower = {r["name"]: r.pop("options") for r in results}
         REPORTS.mkdir(exist_ok=True)
         (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
+        (REPORTS / "storage.txt").write_text("\n".join(stored(counts, narrower)) + "\n")
+        print(*storage.summary(counts), f"by layer and part: {REPORTS / 'storage.txt'}", sep="\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
         written = report.write(results, histories, REPORTS, prefixes)
         (REPORTS / "metrics").mkdir(exist_ok=True)
@@ -70,12 +74,10 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
             }
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
-    print(f"\n== {name}")
-    print(*storage.described(counts), sep="\n")
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
     for flip in flips:
         print(
-            f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
+            f"{name}: test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
             f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
         )
     if program.members > 1:
@@ -84,11 +86,6 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
         kept = {**params.plain(s.params.pack), "bytes": counts.file, "val_top1": top1["val"]}
         narrower = [kept, *options(program, images, p)]
-        for option in narrower:
-            print(
-                f"  packed with affine {option['affine']}, weights {option['weights']:<7} "
-                f"{option['bytes']:>9,} bytes, validation {option['val_top1']:.2f} %"
-            )
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"
     bits = counts.tentaclenet if first else counts.filter_sharing
@@ -113,8 +110,23 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "flipped_signs": flips,
         "anytime": anytime(model, images.test, found["test"]),
         "options": narrower,
+        "counts": counts,
         **row,
     }
+
+
+def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) -> list[str]:
+    """Lines: where the bytes of every model are, and what narrowing would save."""
+    lines = []
+    for name, counted in counts.items():
+        lines += [f"== {name} ==", *storage.described(counted)]
+        lines += [
+            f"packed with affine {o['affine']}, weights {o['weights']:<7} {o['bytes']:>9,} bytes, "
+            f"validation {o['val_top1']:.2f} %"
+            for o in narrower[name]
+        ]
+        lines.append("")
+    return lines
 
 
 def options(program: Program, images: data.Dataset, p: params.EvaluateParams) -> list[dict]:

@@ -36,10 +36,11 @@ def write(folders: Sequence[Path], out: Path, expected: Path = FIGURES) -> list[
     tables: dict[str, sizes.Rows] = {}
     for line in found:
         tables.setdefault(line.series.place, [HEAD]).append(_cells(line))
+    tables |= sizes.tables(figures)
     out.mkdir(parents=True, exist_ok=True)
     drawn = plots.write(found, out)
     text = [INTRODUCTION]
-    for title, rows in {**tables, **sizes.tables(figures)}.items():
+    for title, rows in tables.items():
         text.append(f"## {title}\n")
         image = out / plots.name(title.partition(":")[0])
         if image in drawn:

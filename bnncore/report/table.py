@@ -63,7 +63,7 @@ def complete(results: Iterable[Row]) -> list[dict[str, Any]]:
             if value is not None and not (number and abs(value) < 1e18):
                 raise ReportError(f"result {i}: expected a number as {key!r}, got {value!r:.50}")
         seen.add(name)
-        if row.setdefault("kind", _kind(row)) not in KINDS:
+        if row.setdefault("kind", _kind(row)) not in tuple(KINDS):
             raise ReportError(
                 f"result {i}: expected a kind of {', '.join(KINDS)}, got {row['kind']!r}"
             )

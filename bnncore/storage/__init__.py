@@ -25,7 +25,7 @@ Legend: `M` members, `O C kh kw` filters, `K` features of a dense layer, `C` cla
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bnncore.packed import execute, packfile
@@ -248,6 +248,18 @@ def by_part(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:
         shared, own = total.get(name, (0, 0))
         total[name] = (shared, own + e.copy_bytes) if e.own else (shared + e.copy_bytes, own)
     return total
+
+
+def summary(models: Mapping[str, Count]) -> list[str]:
+    """Lines: one a model, all its counts."""
+    rows: list[tuple[object, ...]]
+    rows = [("model", "members", "KiB (TentacleNet)", "bits (Kim et al.)", "bytes of the file",
+             "binary MMAC", "float MMAC")]  # fmt: skip
+    for name, c in models.items():
+        size = f"{c.file:,}" if c.file == c.file_least else f"at most {c.file:,}"
+        macs = f"{c.binary_macs / 1e6:,.2f}", f"{c.float_macs / 1e6:,.2f}"
+        rows.append((name, c.members, f"{c.kib:,}", f"{c.filter_sharing:,}", size, *macs))
+    return columns(rows, "<>")
 
 
 def described(counts: Count) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bnncore import data, params, storage
 from bnncore.packed import packfile
-from bnncore.terminal import columns, command, printable
+from bnncore.terminal import command, printable
 
 
 def of_file(path: Path) -> int:
@@ -45,15 +45,10 @@ def of_params(path: Path) -> int:
         "bnn": schemes.single_spec(p, image, classes, binary=True),
         **{e.name: schemes.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
     }
-    rows: list[tuple[object, ...]]
-    rows = [("model", "members", "KiB (TentacleNet)", "bits (Kim et al.)", "file bytes, at most",
-             "binary MMAC", "float MMAC")]  # fmt: skip
-    for name, spec in specs.items():
-        c = untrained.count(spec, p.pack, names)
-        print(f"== {printable(name)} ==", *storage.described(c), "", sep="\n")
-        rows.append((name, c.members, f"{c.kib:,}", f"{c.filter_sharing:,}", f"{c.file:,}",
-                     f"{c.binary_macs / 1e6:,.2f}", f"{c.float_macs / 1e6:,.2f}"))  # fmt: skip
-    print(*columns(rows, "<>"), sep="\n")
+    models = {name: untrained.count(spec, p.pack, names) for name, spec in specs.items()}
+    for name, counts in models.items():
+        print(f"== {printable(name)} ==", *storage.described(counts), "", sep="\n")
+    print(*storage.summary(models), sep="\n")
     return 0
 
 

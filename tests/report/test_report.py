@@ -98,11 +98,26 @@ def test_write(tmp_path):
 
 def test_nothing_known_yet(tmp_path):
     """A run with one model, or with figures missing, still makes a report."""
-    for results in ([], [{"name": "bnn"}], [{"name": "bnn", "test_top1": None, "members": 1}]):
-        report.write(results, {}, tmp_path, {"bnn": []})
-    report.write(
-        [a_model("bnn", "bnn", 1, 80.0, 100)], {"bnn": [{"epoch": 1, "val_top1": 3}]}, tmp_path
-    )
+    unknown = {"name": "bnn", "test_top1": None, "file_bytes": None, "members": 1}
+    one = a_model("bnn", "bnn", 1, 80.0, 100)
+    blank = None
+    for results, histories, cells in (
+        ([], {}, None),
+        ([{"name": "bnn"}], {"bnn": []}, ["–"] * 5),
+        ([unknown], {"bnn": [{"epoch": 1, "val_top1": None}]}, ["–"] * 5),
+        ([one], {"bnn": [{"epoch": 1, "val_top1": 3}]}, ["80.00", "80.50", "100", "0.08", "–"]),
+    ):
+        report.write(results, histories, tmp_path, {"bnn": []})
+        rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+        assert rows == ([f"| bnn | {' | '.join(cells)} |"] if cells else [])
+        assert len(json.loads((tmp_path / "results.json").read_text())) == len(results)
+        with (tmp_path / "table.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(results)
+        plots = {p.name: p.read_bytes() for p in sorted(tmp_path.glob("*.png"))}
+        blank = blank or plots  # of no model at all: empty axes
+        drawn = {name for name in plots if plots[name] != blank[name]}
+        wanted = {"accuracy_bytes.png", "accuracy_members.png", "curves.png"}
+        assert drawn == (wanted if results == [one] else set())
 
 
 def test_table():

@@ -16,6 +16,13 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float((predictions == labels).mean())
 
 
+def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """How many images of each class were taken for which: int64 (C,C), a row a true class."""
+    _same(predictions.shape, labels.shape)
+    pairs = labels * classes + predictions
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error: ``sum_b |b| / B * |accuracy(b) - confidence(b)|``.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ def main() -> None:
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
         found = [evaluated(s, name, images) for name in names]
         counts = {r["name"]: r.pop("counts") for r in found}
+        taken = {r["name"]: r.pop("confusion") for r in found}
         results = report.complete(found)
         histories: dict[str, list[dict]] = {}
         for name in names:
@@ -39,7 +42,9 @@ def main() -> None:
         (REPORTS / "storage.txt").write_text("\n".join(stored(counts, narrower)) + "\n")
         print(*storage.summary(counts), f"by layer and part: {REPORTS / 'storage.txt'}", sep="\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
-        written = report.write(results, histories, REPORTS, prefixes)
+        confusion = {"classes": images.classes, "models": taken}
+        facts = about(s.params, images)
+        written = report.write(results, histories, REPORTS, prefixes, confusion, facts)
         (REPORTS / "metrics").mkdir(exist_ok=True)
         for r in results:  # a file a model: `dvc metrics show` makes a row of each
             shown = {key: r[key] for key in SHOWN if key in r}
@@ -71,6 +76,9 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
             row = {
                 "ece": metrics.calibration_error(probabilities, split.labels),
                 "disagreement": metrics.disagreement(outputs.argmax(2)),
+                "confusion": metrics.confusion(
+                    predicted, split.labels, len(images.classes)
+                ).tolist(),
             }
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
@@ -112,6 +120,28 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "options": narrower,
         "counts": counts,
         **row,
+    }
+
+
+def about(p: params.Params, images: data.Dataset) -> dict:
+    """What was evaluated, when, of which commit."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    counts = np.bincount(images.test.labels, minlength=1)
+    parts = {part: len(getattr(images, part)) for part in ("train", "val", "test")}
+    return {
+        "dataset": p.data.path if p.data.name == "folder" else p.data.name,
+        "image": "x".join(map(str, images.image)),
+        "classes": len(images.classes),
+        "images": ", ".join(f"{count:,} {part}" for part, count in parts.items()),
+        "chance_top1": 100 * float(counts.max() / counts.sum()),
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "commit": commit or None,
+        "seed": p.seed,
+        "params": params.plain(p),
     }
 
 

@@ -14,6 +14,11 @@ def test_accuracy():
         metrics.accuracy(np.array([]), np.array([]))
 
 
+def test_confusion_by_hand():
+    found = metrics.confusion(np.array([0, 2, 2, 1]), np.array([0, 2, 1, 1]), 3)
+    assert found.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+
+
 def test_calibration_error_by_hand():
     # Bin (0.8, 0.9]: two images of confidence 0.85, one right; bin (0.6, 0.7]: one of 0.65, right.
     probabilities = np.array([[0.85, 0.15], [0.85, 0.15], [0.35, 0.65]])

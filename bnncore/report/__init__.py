@@ -8,8 +8,10 @@
 and, where known, ``kind`` ("fp32", "bnn" or "ensemble"), ``backbone``, ``width``, ``fp32_ratio``
 (bytes of the FP32 file over bytes of this one), ``disagreement``, ``ece``. `histories` is
 ``{model: [{"epoch", "train_loss", "train_top1", "val_loss", "val_top1"}, ...]}`` and `anytime`
-``{model: [{"members", "top1", "mean_members"}, ...]}``, accuracy by the members evaluated. A value
-that is not known is missing or None.
+``{model: [{"members", "top1", "mean_members"}, ...]}``, accuracy by the members evaluated.
+`confusion` is ``{"classes": [...], "models": {model: [[images of one class taken for each]]}}``
+of the test images, `about` what was evaluated: ``{"dataset", "image", "classes", "images",
+"chance_top1", "date", "commit", "seed", "params"}``. A value that is not known is missing or None.
 
     python -m bnncore.report --html          # reports/index.html from what `write` left there
 
@@ -19,8 +21,9 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bnncore.report import plots, table
 from bnncore.report.table import Histories, Row, complete
@@ -33,29 +36,32 @@ def write(
     histories: Histories,
     out_dir: Path | str,
     anytime: Histories | None = None,
+    confusion: Mapping[str, Any] | None = None,
+    about: Row | None = None,
 ) -> list[Path]:
     """Writes the tables and plots into out_dir; returns their paths.
 
     results.json, histories.json, table.md, table.csv, accuracy_bytes.png, accuracy_members.png,
-    curves.png, and unless anytime is None also anytime.json and anytime.png.
+    curves.png; anytime.json and anytime.png, confusion.json and about.json of what is not None.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     rows = complete(results)
-    data = {"results.json": rows, "histories.json": histories}
-    if anytime is not None:
-        data["anytime.json"] = anytime
+    data = {"results": rows, "histories": histories, "anytime": anytime, "confusion": confusion}
+    data["about"] = about
+    written = []
     for name, content in data.items():
-        text = json.dumps(table.plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-        (out / name).write_text(text + "\n", encoding="utf-8")
+        if content is not None:
+            text = json.dumps(table.plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+            written.append(out / f"{name}.json")
+            written[-1].write_text(text + "\n", encoding="utf-8")
     (out / "table.md").write_text(table.markdown(rows), encoding="utf-8")
     table.write_csv(rows, out / "table.csv")
     plots.accuracy_bytes(rows, out / "accuracy_bytes.png")
     plots.accuracy_members(rows, out / "accuracy_members.png")
     plots.curves(histories, out / "curves.png")
-    names = [*data, "table.md", "table.csv", "accuracy_bytes.png", "accuracy_members.png"]
-    names.append("curves.png")
+    names = ["table.md", "table.csv", "accuracy_bytes.png", "accuracy_members.png", "curves.png"]
     if anytime is not None:
         plots.anytime(anytime, out / "anytime.png")
         names.append("anytime.png")
-    return [out / name for name in names]
+    return [*written, *(out / name for name in names)]

@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # After a search alone there is the page only.
         if not where or (options.reports / "results.json").exists():
             print(table.text(page.results(options.reports)))
+            about = options.reports / "about.json"
+            chance = page.read(about, dict).get("chance_top1") if about.exists() else None
+            if isinstance(chance, int | float):
+                print(f"\nby chance, always the commonest class: {chance:.2f} % of the test images")
         if where:
             print(f"\n{where.resolve().as_uri()}")
 

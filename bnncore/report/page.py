@@ -39,9 +39,9 @@ def results(reports: Path) -> list[dict[str, Any]]:
 def write(reports: Path | str, path: Path | str | None = None) -> Path:
     """Writes the page, reports/index.html unless told otherwise, from the files that are there.
 
-    Reads results.json, histories.json, anytime.json and search/front.json ({"budget_bytes",
-    "trials": [{configuration..., "val_top1", "file_bytes", "feasible"}]}; a trial with "rival", a
-    text, is marked as one). Each may be missing, but not both results.json and search/front.json.
+    Reads what `report.write` wrote, and search/front.json ({"budget_bytes", "trials":
+    [{configuration..., "val_top1", "file_bytes", "feasible"}]}; a trial with "rival", a text, is
+    marked as one). Each may be missing, but not both results.json and search/front.json.
     The page holds its data, styles and scripts; it loads nothing.
 
     Raises:
@@ -59,6 +59,8 @@ def write(reports: Path | str, path: Path | str | None = None) -> Path:
         "members": families(rows),
         "histories": known("histories.json") or {},
         "anytime": known("anytime.json") or {},
+        "confusion": known("confusion.json"),
+        "about": known("about.json"),
         "search": search,
     }
     # "</script>" in a name must not end the script element that holds the data.

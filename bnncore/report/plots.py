@@ -168,17 +168,9 @@ def accuracy_members(results: Sequence[Row], path: Path | str) -> None:
             ax.plot(x, y, label=plain_label(name), **_line(i), marker=_marker(i), markersize=7)
     for row in complete(results):
         if row["kind"] == "fp32" and row.get("test_top1") is not None:
-            ax.axhline(row["test_top1"], color=_STYLES["fp32"][1], lw=1, ls=(0, (6, 3)))
-            ax.annotate(
-                plain_label(f"{row['name']} {row['test_top1']:.1f}"),
-                (1, row["test_top1"]),
-                (-2, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-                color=_STYLES["fp32"][1],
-            )
+            label = plain_label(f"{row['name']}, {row['test_top1']:.1f}")
+            level = {"color": _STYLES["fp32"][1], "ls": (0, (6, 3))}
+            ax.axhline(row["test_top1"], lw=1, label=label, **level)
     whole_numbers(ax)
     ax.set_xlabel("members")
     ax.set_ylabel("test accuracy, %")

@@ -253,8 +253,8 @@ def by_part(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:
 def summary(models: Mapping[str, Count]) -> list[str]:
     """Lines: one a model, all its counts."""
     rows: list[tuple[object, ...]]
-    rows = [("model", "members", "KiB (TentacleNet)", "bits (Kim et al.)", "bytes of the file",
-             "binary MMAC", "float MMAC")]  # fmt: skip
+    rows = [("model", "members", "KiB, rounded up (TentacleNet)", "bits (Kim et al.)",
+             "bytes of the file", "binary MMAC", "float MMAC")]  # fmt: skip
     for name, c in models.items():
         size = f"{c.file:,}" if c.file == c.file_least else f"at most {c.file:,}"
         macs = f"{c.binary_macs / 1e6:,.2f}", f"{c.float_macs / 1e6:,.2f}"

@@ -45,6 +45,25 @@ def a_search():
     return {"budget_bytes": 24 * 1024, "trials": trials}
 
 
+CLASSES = ["zero", "one", HOSTILE, *(f"class {i}" for i in range(3, 10))]
+ABOUT = {
+    "dataset": "digits",
+    "classes": 10,
+    "images": "1,000 train, 437 val, 360 test",
+    "chance_top1": 12.5,
+    "date": "2026-01-02 03:04+00:00",
+    "commit": "abc1234",
+    "seed": 7,
+    "params": {"seed": 7, "model": {"backbone": "nin"}},
+}
+
+
+def a_confusion(results):
+    """36 images a class, the same for each model: 30 right and 6 taken for the next class."""
+    matrix = [[30 * (j == i) + 6 * (j == (i + 1) % 10) for j in range(10)] for i in range(10)]
+    return {"classes": CLASSES, "models": {r["name"]: matrix for r in results}}
+
+
 @pytest.fixture
 def reports(tmp_path):
     results, histories, anytime = a_run()
@@ -53,7 +72,7 @@ def reports(tmp_path):
         histories[f"voting-3.{member}"] = [
             {"epoch": e, "val_top1": 40 + 9 * member + e} for e in range(1, 31)
         ]
-    report.write(results, histories, tmp_path, anytime)
+    report.write(results, histories, tmp_path, anytime, a_confusion(results), ABOUT)
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "front.json").write_text(json.dumps(a_search()))
     return tmp_path
@@ -181,7 +200,8 @@ def in_browser(tmp_path, drive):
         chromium.wait(30)
 
 
-ROWS = "[...document.querySelectorAll('tbody tr')].map(r => r.dataset.id)"
+MODELS = "document.querySelector('section[aria-label=Models]')"
+ROWS = f"[...{MODELS}.querySelectorAll('tbody tr')].map(r => r.dataset.id)"
 HEAD = "[...document.querySelectorAll('thead button')].find(b => b.textContent == '{}')"
 CHART = "document.querySelector('section[aria-label=\"{}\"] figure')"
 TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
@@ -255,6 +275,31 @@ def test_the_page_in_a_browser(reports, tmp_path):
         assert await browser.value(lines) == 8, "with its members"
         assert await browser.value(f"{legend}.ariaPressed") == "false"
 
+        # Members are whole, also where their mean over the images is not.
+        ticks = f"[...{CHART.format('Anytime')}.querySelectorAll('svg text[text-anchor=middle]')]"
+        numbers = await browser.value(f"{ticks}.map(t => t.textContent).filter(t => t > 0)")
+        assert numbers == ["1", "2", "3", "4", "5"]
+        ticks = f"[...{chart}.querySelectorAll('svg text[text-anchor=middle]')]"
+        sizes = await browser.value(f"{ticks}.map(t => +t.textContent).filter(t => t > 0)")
+        assert len(sizes) >= 6, "sizes from 7.7 to 101 KiB"
+
+        # Classes: what they were taken for, by table and by matrix, for the model chosen.
+        place = "document.querySelector('section[aria-label=\"By class\"]')"
+        assert await browser.value(f"{place}.querySelector('select').value") == "tentaclenet-5"
+        cells = f"[...{place}.querySelectorAll('tbody tr')[1].children].map(c => c.textContent)"
+        assert await browser.value(cells) == ["one", "36", "83.3\u00a0%", HOSTILE, "16.7\u00a0%"]
+        matrix = f"{place}.querySelectorAll('.matrix tbody td')"
+        assert await browser.value(f"{matrix}.length") == 100
+        assert await browser.value(f"[...{matrix}].slice(10, 13).map(c => c.textContent)") == [
+            *("", "30", "6")
+        ]
+        about = await browser.value("document.getElementById('about').textContent")
+        for text in ("digits", "360 test", "12.5\u00a0%", "2026-01-02", "commit abc1234", "seed 7"):
+            assert text in about
+        assert '"backbone": "nin"' in await browser.value(
+            "document.querySelector('pre').textContent"
+        )
+
         search = CHART.format("Search under a budget")
         marks = f"[...{search}.querySelectorAll('.point')].length"
         assert await browser.value(marks) == len(a_search()["trials"])
@@ -282,6 +327,17 @@ def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
             await browser.screenshot(name)
             wide = await browser.value("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{name}: the page scrolls sideways by {wide} pixels"
+            # A phone makes its window wider for a page that does not fit.
+            assert await browser.value("innerWidth") == width
+            # A table that goes on to the right says so, until its end is seen.
+            hint = f"!{MODELS}.querySelector('.hint').hidden"
+            box = f"{MODELS}.querySelector('.wide')"
+            hidden = f"{box}.scrollWidth > {box}.clientWidth + 2"
+            assert await browser.value(hint) == await browser.value(hidden)
+            assert await browser.value(hidden), "this table is wide"
+            await browser.value(f"{box}.scrollLeft = 10000")
+            await asyncio.sleep(0.1)
+            assert not await browser.value(hint)
             first = await browser.value("document.querySelector('tbody th').offsetWidth")
             assert 110 < first < 0.6 * width, "a name can be read, and figures beside it"
             back = await browser.value("getComputedStyle(document.body).backgroundColor")

@@ -103,9 +103,13 @@ def test_nothing_known_yet(tmp_path):
     blank = None
     for results, histories, cells in (
         ([], {}, None),
-        ([{"name": "bnn"}], {"bnn": []}, ["–"] * 5),
-        ([unknown], {"bnn": [{"epoch": 1, "val_top1": None}]}, ["–"] * 5),
-        ([one], {"bnn": [{"epoch": 1, "val_top1": 3}]}, ["80.00", "80.50", "100", "0.08", "–"]),
+        ([{"name": "bnn"}], {"bnn": []}, ["–"] * 6),
+        ([unknown], {"bnn": [{"epoch": 1, "val_top1": None}]}, ["–"] * 6),
+        (
+            [one],
+            {"bnn": [{"epoch": 1, "val_top1": 3}]},
+            ["80.00", "80.50", "100", "0.08", "–", "–"],
+        ),
     ):
         report.write(results, histories, tmp_path, {"bnn": []})
         rows = (tmp_path / "table.md").read_text().splitlines()[2:]
@@ -121,16 +125,19 @@ def test_nothing_known_yet(tmp_path):
 
 
 def test_table():
-    rows = [a_model("fp32", "fp32", 1, 96.875, 98_304), a_model("a|b", "bnn", 1, 90, 12_288)]
+    rows = [
+        a_model("fp32", "fp32", 1, 96.875, 98_304, counted_by="filter_sharing"),
+        a_model("a|b", "bnn", 1, 90, 12_288),
+    ]
     text = table.markdown(rows)
     assert text.splitlines()[2:] == [
-        "| fp32 | 96.88 | 97.38 | 98,304 | 81.92 | 1.0× |",
-        "| a\\|b | 90.00 | 90.50 | 12,288 | 10.24 | 8.0× |",
+        "| fp32 | 96.88 | 97.38 | 98,304 | 81.92 | Kim et al. | 1.0× |",
+        "| a\\|b | 90.00 | 90.50 | 12,288 | 10.24 | – | 8.0× |",
     ]
     lines = table.text([*rows, {"name": "unknown"}]).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "aligned"
-    assert lines[-1].split() == ["unknown", "–", "–", "–", "–", "–"]
+    assert lines[-1].split() == ["unknown", *("–" * 6)]
 
 
 def test_ratio_is_to_the_fp32_model_of_the_same_shape():

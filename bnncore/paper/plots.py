@@ -47,8 +47,9 @@ def _style(index: int) -> dict[str, Any]:
 def _figure(here: Sequence[Line], lines: Sequence[Line], axes: Axes) -> None:
     """Published values dashed and hollow, ours solid and filled, with the spread over seeds."""
     of = here[0].series
-    axes.set(title=": ".join(filter(None, (of.place, of.title))),
-             xlabel="tentacles" if of.delta else "members M",
+    title = ": ".join(filter(None, (of.place, of.title)))
+    axes.set_title(plain_label(title), loc="left", fontsize=11)
+    axes.set(xlabel="tentacles" if of.delta else "members M",
              ylabel="top-1 minus FP32's, points" if of.delta else "top-1, %")  # fmt: skip
     settings = dict.fromkeys(str(line.setting) for line in here if line.setting)
     # Settings share the colour of their scheme, and differ in how dark they are.
@@ -82,8 +83,9 @@ def _figure(here: Sequence[Line], lines: Sequence[Line], axes: Axes) -> None:
 
 
 def _figure_7b(axes: Axes) -> None:
-    axes.set(title="Kim et al., Figure 7B: storage of M binarized ResNet-20 (computed)",
-             xlabel="members M", ylabel="kilobits, weights only")  # fmt: skip
+    title = "Kim et al., Figure 7B: storage of M binarized ResNet-20 (computed)"
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set(xlabel="members M", ylabel="kilobits, weights only")
     for index, (sharing, curve) in enumerate(curves_7b().items()):
         axes.plot(list(curve), [bits / 1000 for bits in curve.values()], markersize=4,
                   label=sharing, **_style(index))  # fmt: skip

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import seeds
-from bnncore import data, metrics, storage
-from bnncore.lowering import lower
+from bnncore import data, metrics
+from bnncore.lowering import blueprint, lower
 from bnncore.packed import execute, packfile
 from bnncore.params import Params
 from bnncore.training import schemes, train
@@ -40,7 +40,7 @@ def wider(p: Params, images: data.Dataset, size: int) -> Params:
     while True:
         next_one = replace(p, model=replace(p.model, width=width + 1))
         spec = schemes.single_spec(next_one, images.image, len(images.classes), binary=True)
-        if storage.file_bound(spec) > size:
+        if blueprint.file_bound(spec) > size:
             return replace(p, model=replace(p.model, width=width))
         width += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -12,32 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
+from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
-from bnncore.packed.program import PackedFormatError, Program, Tensor
+from bnncore.packed.program import Program, Tensor
 from bnncore.packed.rules import validate
+from bnncore.terminal import columns, command, printable
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-class UserError(Exception):
-    """Something that the caller can put right; shown without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except PackedFormatError as error:
-        print(f"bnncore: {options.file}: {error}", file=sys.stderr)
-    except BrokenPipeError:  # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (UserError, OSError) as error:
-        print(f"bnncore: {error}", file=sys.stderr)
-    else:
-        return 0
-    return 1
+    return command("bnncore", lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,11 +60,12 @@ def _inspect(options: argparse.Namespace) -> None:
     counted = sum(tensor.data.nbytes for tensor in program.tensors.values())
     members = f"{program.members} member{'s' if program.members > 1 else ''}"
     height, width, channels = program.image
-    print(f"{options.file}: format {packfile.VERSION}, {members}, combined by {program.combine}")
-    print(f"image {height}x{width}x{channels}, {len(program.classes)} classes: "
-          f"{_shorten(', '.join(program.classes), 60)}")  # fmt: skip
+    print(printable(f"{options.file}: format {packfile.VERSION}, {members}, combined by "
+                    f"{program.combine}"))  # fmt: skip
+    print(printable(f"image {height}x{width}x{channels}, {len(program.classes)} classes: "
+                    f"{_shorten(', '.join(program.classes), 60)}"))  # fmt: skip
     for key, fact in program.info.items():
-        print(f"{key}: {fact}")
+        print(printable(f"{key}: {fact}"))
     print()
     rows = [("#", "operator", "layer", "from", "output", "run", "tensors", "bytes", "MACs")]
     operations = costs.operations(program)
@@ -94,19 +83,15 @@ def _inspect(options: argparse.Namespace) -> None:
             str(sum(tensor.data.nbytes for _, tensor in tensors) or ""),
             str(sum(operations[index]) or ""),
         ))  # fmt: skip
-    _table(rows, right={0, 7, 8})
+    print(*columns(rows, "><<<<<<>"), sep="\n")
     print()
     kinds: dict[tuple[str, str], int] = {}
     for tensor in program.tensors.values():
         group = (tensor.kind, "own" if tensor.own else "shared")
         kinds[group] = kinds.get(group, 0) + tensor.data.nbytes
-    _table(
-        [("bytes", "kind", "")]
-        + [(str(count), *group) for group, count in sorted(kinds.items())]
-        + [(str(counted), "all tensors", ""), (str(size - counted), "graph and header", "")]
-        + [(str(size), "file", "")],
-        right={0},
-    )
+    held = [(count, *group) for group, count in sorted(kinds.items())]
+    held += [(counted, "all tensors", ""), (size - counted, "graph and header", "")]
+    print(*columns([("bytes", "kind", ""), *held, (size, "file", "")], "><"), sep="\n")
     packed, floats = costs.peak_memory(program)
     print(f"\npeak activations of one image: {packed:,} bytes with bits, {floats:,} all in float32")
     for count in sorted({1, program.members}):
@@ -122,17 +107,6 @@ def _describe(slot: str, tensor: Tensor, members: int) -> str:
 
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _table(rows: Sequence[tuple[str, ...]], right: Iterable[int]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = set(right)
-    for row in rows:
-        cells = (
-            cell.rjust(width) if column in aligned else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -151,7 +125,7 @@ def _predict(options: argparse.Namespace) -> None:
         for path, row in zip(part, shares, strict=True):
             best = np.argsort(-row, kind="stable")[: options.top]
             found = "  ".join(f"{program.classes[k]} {100 * row[k]:.1f} %" for k in best)
-            print(f"{path!s:{width}}  {found}")
+            print(printable(f"{path!s:{width}}  {found}"))
 
 
 def _image_paths(given: Sequence[Path]) -> Iterable[Path]:
@@ -189,6 +163,14 @@ def _bench(options: argparse.Namespace) -> None:
     _check_members(options.members, program)
     if min(options.batch, options.repeats) < 1:
         raise UserError("--batch and --repeats: expected at least 1")
+    outputs = 4 * program.members * len(program.classes)
+    each = math.prod(program.image) + costs.peak_memory(program)[1] + outputs
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // each
+    if options.batch > most:
+        raise UserError(
+            f"--batch: expected at most {most}, which fill half of this machine's memory, got "
+            f"{options.batch}"
+        )
     images = np.random.default_rng(0).integers(
         0, 256, (options.batch, *program.image), dtype=np.uint8
     )
@@ -221,7 +203,7 @@ def _bench(options: argparse.Namespace) -> None:
         median = statistics.median(taken)
         rows.append((ops, str(threads), f"{1e3 * median:.1f}", f"{options.batch / median:.0f}"))
     print(f"batch of {options.batch}, median of {options.repeats}:")
-    _table(rows, right={1, 2, 3})
+    print(*columns(rows, "<>"), sep="\n")
 
 
 def _check_members(members: int | None, program: Program) -> None:

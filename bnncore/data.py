@@ -42,12 +42,14 @@ import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from bnncore.errors import UserError
+
 PARTS = ("train", "val", "test")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CACHE_VERSION = 1  # part of every cache key: raise it when a reader's result changes
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data are missing or not as documented; the message names the path."""
 
 

@@ -16,11 +16,11 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float((predictions == labels).mean())
 
 
-def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """The fraction of images whose label is among the k best (B,C) scores; ties by lower class."""
-    _same(scores.shape[:1], labels.shape)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return float((best == labels[:, None]).any(1).mean())
+def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """How many images of each class were taken for which: int64 (C,C), a row a true class."""
+    _same(predictions.shape, labels.shape)
+    pairs = labels * classes + predictions
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bnncore.data import DataParams
+from bnncore.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", strict=False)
 Positive = Annotated[float, Field(gt=0)]
@@ -30,7 +31,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 DataParams.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError, ValueError):
     """Parameters that cannot be used; names the key, the value and what is allowed."""
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,10 @@ def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
-        results = report.complete([evaluated(s, name, images) for name in names])
+        found = [evaluated(s, name, images) for name in names]
+        counts = {r["name"]: r.pop("counts") for r in found}
+        taken = {r["name"]: r.pop("confusion") for r in found}
+        results = report.complete(found)
         histories: dict[str, list[dict]] = {}
         for name in names:
             histories |= curves(name)
@@ -34,8 +39,12 @@ def main() -> None:
         narrower = {r["name"]: r.pop("options") for r in results}
         REPORTS.mkdir(exist_ok=True)
         (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
+        (REPORTS / "storage.txt").write_text("\n".join(stored(counts, narrower)) + "\n")
+        print(*storage.summary(counts), f"by layer and part: {REPORTS / 'storage.txt'}", sep="\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
-        written = report.write(results, histories, REPORTS, prefixes)
+        confusion = {"classes": images.classes, "models": taken}
+        facts = about(s.params, images)
+        written = report.write(results, histories, REPORTS, prefixes, confusion, facts)
         (REPORTS / "metrics").mkdir(exist_ok=True)
         for r in results:  # a file a model: `dvc metrics show` makes a row of each
             shown = {key: r[key] for key in SHOWN if key in r}
@@ -67,15 +76,16 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
             row = {
                 "ece": metrics.calibration_error(probabilities, split.labels),
                 "disagreement": metrics.disagreement(outputs.argmax(2)),
+                "confusion": metrics.confusion(
+                    predicted, split.labels, len(images.classes)
+                ).tolist(),
             }
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
-    print(f"\n== {name}")
-    storage.print_count(counts, storage.layout_table(program))
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
     for flip in flips:
         print(
-            f"test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
+            f"{name}: test image {flip['image']}, member {flip['member']}: sign of {flip['layer']} "
             f"flipped, margin {flip['margin']:.3g} of values up to {flip['scale']:.3g}"
         )
     if program.members > 1:
@@ -84,11 +94,6 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
         kept = {**params.plain(s.params.pack), "bytes": counts.file, "val_top1": top1["val"]}
         narrower = [kept, *options(program, images, p)]
-        for option in narrower:
-            print(
-                f"  packed with affine {option['affine']}, weights {option['weights']:<7} "
-                f"{option['bytes']:>9,} bytes, validation {option['val_top1']:.2f} %"
-            )
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"
     bits = counts.tentaclenet if first else counts.filter_sharing
@@ -113,8 +118,45 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "flipped_signs": flips,
         "anytime": anytime(model, images.test, found["test"]),
         "options": narrower,
+        "counts": counts,
         **row,
     }
+
+
+def about(p: params.Params, images: data.Dataset) -> dict:
+    """What was evaluated, when, of which commit."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    counts = np.bincount(images.test.labels, minlength=1)
+    parts = {part: len(getattr(images, part)) for part in ("train", "val", "test")}
+    return {
+        "dataset": p.data.path if p.data.name == "folder" else p.data.name,
+        "image": "x".join(map(str, images.image)),
+        "classes": len(images.classes),
+        "images": ", ".join(f"{count:,} {part}" for part, count in parts.items()),
+        "chance_top1": 100 * float(counts.max() / counts.sum()),
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "commit": commit or None,
+        "seed": p.seed,
+        "params": params.plain(p),
+    }
+
+
+def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) -> list[str]:
+    """Lines: where the bytes of every model are, and what narrowing would save."""
+    lines = []
+    for name, counted in counts.items():
+        lines += [f"== {name} ==", *storage.described(counted)]
+        lines += [
+            f"packed with affine {o['affine']}, weights {o['weights']:<7} {o['bytes']:>9,} bytes, "
+            f"validation {o['val_top1']:.2f} %"
+            for o in narrower[name]
+        ]
+        lines.append("")
+    return lines
 
 
 def options(program: Program, images: data.Dataset, p: params.EvaluateParams) -> list[dict]:

@@ -14,12 +14,9 @@ def test_accuracy():
         metrics.accuracy(np.array([]), np.array([]))
 
 
-def test_top_k_breaks_ties_by_class():
-    scores = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
-    labels = np.array([1, 1])
-    assert metrics.top_k(scores, labels, 1) == 0
-    assert metrics.top_k(scores, labels, 2) == 0.5  # of the tie in row two class 0 comes first
-    assert metrics.top_k(scores, labels, 3) == 1
+def test_confusion_by_hand():
+    found = metrics.confusion(np.array([0, 2, 2, 1]), np.array([0, 2, 1, 1]), 3)
+    assert found.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
 
 
 def test_calibration_error_by_hand():

@@ -74,10 +74,13 @@ def load(path: str | os.PathLike[str]) -> Program:
     """Read a packed file and check all of it.
 
     Raises:
-        PackedFormatError: the file is not a valid packed file; the message says why.
+        PackedFormatError: the file is not a valid packed file; the message says which and why.
         OSError: the file cannot be read.
     """
-    return decode(Path(path).read_bytes())
+    try:
+        return decode(Path(path).read_bytes())
+    except PackedFormatError as error:
+        raise PackedFormatError(f"{path}: {error}") from None
 
 
 def encode(program: Program) -> bytes:
@@ -157,10 +160,10 @@ def decode(content: bytes) -> Program:
     Raises:
         PackedFormatError: the bytes are not a valid packed file.
     """
-    require(len(content) >= 8, "file", "at least 8 bytes", len(content))
-    (length,) = struct.unpack_from("<Q", content)
-    limit = min(MAX_HEADER, len(content) - 8)
-    require(length <= limit, "header length", f"at most {limit} bytes", length)
+    length = int.from_bytes(content[:8], "little")
+    if length > MAX_HEADER or content[8:9] != b"{":
+        raise PackedFormatError("not a packed file")
+    require(8 + length <= len(content), "file", f"at least {8 + length} bytes", len(content))
     header = _object(_json(content[8 : 8 + length], "header"), "header")
     metadata = _object(header.get("__metadata__"), "header __metadata__")
     require(metadata.get("format") == FORMAT, "format", FORMAT, metadata.get("format"))
@@ -180,6 +183,8 @@ def decode(content: bytes) -> Program:
     require(start == len(data), "file", f"{start} bytes of data", len(data))
     # What the writer would have put there is known in full, down to the checksum.
     expected = _header(parts, data)
+    true = expected["__metadata__"]["sha256"]
+    require(metadata.get("sha256") == true, "data", "the sha256 in the header", f"sha256 {true}")
     for key in header.keys() | expected.keys():
         got = header.get(key)
         require(got == expected.get(key), f"header entry {key!r}", expected.get(key), got)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnncore import report as report_plots
+from bnncore.report import plots
 from bnncore.search.space import Row
 from bnncore.search.study import REJECTED, STOPPED
 
@@ -86,7 +86,7 @@ def plot(report: Report, path: Path) -> None:
     if budget is not None:
         ax.axvspan(budget, 1.15 * right, color=_OVER, alpha=0.08, lw=0)
         ax.axvline(budget, color=_OVER, lw=1, ls="--", label=f"budget, {budget:g} KiB")
-    report_plots._log_ticks(ax, [left / 1.15, 1.15 * right])
+    plots.log_ticks(ax, [left / 1.15, 1.15 * right])
     ax.set_xlabel("KiB of the packed file (log scale)")
     ax.set_ylabel("validation accuracy, %")
     said = []
@@ -102,7 +102,7 @@ def plot(report: Report, path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     if grid:
         _bars(figure.add_subplot(grid[1]), report.importances)
-    report_plots._labels(figure, ax, named, front, [(x, max(y, edge)) for x, y in others])
+    plots.labels(figure, ax, named, front, [(x, max(y, edge)) for x, y in others])
     figure.savefig(path, metadata={"Software": None})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 
-from bnncore import check, storage
+from bnncore import check
 from bnncore import params as P
 from bnncore.data import Dataset
 from bnncore.lowering import blueprint
@@ -29,6 +29,7 @@ from bnncore.networks.ensemble import SHARING, EnsembleSpec
 from bnncore.packed import costs
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams
+from bnncore.storage import untrained
 from bnncore.training import schemes
 
 Config = dict[str, Any]
@@ -123,7 +124,7 @@ def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str 
         size = blueprint.file_bound(spec, params.pack, classes, info)
         counted = size / 1024
     else:
-        counts = storage.count(spec, params.pack, classes, info)
+        counts = untrained.count(spec, params.pack, classes, info)
         size, counted = counts.file, getattr(counts, count) / 8 / 1024
     binary, real = drawing.macs(spec.members)
     return Cost(size, counted, (real + binary / 64) / 1e6, _activations(drawing.most) / 1024)

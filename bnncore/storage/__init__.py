@@ -16,35 +16,28 @@ file           everything that the packed file holds: also scales, shifts, slope
                and their directions, vote weights, the graph and the header. Shown in bytes.
 ============== ====================================================================================
 
-Everything here counts Programs with numpy alone. Programs that are not trained yet come from
-`lowering.blueprint` (torch, imported only when asked for): `count`, `file_bound`, and the command
-line's ``--papers`` and ``--params``.
+Everything here counts Programs with numpy alone; `untrained` (torch) counts ensembles before they
+are trained.
 
 Legend: `M` members, `O C kh kw` filters, `K` features of a dense layer, `C` classes.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from bnncore.packed import costs, packfile
 from bnncore.packed.program import KINDS, Program
-
-if TYPE_CHECKING:
-    from bnncore.networks.ensemble import EnsembleSpec
-    from bnncore.params import PackParams
+from bnncore.terminal import columns
 
 FOLDED = "folded"  # the kind of a bias that only a threshold remembers: no bits in the file
 COUNTED_ROLES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """One entry of the table of tensors.
 
     Attributes:
@@ -70,10 +63,7 @@ class Row:
     @property
     def elements(self) -> int:
         """Values in one copy."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def counted_bits(self) -> int:
@@ -95,7 +85,7 @@ class Row:
         return self.copy_bytes * self.copies
 
 
-def table(program: Program, members: int | None = None) -> list[Row]:
+def table(program: Program, members: int | None = None) -> list[Entry]:
     """Every tensor of `program`, in the order of its nodes, as if it had `members` members."""
     m = program.members if members is None else members
     tensors = program.tensors
@@ -109,23 +99,23 @@ def table(program: Program, members: int | None = None) -> list[Row]:
             # Biases of these layers are counted below, from what the layer had when trained.
             role = "shift" if t.role == "bias" and node.name in folded else t.role
             rows.append(
-                Row(node.name, slot, role, t.kind, tuple(t.shape), binary.get(node.name, False),
+                Entry(node.name, slot, role, t.kind, tuple(t.shape), binary.get(node.name, False),
                     t.own, m if t.own else 1)
             )  # fmt: skip
         biases = int(node.attrs.get("biases", 0))
         if biases:
             own = tensors[node.tensors["weight"]].own
             rows.append(
-                Row(node.name, "bias", "bias", FOLDED, (biases,), True, own, m if own else 1)
+                Entry(node.name, "bias", "bias", FOLDED, (biases,), True, own, m if own else 1)
             )
     for slot, name in program.combine_tensors.items():
         t = tensors[name]
         shape = (m,) if slot == "weight" else tuple(t.shape)
-        rows.append(Row("combine", slot, t.role, t.kind, shape, False, False, 1))
+        rows.append(Entry("combine", slot, t.role, t.kind, shape, False, False, 1))
     return rows
 
 
-def tentaclenet_bits(rows: Iterable[Row], members: int) -> int:
+def tentaclenet_bits(rows: Iterable[Entry], members: int) -> int:
     """Bits by the first paper's convention, its quirks included."""
     rows = list(rows)
     mixed = any(_mixing(row) for row in rows)
@@ -140,12 +130,12 @@ def tentaclenet_bits(rows: Iterable[Row], members: int) -> int:
     return total
 
 
-def filter_sharing_bits(rows: Iterable[Row]) -> int:
+def filter_sharing_bits(rows: Iterable[Entry]) -> int:
     """Bits by the second paper's convention."""
     return sum(row.counted_bits for row in rows if row.role == "weight")
 
 
-def _mixing(row: Row) -> bool:
+def _mixing(row: Entry) -> bool:
     return row.layer.split(".")[0] == "mix"
 
 
@@ -168,22 +158,27 @@ class Count:
 
     Attributes:
         members: M.
-        tentaclenet: bits by the first paper's convention.
-        filter_sharing: bits by the second paper's convention.
-        file: bytes of the packed file; of one not trained yet, the most it can take.
-        file_least: the same; of one not trained yet, the least.
+        entries: the table that is counted.
+        file_least, file: bytes of the packed file; of one not trained yet, the least and the most.
         binary_macs, float_macs: multiply-accumulates for one image, all members.
-        rows: the table that was counted.
     """
 
     members: int
-    tentaclenet: int
-    filter_sharing: int
-    file: int
+    entries: tuple[Entry, ...]
     file_least: int
+    file: int
     binary_macs: int
     float_macs: int
-    rows: tuple[Row, ...]
+
+    @property
+    def tentaclenet(self) -> int:
+        """Bits by the first paper's convention."""
+        return tentaclenet_bits(self.entries, self.members)
+
+    @property
+    def filter_sharing(self) -> int:
+        """Bits by the second paper's convention."""
+        return filter_sharing_bits(self.entries)
 
     @property
     def kib(self) -> int:
@@ -197,92 +192,27 @@ def counted(program: Program, file_bytes: int | None = None) -> Count:
     Args:
         file_bytes: the size of its file, where there is one.
     """
-    rows = table(program)
     size = len(packfile.encode(program)) if file_bytes is None else file_bytes
-    macs = costs.cost(program)
-    m = program.members
-    return Count(m, tentaclenet_bits(rows, m), filter_sharing_bits(rows), size, size, *macs,
-                 tuple(rows))  # fmt: skip
+    return Count(program.members, tuple(table(program)), size, size, *costs.cost(program))
 
 
-def count(
-    spec: EnsembleSpec,
-    pack: PackParams | None = None,
-    classes: Sequence[str] | None = None,
-    info: dict[str, Any] | None = None,
-) -> Count:
-    """The counts of an ensemble before it is trained; see `blueprint.file_range` for `file`.
+def by_layer(entries: Iterable[Entry]) -> list[tuple[Entry, int]]:
+    """The weights of each layer, in forward order, and all bytes that the file has for the layer.
 
-    Args:
-        spec: the ensemble.
-        pack: what its file keeps; the defaults where None.
-        classes, info: what the file will say of itself; room for usual ones where None.
+    Batch norm and activation that were folded into a threshold count to the layer before.
     """
-    from bnncore.lowering import blueprint
-
-    drawn = blueprint.draw(spec)
-    rows = table(drawn.most, spec.members)
-    least, most = blueprint.file_range(spec, pack, classes, info)
-    return Count(
-        spec.members,
-        tentaclenet_bits(rows, spec.members),
-        filter_sharing_bits(rows),
-        most,
-        least,
-        *drawn.macs(spec.members),
-        tuple(rows),
-    )
+    entries = list(entries)
+    weights = {e.layer: e for e in entries if e.role == "weight"}
+    taken = dict.fromkeys(weights, 0)
+    last = next(iter(weights), None)
+    for entry in entries:
+        last = entry.layer if entry.layer in weights else last
+        if entry.layer != "combine" and last is not None:
+            taken[last] += entry.file_bytes
+    return [(weights[layer], size) for layer, size in taken.items()]
 
 
-def file_bound(
-    spec: EnsembleSpec,
-    pack: PackParams | None = None,
-    classes: Sequence[str] | None = None,
-    info: dict[str, Any] | None = None,
-) -> int:
-    """The most bytes that the packed file of `spec` can take, known before it is trained."""
-    from bnncore.lowering import blueprint
-
-    return blueprint.file_bound(spec, pack, classes, info)
-
-
-def layout_table(program: Program, members: int | None = None) -> list[dict[str, Any]]:
-    """Bits by layer in the papers' layout.
-
-    Returns:
-        One dict a layer with weights, in forward order: ``block``, ``layer``, ``shape`` (of the
-        weights), ``kind`` (binary or float32), ``own``, ``bits`` (of one copy's weights, as both
-        papers count), ``bias_bits`` (of one copy), ``copies``, ``total`` (weights of all copies)
-        and ``file_bytes`` (everything the file holds for the layer, all copies; where batch norm
-        and activation were folded into a threshold they count to the layer before).
-    """
-    rows = table(program, members)
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.role == "weight":
-            found[row.layer] = {
-                "block": block(row.layer),
-                "layer": row.layer,
-                "shape": row.shape,
-                "kind": "binary" if row.binary else "float32",
-                "own": row.own,
-                "bits": row.counted_bits // row.copies,
-                "bias_bits": 0,
-                "copies": row.copies,
-                "total": row.counted_bits,
-                "file_bytes": 0,
-            }
-    last = next(iter(found), "")
-    for row in rows:
-        last = row.layer if row.layer in found else last
-        if row.role == "bias" and row.layer in found:
-            found[row.layer]["bias_bits"] = row.counted_bits // row.copies
-        if row.layer != "combine":
-            found[last]["file_bytes"] += row.file_bytes
-    return list(found.values())
-
-
-def by_block(rows: Iterable[Row]) -> dict[str, int]:
+def by_block(rows: Iterable[Entry]) -> dict[str, int]:
     """Block -> bits by the second paper's convention, as its Tables 1 and 2 list them."""
     total: dict[str, int] = {}
     for row in rows:
@@ -307,139 +237,62 @@ PARTS = {
 }
 
 
-def by_part(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
+def by_part(entries: Iterable[Entry]) -> dict[str, tuple[int, int]]:
     """Part of `PARTS` -> (bytes that are shared, bytes of one member's own)."""
     total: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        if row.kind == FOLDED:
+    for e in entries:
+        if e.kind == FOLDED:
             continue
-        name = f"binary {PARTS[row.role]}" if row.kind == "binary" and row.role == "weight" else (
-            PARTS[row.role]
-        )  # fmt: skip
+        binary = e.kind == "binary" and e.role == "weight"
+        name = ("binary " if binary else "") + PARTS[e.role]
         shared, own = total.get(name, (0, 0))
-        if row.own:
-            own += row.copy_bytes
-        else:
-            shared += row.copy_bytes
-        total[name] = shared, own
+        total[name] = (shared, own + e.copy_bytes) if e.own else (shared + e.copy_bytes, own)
     return total
 
 
-# -- the command line ------------------------------------------------------------------------------
+def summary(models: Mapping[str, Count]) -> list[str]:
+    """Lines: one a model, all its counts."""
+    rows: list[tuple[object, ...]]
+    rows = [("model", "members", "KiB, rounded up (TentacleNet)", "bits (Kim et al.)",
+             "bytes of the file", "binary MMAC", "float MMAC")]  # fmt: skip
+    for name, c in models.items():
+        size = f"{c.file:,}" if c.file == c.file_least else f"at most {c.file:,}"
+        macs = f"{c.binary_macs / 1e6:,.2f}", f"{c.float_macs / 1e6:,.2f}"
+        rows.append((name, c.members, f"{c.kib:,}", f"{c.filter_sharing:,}", size, *macs))
+    return columns(rows, "<>")
 
 
-def print_count(counts: Count, layout: list[dict[str, Any]], write=print) -> None:
-    """One ensemble: bits by layer in the papers' layout, the counted totals, bytes of the file."""
-    width = max([len(row["layer"]) for row in layout] + [5])
-    write(f"{'layer':<{width}}  {'weights':>16}  {'kind':<7}  {'':<6}  {'bits a copy':>12} "
-          f"{'copies':>6} {'bits':>12} {'file bytes':>11}")  # fmt: skip
-    for row in layout:
-        shape = "x".join(map(str, row["shape"]))
-        owner = "own" if row["own"] else "shared"
-        write(
-            f"{row['layer']:<{width}}  {shape:>16}  {row['kind']:<7}  {owner:<6}  "
-            f"{row['bits']:>12,} {row['copies']:>6} {row['total']:>12,} {row['file_bytes']:>11,}"
-        )
+def described(counts: Count) -> list[str]:
+    """Lines: bits by layer in the papers' layout, the counted totals, bytes of the file by part."""
+    rows: list[tuple[object, ...]]
+    rows = [("layer", "weights", "kind", "", "bits a copy", "copies", "bits", "file bytes")]
+    for w, size in by_layer(counts.entries):
+        shape, kind = "x".join(map(str, w.shape)), "binary" if w.binary else "float32"
+        owner, bits = "own" if w.own else "shared", w.counted_bits
+        sizes = (f"{bits // w.copies:,}", w.copies, f"{bits:,}", f"{size:,}")
+        rows.append((w.layer, shape, kind, owner, *sizes))
     m = counts.members
-    write(f"counted as TentacleNet does    {counts.tentaclenet:>13,} bits = {counts.kib:,} KiB")
-    write(f"counted as Kim et al. do       {counts.filter_sharing:>13,} bits")
-    write(f"in the packed file, of {m} member{'s' if m > 1 else ''}:")
-    tensors = 0
-    for name, (shared, own) in by_part(counts.rows).items():
-        tensors += shared + m * own
-        write(f"  {name:<36} {shared:>11,} shared + {m} x {own:>9,} own = {shared + m * own:>11,}")
-    write(f"  {'graph, names, header':<36} {counts.file - tensors:>41,}")
+    members = f"{m} member{'s' if m > 1 else ''}"
+    lines = [
+        *columns(rows, "<><<>"),
+        f"counted as TentacleNet does    {counts.tentaclenet:>13,} bits = {counts.kib:,} KiB",
+        f"counted as Kim et al. do       {counts.filter_sharing:>13,} bits",
+        f"bytes of the packed file, of {members}:",
+    ]
+    parts = [
+        (f"  {name}", f"{shared:,} shared + {m} x", f"{own:,} own =", f"{shared + m * own:,}")
+        for name, (shared, own) in by_part(counts.entries).items()
+    ]
+    tensors = sum(entry.file_bytes for entry in counts.entries)
+    parts.append(("  graph, names, header", "", "", f"{counts.file - tensors:,}"))
     if counts.file == counts.file_least:
-        write(f"  {'the file':<36} {counts.file:>41,} bytes")
+        parts.append(("  the file", "", "", f"{counts.file:,}"))
     else:
-        write(f"  {'the file, once trained: at most':<36} {counts.file:>41,} bytes")
-        write(f"  {'                        at least':<36} {counts.file_least:>41,} bytes")
-    write(
-        f"one image, {m} member{'s' if m > 1 else ''}: {counts.binary_macs / 1e6:,.2f} M binary, "
-        f"{counts.float_macs / 1e6:,.2f} M float multiply-accumulates"
-    )
-
-
-# Images and classes of the data sets that come with their own; nothing has to be read for them.
-SHAPES = {
-    "digits": ((8, 8, 1), 10),
-    "cifar10": ((32, 32, 3), 10),
-    "cifar100": ((32, 32, 3), 100),
-    "fer2013": ((48, 48, 1), 7),
-}
-
-
-def _shape(data_params, root: Path) -> tuple[tuple[int, int, int], int, tuple[str, ...] | None]:
-    """(H, W, C), the number of classes, and their names where the images had to be read."""
-    from bnncore import data
-
-    if data_params.name in SHAPES:
-        (h, w, c), classes = SHAPES[data_params.name]
-        if data_params.size:
-            h = w = data_params.size
-        return (h, w, c), classes, None
-    found = data.load(data_params, root)
-    return found.image, len(found.classes), found.classes
-
-
-def _print_params(path: Path) -> int:
-    """Everything that a parameter file asks for, counted without training."""
-    from bnncore import check, params
-    from bnncore.lowering import blueprint
-    from bnncore.training import schemes
-
-    p = params.load(path)
-    image, classes, names = _shape(p.data, path.parent)
-    check.check(p, image, classes)
-    specs = {
-        "fp32": schemes.single_spec(p, image, classes, binary=False),
-        "bnn": schemes.single_spec(p, image, classes, binary=True),
-        **{e.name: schemes.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
-    }
-    summary = []
-    for name, spec in specs.items():
-        counts = count(spec, p.pack, names)
-        print(f"== {name} ==")
-        print_count(counts, layout_table(blueprint.draw(spec).most, spec.members))
-        print()
-        summary.append((name, counts))
-    wide = max(len(name) for name in specs)
-    print(f"{'model':<{wide}} {'members':>7} {'KiB (TentacleNet)':>18} {'bits (Kim et al.)':>18} "
-          f"{'file bytes, at most':>20} {'binary MMAC':>12} {'float MMAC':>11}")  # fmt: skip
-    for name, c in summary:
-        print(f"{name:<{wide}} {c.members:>7} {c.kib:>18,} {c.filter_sharing:>18,} {c.file:>20,} "
-              f"{c.binary_macs / 1e6:>12,.2f} {c.float_macs / 1e6:>11,.2f}")  # fmt: skip
-    return 0
-
-
-def _print_file(path: Path) -> int:
-    program = packfile.load(path)
-    for key, fact in program.info.items():
-        print(f"{key}: {fact}")
-    print_count(counted(program, path.stat().st_size), layout_table(program))
-    return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bnncore.storage", description="What ensembles take to store."
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--papers", action="store_true",
-                      help="every storage figure of both papers beside ours")  # fmt: skip
-    what.add_argument("--params", type=Path, metavar="FILE",
-                      help="count what a parameter file asks for, without training")  # fmt: skip
-    what.add_argument("--file", type=Path, metavar="PACKED", help="count a packed file")
-    parser.add_argument("--expected", type=Path, metavar="FILE",
-                        help="the published figures (default: those of the tests)")  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        if options.papers:
-            from bnncore import paper
-
-            return paper.storage_report(options.expected or paper.FIGURES)
-        return _print_params(options.params) if options.params else _print_file(options.file)
-    except (ValueError, OSError) as error:
-        print(f"storage: {error}", file=sys.stderr)
-        return 1
+        parts.append(("  the file, once trained: at most", "", "", f"{counts.file:,}"))
+        parts.append(("                        at least", "", "", f"{counts.file_least:,}"))
+    return [
+        *lines,
+        *columns(parts, "<>"),
+        f"one image, {members}: {counts.binary_macs / 1e6:,.2f} M binary, "
+        f"{counts.float_macs / 1e6:,.2f} M float multiply-accumulates",
+    ]

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 
-from bnncore import check, paper, params, storage
+from bnncore import check, params
 from bnncore.lowering import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.packed import execute, packfile
+from bnncore.paper import figures
+from bnncore.storage import untrained
 from bnncore.training import schemes
 from pipeline import preset
 from tests.storage.test_storage import random_statistics
@@ -22,7 +24,7 @@ from tests.storage.test_storage import random_statistics
 ROOT = Path(__file__).parents[2]
 NAMES = list(preset.presets())
 PAPERS = [name for name in NAMES if name != "digits"]
-FIGURES = paper.published()
+FIGURES = figures.published()
 
 
 @cache
@@ -31,7 +33,7 @@ def composed(name: str) -> params.Params:
 
 
 def specs(p: params.Params) -> dict[str, EnsembleSpec]:
-    (height, width, channels), classes = storage.SHAPES[p.data.name]
+    (height, width, channels), classes = untrained.SHAPES[p.data.name]
     image = (height, width, channels)
     check.check(p, image, classes)
     return {
@@ -50,7 +52,7 @@ def test_preset_composes_builds_and_counts(name):
     p = composed(name)
     assert params.parse(params.plain(p)) == p
     for of in specs(p).values():
-        counts = storage.count(of, p.pack)
+        counts = untrained.count(of, p.pack)
         assert 0 < counts.filter_sharing / 8 < counts.file_least <= counts.file
     text = (preset.CONF / "preset" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# ")
@@ -67,21 +69,25 @@ def test_preset_of_a_paper_runs_its_whole_schedule(name):
     assert p.binarize.schedule == ("plateau" if first else "poly")
 
 
-@pytest.mark.parametrize("row", FIGURES["tentaclenet"]["table2"], ids=str)
-def test_preset_of_table_2_has_the_published_size(row):
-    p = composed(f"table2_{row['model']}_{row['template']}")
+TABLE2 = [size for size in FIGURES.sizes if size.table == "TentacleNet, Table 2"]
+CURVES = [series for series in FIGURES.series if series.place.startswith("Kim et al., Figure")]
+
+
+@pytest.mark.parametrize("size", TABLE2, ids=lambda size: size.row)
+def test_preset_of_table_2_has_the_published_size(size):
+    p = composed(f"table2_{size.row.rpartition(' ')[0].replace(' ', '_')}")
     (section,) = p.ensembles.train
-    counts = storage.count(specs(p)[section.name])
-    assert (section.members, p.data.name) == (row["members"], row["dataset"])
-    assert counts.kib == row["kib"]
+    counts = untrained.count(specs(p)[section.name])
+    assert (section.members, p.data.name) == (size.members, size.dataset)
+    assert counts.kib == size.published
 
 
-@pytest.mark.parametrize("curve", FIGURES["filter_sharing"]["curves"], ids=str)
+@pytest.mark.parametrize("curve", CURVES, ids=lambda curve: f"{curve.place}: {curve.name}")
 def test_every_published_curve_has_a_preset(curve):
-    wanted = {(curve["scheme"], curve["sharing"], m) for m in curve["top1"]}
+    wanted = {(*curve.kind, m) for m in curve.values}
     for name in PAPERS:
         p = composed(name)
-        if (p.model.backbone, p.data.name) == (curve["model"], curve["dataset"]):
+        if (p.model.backbone, p.data.name) == (curve.backbone, curve.dataset):
             wanted -= {(e.scheme, e.sharing, e.members) for e in p.ensembles.train}
     assert not wanted
 
@@ -172,7 +178,7 @@ def packed_against_torch(of: EnsembleSpec, votes: bool) -> tuple[np.ndarray, boo
     x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
     with torch.no_grad():
         wanted = np.stack([z.numpy() for z in ensemble.outputs(x)])
-    counts = storage.count(of, classes=classes, info={})
+    counts = untrained.count(of, classes=classes, info={})
     foreseen = counts.file_least <= len(content) <= counts.file
     return np.abs(got - wanted).max((0, 2)) / np.abs(wanted).max(), foreseen
 

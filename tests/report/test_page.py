@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from bnncore import report
+from bnncore.report import page
+from bnncore.report.__main__ import main
+from bnncore.report.table import ReportError
 from tests.report.test_report import a_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -42,6 +45,25 @@ def a_search():
     return {"budget_bytes": 24 * 1024, "trials": trials}
 
 
+CLASSES = ["zero", "one", HOSTILE, *(f"class {i}" for i in range(3, 10))]
+ABOUT = {
+    "dataset": "digits",
+    "classes": 10,
+    "images": "1,000 train, 437 val, 360 test",
+    "chance_top1": 12.5,
+    "date": "2026-01-02 03:04+00:00",
+    "commit": "abc1234",
+    "seed": 7,
+    "params": {"seed": 7, "model": {"backbone": "nin"}},
+}
+
+
+def a_confusion(results):
+    """36 images a class, the same for each model: 30 right and 6 taken for the next class."""
+    matrix = [[30 * (j == i) + 6 * (j == (i + 1) % 10) for j in range(10)] for i in range(10)]
+    return {"classes": CLASSES, "models": {r["name"]: matrix for r in results}}
+
+
 @pytest.fixture
 def reports(tmp_path):
     results, histories, anytime = a_run()
@@ -50,7 +72,7 @@ def reports(tmp_path):
         histories[f"voting-3.{member}"] = [
             {"epoch": e, "val_top1": 40 + 9 * member + e} for e in range(1, 31)
         ]
-    report.write(results, histories, tmp_path, anytime)
+    report.write(results, histories, tmp_path, anytime, a_confusion(results), ABOUT)
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "front.json").write_text(json.dumps(a_search()))
     return tmp_path
@@ -178,7 +200,8 @@ def in_browser(tmp_path, drive):
         chromium.wait(30)
 
 
-ROWS = "[...document.querySelectorAll('tbody tr')].map(r => r.dataset.id)"
+MODELS = "document.querySelector('section[aria-label=Models]')"
+ROWS = f"[...{MODELS}.querySelectorAll('tbody tr')].map(r => r.dataset.id)"
 HEAD = "[...document.querySelectorAll('thead button')].find(b => b.textContent == '{}')"
 CHART = "document.querySelector('section[aria-label=\"{}\"] figure')"
 TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
@@ -186,7 +209,7 @@ TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
 
 @browser_only
 def test_the_page_in_a_browser(reports, tmp_path):
-    url = report.page(reports).as_uri()
+    url = page.write(reports).as_uri()
 
     async def drive(browser):
         await browser.open(url, 1200, 900)
@@ -252,6 +275,31 @@ def test_the_page_in_a_browser(reports, tmp_path):
         assert await browser.value(lines) == 8, "with its members"
         assert await browser.value(f"{legend}.ariaPressed") == "false"
 
+        # Members are whole, also where their mean over the images is not.
+        ticks = f"[...{CHART.format('Anytime')}.querySelectorAll('svg text[text-anchor=middle]')]"
+        numbers = await browser.value(f"{ticks}.map(t => t.textContent).filter(t => t > 0)")
+        assert numbers == ["1", "2", "3", "4", "5"]
+        ticks = f"[...{chart}.querySelectorAll('svg text[text-anchor=middle]')]"
+        sizes = await browser.value(f"{ticks}.map(t => +t.textContent).filter(t => t > 0)")
+        assert len(sizes) >= 6, "sizes from 7.7 to 101 KiB"
+
+        # Classes: what they were taken for, by table and by matrix, for the model chosen.
+        place = "document.querySelector('section[aria-label=\"By class\"]')"
+        assert await browser.value(f"{place}.querySelector('select').value") == "tentaclenet-5"
+        cells = f"[...{place}.querySelectorAll('tbody tr')[1].children].map(c => c.textContent)"
+        assert await browser.value(cells) == ["one", "36", "83.3\u00a0%", HOSTILE, "16.7\u00a0%"]
+        matrix = f"{place}.querySelectorAll('.matrix tbody td')"
+        assert await browser.value(f"{matrix}.length") == 100
+        assert await browser.value(f"[...{matrix}].slice(10, 13).map(c => c.textContent)") == [
+            *("", "30", "6")
+        ]
+        about = await browser.value("document.getElementById('about').textContent")
+        for text in ("digits", "360 test", "12.5\u00a0%", "2026-01-02", "commit abc1234", "seed 7"):
+            assert text in about
+        assert '"backbone": "nin"' in await browser.value(
+            "document.querySelector('pre').textContent"
+        )
+
         search = CHART.format("Search under a budget")
         marks = f"[...{search}.querySelectorAll('.point')].length"
         assert await browser.value(marks) == len(a_search()["trials"])
@@ -265,7 +313,7 @@ def test_the_page_in_a_browser(reports, tmp_path):
 
 @browser_only
 def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
-    url = report.page(reports).as_uri()
+    url = page.write(reports).as_uri()
 
     async def drive(browser):
         backs = []
@@ -279,6 +327,17 @@ def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
             await browser.screenshot(name)
             wide = await browser.value("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{name}: the page scrolls sideways by {wide} pixels"
+            # A phone makes its window wider for a page that does not fit.
+            assert await browser.value("innerWidth") == width
+            # A table that goes on to the right says so, until its end is seen.
+            hint = f"!{MODELS}.querySelector('.hint').hidden"
+            box = f"{MODELS}.querySelector('.wide')"
+            hidden = f"{box}.scrollWidth > {box}.clientWidth + 2"
+            assert await browser.value(hint) == await browser.value(hidden)
+            assert await browser.value(hidden), "this table is wide"
+            await browser.value(f"{box}.scrollLeft = 10000")
+            await asyncio.sleep(0.1)
+            assert not await browser.value(hint)
             first = await browser.value("document.querySelector('tbody th').offsetWidth")
             assert 110 < first < 0.6 * width, "a name can be read, and figures beside it"
             back = await browser.value("getComputedStyle(document.body).backgroundColor")
@@ -325,11 +384,11 @@ CONTRAST = """
 @browser_only
 def test_a_page_with_next_to_nothing(tmp_path):
     (tmp_path / "results.json").write_text('[{"name": "bnn"}]')
-    url = report.page(tmp_path).as_uri()
+    url = page.write(tmp_path).as_uri()
     report.write(
         [{"name": "one", "test_top1": 50.0, "file_bytes": 100, "members": 1}], {}, tmp_path
     )
-    other = report.page(tmp_path, tmp_path / "one.html").as_uri()
+    other = page.write(tmp_path, tmp_path / "one.html").as_uri()
 
     async def drive(browser):
         await browser.open(url, 800, 600)
@@ -343,7 +402,7 @@ def test_a_page_with_next_to_nothing(tmp_path):
 
 
 def test_the_page_holds_all_and_fetches_nothing(reports):
-    text = report.page(reports).read_text()
+    text = page.write(reports).read_text()
     assert text.count("</script>") == 2, "a name cannot end the script that holds the data"
     assert not any(word in text for word in ("https://", "src=", "@import", "url("))
     data = text.split('id="data">')[1].split("</script>")[0]
@@ -351,20 +410,20 @@ def test_the_page_holds_all_and_fetches_nothing(reports):
 
 
 def test_what_is_wrong_is_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=r"results\.json"):
-        report.page(tmp_path)
+    with pytest.raises(ReportError, match=r"results\.json"):
+        page.write(tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"results\.json: expected a list, got dict"):
-        report.page(tmp_path)
+    with pytest.raises(ReportError, match=r"results\.json: expected a list, got dict"):
+        page.write(tmp_path)
     (tmp_path / "results.json").write_text("[")
-    assert report.main(["--html", "--reports", str(tmp_path)]) == 1
+    assert main(["--html", "--reports", str(tmp_path)]) == 1
     assert "results.json: expected JSON" in capsys.readouterr().err
 
 
 def test_a_search_alone_makes_a_page(tmp_path, capsys):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "front.json").write_text(json.dumps(a_search()))
-    assert report.main(["--html", "--reports", str(tmp_path)]) == 0
+    assert main(["--html", "--reports", str(tmp_path)]) == 0
     assert "index.html" in capsys.readouterr().out
     assert "int8 of the same bytes" in (tmp_path / "index.html").read_text()
 
@@ -376,7 +435,7 @@ def test_a_search_alone_is_shown(tmp_path):
     content = a_search()
     content["trials"][0]["val_top1"] = 10.0  # far below the others: on the lower edge
     (tmp_path / "search" / "front.json").write_text(json.dumps(content))
-    url = report.page(tmp_path).as_uri()
+    url = page.write(tmp_path).as_uri()
 
     async def drive(browser):
         await browser.open(url, 800, 900)

@@ -7,9 +7,10 @@ import statistics
 import pytest
 import yaml
 
-from bnncore import paper
+from bnncore.paper import figures, report, runs
+from bnncore.paper.__main__ import main
 
-PUBLISHED = paper.published()
+PUBLISHED = figures.published()
 
 
 def finished(folder, seed, rows, *, dataset="cifar100", backbone="resnet20", subset=1.0, epochs=12):
@@ -44,38 +45,35 @@ def table(out):
 
 
 def test_without_runs_only_published_and_computed_values_appear(tmp_path):
-    written = paper.report([], tmp_path)
+    written = report.write([], tmp_path)
     assert all(path.stat().st_size > 0 for path in written)
     rows = table(tmp_path)
     assert all(row["ours"] == row["difference"] == row["epochs"] == "" for row in rows.values())
     assert {row["seeds"] for row in rows.values()} == {"0"}
     assert rows["TentacleNet, Table 1", "nin fp32", ""]["published"] == "88.11"
     text = (tmp_path / "paper.md").read_text()
-    assert "| resnet9 tentaclenet 14 | 11,465 | 11,465 | 44.4 % | 44.4 % |" in text
+    assert "| 11,465 | 11,465 | 93,914,880 | equal | 42.6 % | 44.4 % | 44.4 % |" in text
     assert "| nin, n = 13 | +1.00 |  |  |  |  |  |  |" in text
 
 
 def test_every_published_accuracy_has_its_line():
-    lines = paper.accuracy_lines([], PUBLISHED)
-    published = sorted(line.published for line in lines if line.published is not None)
-    first, second = PUBLISHED["tentaclenet"], PUBLISHED["filter_sharing"]
-    expected = [row["top1"] for row in (*first["table1"], *second["singles"])]
-    expected += [row["delta"] for row in first["table2"]]
-    expected += [value for row in first["fig3"] for value in row["delta"].values()]
-    for curve in second["curves"]:
-        expected += curve["top1"].values()
-        if (curve["model"], curve["dataset"], curve["scheme"], curve["sharing"]) == (
-            "resnet20", "cifar100", "fusion", "shared_conv",
-        ):  # fmt: skip
-            expected += curve["top1"].values()  # in Figures 5A and 7A
-    assert published == sorted(expected)
+    found = runs.lines([], PUBLISHED.series)
+    published = sorted(line.published for line in found if line.published is not None)
+    assert published == sorted(v for series in PUBLISHED.series for v in series.values.values())
+    # 6 and 9 rows of the first paper's tables, 8 points of its Figure 3, 7 networks by themselves
+    # of the second, and the points of its Figures 5A, 5B, 6, 7A, 8 and 9.
+    assert len(published) == 6 + 9 + 8 + 7 + 19 + 13 + 5 + 30 + 13 + 1
+    by_row = {(line.series.place, line.row): line.published for line in found}
+    assert by_row["Kim et al., Figure 7A", "no shared, M = 10"] == 65.9
+    assert by_row["Kim et al., Figure 9", "bagging, M = 10"] == 70.29
+    assert by_row["TentacleNet, Table 2", "resnet9 benn_boosting, 25"] == -4.77
 
 
 def test_runs_stand_beside_what_was_published(tmp_path):
     a = {"fp32": 61.0, "bnn": 47.0, "fusion/shared_conv/4": 50.0, "fusion/shared_conv/3": 49.0}
     b = {"fp32": 62.0, "bnn": 47.5, "fusion/shared_conv/4": 51.0}
     folders = [finished(tmp_path / "a", 0, a), finished(tmp_path / "b", 1, b)]
-    paper.report(folders, tmp_path / "out")
+    report.write(folders, tmp_path / "out")
     rows = table(tmp_path / "out")
     four = rows["Kim et al., Figure 5A", "fusion, M = 4", "1.0"]
     assert (four["ours"], four["published"], four["difference"]) == ("50.5", "53.8", "-3.3")
@@ -101,7 +99,7 @@ def test_differences_to_fp32_are_those_of_the_same_run(tmp_path):
         finished(tmp_path / "b", 1, {"fp32": 64.0, "bnn": 55.0, name: 62.0}, **kwargs),
         finished(tmp_path / "c", 2, {name: 40.0}, **kwargs),  # without FP32: no difference
     ]
-    paper.report(folders, tmp_path / "out")
+    report.write(folders, tmp_path / "out")
     row = table(tmp_path / "out")["TentacleNet, Figure 3", "fernet, n = 3", "1.0"]
     assert (row["ours"], row["seeds"], row["unit"]) == ("-1.5", "2", "points to FP32")
     assert row["difference"] == "-1.5"
@@ -113,7 +111,7 @@ def test_runs_under_other_conditions_are_not_averaged(tmp_path):
         finished(tmp_path / "whole", 0, rows),
         finished(tmp_path / "part", 1, {**rows, "bnn": 30.0}, subset=0.1),
     ]
-    lines = paper.accuracy_lines(paper.collect(folders), PUBLISHED)
+    lines = runs.lines(runs.collect(folders), PUBLISHED.series)
     (whole, part) = (x for x in lines if x.row == "resnet20 cifar100 bnn")
     assert (whole.ours, whole.setting.subset, whole.seeds) == (40.0, 1.0, 1)
     assert (part.ours, part.setting.subset, part.seeds) == (30.0, 0.1, 1)
@@ -126,7 +124,7 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
     ]
     (line,) = (
         x
-        for x in paper.accuracy_lines(paper.collect(folders), PUBLISHED)
+        for x in runs.lines(runs.collect(folders), PUBLISHED.series)
         if x.row == "resnet20 cifar100 bnn"
     )
     assert (line.seeds, line.spread) == (1, None)
@@ -138,7 +136,7 @@ def test_a_row_may_say_everything_itself(tmp_path):
            "width": 192, "subset": 0.5, "epochs": 7, "seed": 9}  # fmt: skip
     fp32 = {**row, "name": "fp32", "kind": "fp32", "test_top1": 82.0}
     (tmp_path / "results.json").write_text(json.dumps([row, fp32]))
-    lines = paper.accuracy_lines(paper.collect([tmp_path]), PUBLISHED)
+    lines = runs.lines(runs.collect([tmp_path]), PUBLISHED.series)
     (line,) = (x for x in lines if x.row == "nin benn_bagging, 12")
     assert (line.ours, line.setting.width, line.setting.epochs) == (-2.0, None, 7)
     assert str(line.setting) == "the paper's width, 50% of the images"
@@ -155,12 +153,12 @@ def test_a_row_may_say_everything_itself(tmp_path):
 )
 def test_unreadable_results_are_named(content, said, tmp_path, capsys):
     (tmp_path / "results.json").write_text(content)
-    assert paper.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert said in capsys.readouterr().err
 
 
 def test_a_folder_without_results_is_named(tmp_path, capsys):
-    assert paper.main([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "none: expected a finished run" in capsys.readouterr().err
 
 
@@ -176,7 +174,7 @@ def test_a_folder_is_the_set_it_is_named_after_and_runs_beside_the_papers_are_to
     parameters = yaml.safe_load(path.read_text())
     parameters["data"]["path"] = "somewhere/cifar10"
     path.write_text(yaml.safe_dump(parameters))
-    paper.report([run], tmp_path / "out")
+    report.write([run], tmp_path / "out")
     found = table(tmp_path / "out")
     assert found["Kim et al., Figure 6", "fusion, M = 2", "0.5"]["ours"] == "82.0"
     beside = {key[1]: row["ours"] for key, row in found.items() if key[0] == "Not in the papers"}

@@ -1,7 +1,7 @@
 """The table and the plots, on made-up results."""
 
 import csv
-import io
+import itertools
 import json
 import math
 import subprocess
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bnncore import report
+from bnncore.report import plots, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,26 +99,46 @@ def test_write(tmp_path):
 
 def test_nothing_known_yet(tmp_path):
     """A run with one model, or with figures missing, still makes a report."""
-    for results in ([], [{"name": "bnn"}], [{"name": "bnn", "test_top1": None, "members": 1}]):
-        report.write(results, {}, tmp_path, {"bnn": []})
-    report.write(
-        [a_model("bnn", "bnn", 1, 80.0, 100)], {"bnn": [{"epoch": 1, "val_top1": 3}]}, tmp_path
-    )
+    unknown = {"name": "bnn", "test_top1": None, "file_bytes": None, "members": 1}
+    one = a_model("bnn", "bnn", 1, 80.0, 100)
+    blank = None
+    for results, histories, cells in (
+        ([], {}, None),
+        ([{"name": "bnn"}], {"bnn": []}, ["–"] * 6),
+        ([unknown], {"bnn": [{"epoch": 1, "val_top1": None}]}, ["–"] * 6),
+        (
+            [one],
+            {"bnn": [{"epoch": 1, "val_top1": 3}]},
+            ["80.00", "80.50", "100", "0.08", "–", "–"],
+        ),
+    ):
+        report.write(results, histories, tmp_path, {"bnn": []})
+        rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+        assert rows == ([f"| bnn | {' | '.join(cells)} |"] if cells else [])
+        assert len(json.loads((tmp_path / "results.json").read_text())) == len(results)
+        with (tmp_path / "table.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(results)
+        plots = {p.name: p.read_bytes() for p in sorted(tmp_path.glob("*.png"))}
+        blank = blank or plots  # of no model at all: empty axes
+        drawn = {name for name in plots if plots[name] != blank[name]}
+        wanted = {"accuracy_bytes.png", "accuracy_members.png", "curves.png"}
+        assert drawn == (wanted if results == [one] else set())
 
 
 def test_table():
-    rows = [a_model("fp32", "fp32", 1, 96.875, 98_304), a_model("a|b", "bnn", 1, 90, 12_288)]
-    text = report.table_markdown(rows)
-    assert text.splitlines()[2:] == [
-        "| fp32 | 96.88 | 97.38 | 98,304 | 81.92 | 1.0× |",
-        "| a\\|b | 90.00 | 90.50 | 12,288 | 10.24 | 8.0× |",
+    rows = [
+        a_model("fp32", "fp32", 1, 96.875, 98_304, counted_by="filter_sharing"),
+        a_model("a|b", "bnn", 1, 90, 12_288),
     ]
-    out = io.StringIO()
-    report.print_table([*rows, {"name": "unknown"}], out)
-    lines = out.getvalue().splitlines()
+    text = table.markdown(rows)
+    assert text.splitlines()[2:] == [
+        "| fp32 | 96.88 | 97.38 | 98,304 | 81.92 | Kim et al. | 1.0× |",
+        "| a\\|b | 90.00 | 90.50 | 12,288 | 10.24 | – | 8.0× |",
+    ]
+    lines = table.text([*rows, {"name": "unknown"}]).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1, "aligned"
-    assert lines[-1].split() == ["unknown", "–", "–", "–", "–", "–"]
+    assert lines[-1].split() == ["unknown", *("–" * 6)]
 
 
 def test_ratio_is_to_the_fp32_model_of_the_same_shape():
@@ -147,14 +168,9 @@ def test_bad_results_are_named():
         report.complete([{"name": "a"}, {"name": "a"}])
 
 
-def test_front_by_hand():
-    points = [(1, 5, ""), (2, 4, ""), (2, 7, ""), (3, 7, ""), (9, 8, "")]
-    assert report._front(points) == [(1, 5), (2, 7), (9, 8)]
-
-
 def test_families_by_what_tells_them_apart():
     results, _, _ = a_run()
-    families = report.members_curves(results)
+    families = table.families(results)
     assert [r["members"] for r in families["tentaclenet"]] == [1, 3, 5]
     assert list(families) == [
         "fusion, shared_conv",
@@ -169,3 +185,61 @@ def test_families_by_what_tells_them_apart():
 def test_importable_without_torch():
     code = "import sys, bnncore.report; assert not {'torch', 'mlflow'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("low", [0.9, 3.0, 7.7, 880.0])
+@pytest.mark.parametrize("times", [1.3, 2, 5, 8, 20, 61, 500, 3000, 10**6])
+def test_a_size_axis_has_ticks_enough(low, times):
+    _, (ax,) = plots.canvas()
+    ax.set_xscale("log")
+    ax.set_xlim(low, low * times)
+    plots.log_ticks(ax, [low, low * times])
+    shown = [tick for tick in ax.get_xticks() if low <= tick <= low * times]
+    assert (1 if times < 2 else 3) <= len(shown) <= 13
+
+
+@pytest.mark.parametrize("members", [[1], [3], [1, 2], [1, 3, 5], list(range(1, 40))])
+def test_members_are_whole_numbers(members):
+    figure, (ax,) = plots.canvas()
+    ax.plot(members, members, marker="o")
+    plots.whole_numbers(ax)
+    figure.draw_without_rendering()
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("name", ["$", "$\\frac$", "_hidden", "a_b^c", "{m}", "%s", "\\n"])
+def test_any_name_is_drawn_as_it_is(name, tmp_path):
+    """Names that matplotlib would read as a formula, or leave out of a legend."""
+    row = a_model(name, "ensemble", 3, 80.0, 1000, scheme=name)
+    report.write(
+        [row, a_model("x", "bnn", 1, 79.0, 900, scheme="y")],
+        {name: [{"epoch": 1, "train_loss": 1.0, "val_top1": 2.0}]},
+        tmp_path,
+        {name: [{"members": 1, "top1": 50.0}]},
+    )
+    _, (ax,) = plots.canvas()
+    ax.plot([1], [1], label=plots.plain_label(name))
+    (text,) = ax.legend().get_texts()
+    assert text.get_text().strip().replace("\\$", "$") == name
+
+
+def test_names_cover_no_point_no_name_and_cross_the_front_least():
+    points = [(x, y, f"model {x}") for x, y in ((2, 50), (3, 60), (4, 70), (8, 80), (8.2, 80.1))]
+    front = [(x, y) for x, y, _ in points[:4]]
+    figure, (ax,) = plots.canvas()
+    ax.scatter(*zip(*[p[:2] for p in points], strict=True))
+    ax.margins(0.12, 0.14)
+    ax.step(*zip(*front, strict=True), where="post")
+    plots.labels(figure, ax, points, front)
+    boxes = [note.get_window_extent() for note in ax.texts if note.get_text()]
+    assert len(boxes) == len(points)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    at = [ax.transData.transform(p[:2]) for p in points]
+    assert not any(box.contains(*xy) for box in boxes for xy in at)
+    for (x0, y0), (x1, y1) in itertools.pairwise(front):
+        path = [(x0 + (x1 - x0) * k / 99, y0) for k in range(100)]
+        path += [(x1, y0 + (y1 - y0) * k / 99) for k in range(100)]
+        assert not any(box.contains(*ax.transData.transform(p)) for box in boxes for p in path)

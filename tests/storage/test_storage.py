@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from bnncore import paper, storage
+from bnncore import storage
 from bnncore.lowering import blueprint, lower
 from bnncore.networks import backbones
 from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.packed import narrow, packfile
+from bnncore.paper import figures as published
+from bnncore.paper import sizes
 from bnncore.params import Binarizer, PackParams
+from bnncore.storage import untrained
+from bnncore.storage.__main__ import main
 
 DIGITS = (8, 8, 1)
 CIFAR = (32, 32, 3)
@@ -66,24 +70,24 @@ def test_tables_of_the_first_paper_by_hand():
         + 192 * 192 * 9 + 192 + 192 * 192 + 192
     )  # fmt: skip
     stem, head = 32 * (3 * 192 * 25 + 192), 32 * (192 * 10 + 10)
-    rows = storage.table(blueprint.draw(paper.spec("nin", "cifar10", "bnn")).most)
+    rows = storage.table(blueprint.draw(sizes.spec("nin", "cifar10", "bnn")).most)
     assert storage.tentaclenet_bits(rows, 1) == stem + binary + head
     # A TentacleNet of NiN: the last 1x1 convolution once, its mixing layer not at all.
-    of = paper.spec("nin", "cifar10", "tentaclenet", 5)
+    of = sizes.spec("nin", "cifar10", "tentaclenet", 5)
     rows = storage.table(blueprint.draw(of).most, 5)
     assert storage.tentaclenet_bits(rows, 5) == stem + 5 * binary + head
     # One of FerNet: K * C weights and C biases a tentacle.
     w = 32
     binary = (2 * (w * w * 9 + w) + w * 2 * w * 9 + 2 * w + 2 * (4 * w * w * 9 + 2 * w)
               + 2 * w * 4 * w * 9 + 4 * w + 2 * (16 * w * w * 9 + 4 * w))  # fmt: skip
-    of = paper.spec("fernet", "fer2013", "tentaclenet", 3)
+    of = sizes.spec("fernet", "fer2013", "tentaclenet", 3)
     rows = storage.table(blueprint.draw(of).most, 3)
     stem = 32 * (1 * w * 9 + w)
     assert storage.tentaclenet_bits(rows, 3) == stem + 3 * binary + 3 * 32 * (4 * w * 7 + 7)
 
 
 def test_tables_of_the_second_paper_by_hand():
-    rows = storage.table(blueprint.draw(paper.spec("resnet20", "cifar100", "bnn")).most)
+    rows = storage.table(blueprint.draw(sizes.spec("resnet20", "cifar100", "bnn")).most)
     assert storage.by_block(rows) == {
         "conv1": 32 * 3 * 16 * 9,
         "layer1": 6 * 16 * 16 * 9,
@@ -94,7 +98,7 @@ def test_tables_of_the_second_paper_by_hand():
 
 
 def test_figure_7b_grows_by_what_members_own():
-    curves = paper.curves_7b()
+    curves = sizes.curves_7b()
     linear, conv1, shortcuts = 32 * 64 * 100, 32 * 3 * 16 * 9, 32 * (16 * 32 + 32 * 64)
     last = 64 * 64 * 9
     one = curves["no_shared"][1]
@@ -112,26 +116,26 @@ def test_figure_7b_grows_by_what_members_own():
 
 
 def test_operations_by_hand_and_linear_in_members():
-    of = paper.spec("resnet20", "cifar10", "bnn")
-    counts = storage.count(of)
+    of = sizes.spec("resnet20", "cifar10", "bnn")
+    counts = untrained.count(of)
     blocks = (6 * 16 * 16 * 9 * 32**2 + (16 * 32 + 5 * 32 * 32) * 9 * 16**2
               + (32 * 64 + 5 * 64 * 64) * 9 * 8**2)  # fmt: skip
     real = 3 * 16 * 9 * 32**2 + 16 * 32 * 16**2 + 32 * 64 * 8**2 + 64 * 10
     assert (counts.binary_macs, counts.float_macs) == (blocks, real)
-    many = storage.count(replace(of, members=7))
+    many = untrained.count(replace(of, members=7))
     assert (many.binary_macs, many.float_macs) == (7 * blocks, 7 * real)
     # A block that all members share runs once.
-    shared = storage.count(spec("nin", 5, "tentaclenet", CIFAR, width=192))
-    alone = storage.count(spec("nin", 1, "tentaclenet", CIFAR, width=192))
+    shared = untrained.count(spec("nin", 5, "tentaclenet", CIFAR, width=192))
+    alone = untrained.count(spec("nin", 1, "tentaclenet", CIFAR, width=192))
     stem = 3 * 192 * 25 * 32**2
     assert shared.float_macs - stem == 5 * (alone.float_macs - stem)
 
 
 def test_papers_command_prints_every_figure_as_equal(capsys):
-    assert storage.main(["--papers"]) == 0
+    assert main(["--papers"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "27 of 27 figures equal"
-    assert sum(line.endswith("  equal") for line in lines) == 15 + 12
+    assert sum(" equal" in line for line in lines[:-1]) == 15 + 12
     assert not any("DIFFERENT" in line for line in lines)
 
 
@@ -147,11 +151,11 @@ def test_papers_command_fails_when_one_channel_count_changes(name, monkeypatch, 
         return network
 
     monkeypatch.setitem(backbones.BACKBONES, name, (narrower, width))
-    monkeypatch.setattr(paper, "_left_out", lambda write: None)  # such a network does not run
-    monkeypatch.setattr(paper, "_operations", lambda quoted, write: None)
+    monkeypatch.setattr(sizes, "_left_out", list)  # such a network does not run
+    monkeypatch.setattr(sizes, "_operations", lambda figures: [])
     blueprint.forget()
     try:
-        assert storage.main(["--papers"]) == 1
+        assert main(["--papers"]) == 1
     finally:
         blueprint.forget()
     last = capsys.readouterr().out.splitlines()[-1]
@@ -162,20 +166,22 @@ def test_papers_command_fails_when_one_channel_count_changes(name, monkeypatch, 
 
 def test_papers_command_fails_when_the_expected_figure_differs(tmp_path, capsys):
     other = tmp_path / "figures.yaml"
-    other.write_text(paper.FIGURES.read_text().replace("kib: 645", "kib: 646"))
-    assert storage.main(["--papers", "--expected", str(other)]) == 1
+    other.write_text(published.FIGURES.read_text().replace("published: 645", "published: 646"))
+    assert main(["--papers", "--expected", str(other)]) == 1
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "26 of 27 figures equal"
-    (different,) = (line for line in out.splitlines() if line.endswith("DIFFERENT"))
+    (different,) = (line for line in out.splitlines() if "DIFFERENT" in line)
     assert "nin tentaclenet 5" in different
     # A published figure that is not counted is a difference too.
-    other.write_text(paper.FIGURES.read_text().replace("conv1: 13824", "conv0: 1, conv1: 13824"))
-    assert storage.main(["--papers", "--expected", str(other)]) == 1
+    more = "sizes:\n- {table: x, row: x, backbone: nin, dataset: cifar10, kind: no, "
+    more += "members: 1, published: 1}\n"
+    other.write_text(published.FIGURES.read_text().replace("sizes:\n", more))
+    assert main(["--papers", "--expected", str(other)]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "27 of 28 figures equal"
 
 
 def test_papers_command_says_which_file_is_missing(tmp_path, capsys):
-    assert storage.main(["--papers", "--expected", str(tmp_path / "none.yaml")]) == 1
+    assert main(["--papers", "--expected", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml: expected the papers' figures" in capsys.readouterr().err
 
 
@@ -199,7 +205,7 @@ def test_counts_before_training_are_those_of_the_file(backbone, sharing, negativ
         program = lowered(of, members, negative, classes, info)
         content = packfile.encode(program)
         real = storage.counted(packfile.decode(content), len(content))
-        drawn = storage.count(of, classes=classes, info=info)
+        drawn = untrained.count(of, classes=classes, info=info)
         assert drawn.tentaclenet == real.tentaclenet
         assert drawn.filter_sharing == real.filter_sharing
         assert (drawn.binary_macs, drawn.float_macs) == (real.binary_macs, real.float_macs)
@@ -207,7 +213,7 @@ def test_counts_before_training_are_those_of_the_file(backbone, sharing, negativ
         if negative:
             assert drawn.file <= 1.1 * real.file
         # Without knowing what the file says of itself the bound still holds.
-        assert real.file <= storage.file_bound(of)
+        assert real.file <= blueprint.file_bound(of)
 
 
 @pytest.mark.parametrize("weight", ["sign", "learned"])
@@ -216,8 +222,8 @@ def test_counts_of_other_binarizers(weight, activation):
     for backbone in ("nin", "resnet8"):
         of = spec(backbone, 2, "shared_conv", binarizer=Binarizer(weight, activation))
         size = len(packfile.encode(lowered(of)))
-        counts = storage.count(of)
-        same = storage.count(spec(backbone, 2, "shared_conv"))
+        counts = untrained.count(of)
+        same = untrained.count(spec(backbone, 2, "shared_conv"))
         assert counts.file_least <= size <= counts.file
         # The papers count neither scales nor activations, and a bias of a binary layer as one bit.
         assert counts.tentaclenet == same.tentaclenet == storage.counted(lowered(of)).tentaclenet
@@ -232,7 +238,7 @@ def test_bound_of_narrowed_files(affine, weights):
         of = spec(backbone, 3, sharing)
         program = narrow.narrowed(lowered(of), pack)
         size = len(packfile.encode(program))
-        counts = storage.count(of, pack, classes=program.classes, info={})
+        counts = untrained.count(of, pack, classes=program.classes, info={})
         assert counts.file_least <= size <= counts.file <= 1.1 * size
         # The papers' counts are of the trained network, whatever the file keeps of it.
         assert storage.counted(program).tentaclenet == counts.tentaclenet
@@ -244,7 +250,7 @@ def test_a_float_network_counts_32_bits_each():
     network = backbones.build(of.model)
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     values = sum(p.numel() for layer in layers for p in layer.parameters())
-    counts = storage.count(of)
+    counts = untrained.count(of)
     assert counts.tentaclenet == 32 * values
     assert counts.file_least <= len(packfile.encode(lowered(of))) <= counts.file
 
@@ -258,48 +264,49 @@ def test_vote_weights_are_in_the_file_and_in_neither_paper():
     voted = storage.counted(program)
     assert voted.tentaclenet == plain.tentaclenet
     assert voted.filter_sharing == plain.filter_sharing
-    parts = storage.by_part(voted.rows)
+    parts = storage.by_part(voted.entries)
     assert parts["votes and biases of the combination"] == (4 * 4, 0)
-    assert plain.file < voted.file <= storage.file_bound(of)
+    assert plain.file < voted.file <= blueprint.file_bound(of)
 
 
 def test_rows_add_up_to_the_file():
     program = lowered(spec("reactnet10", 3, "shared_conv"))
     counts = storage.counted(program)
     data = sum(t.data.nbytes for t in program.tensors.values())
-    assert sum(row.file_bytes for row in counts.rows) == data
-    parts = storage.by_part(counts.rows)
+    assert sum(row.file_bytes for row in counts.entries) == data
+    parts = storage.by_part(counts.entries)
     assert sum(shared + 3 * own for shared, own in parts.values()) == data
-    layout = storage.layout_table(program)
-    combined = sum(row.file_bytes for row in counts.rows if row.layer == "combine")
-    assert sum(row["file_bytes"] for row in layout) + combined == data
-    assert sum(row["total"] for row in layout) == counts.filter_sharing
+    layers = storage.by_layer(counts.entries)
+    combined = sum(row.file_bytes for row in counts.entries if row.layer == "combine")
+    assert sum(taken for _, taken in layers) + combined == data
+    assert sum(weights.counted_bits for weights, _ in layers) == counts.filter_sharing
 
 
-def test_layout_table_says_who_owns_what():
-    layout = {r["layer"]: r for r in storage.layout_table(lowered(spec("resnet8", 3, "c2")))}
-    assert layout["stem.conv"] == {
-        "block": "conv1", "layer": "stem.conv", "shape": (8, 3, 3, 1), "kind": "float32",
-        "own": False, "bits": 32 * 72, "bias_bits": 0, "copies": 1, "total": 32 * 72,
-        "file_bytes": layout["stem.conv"]["file_bytes"],
-    }  # fmt: skip
-    shortcut = layout["body.layer2.block1.shortcut.conv"]
-    assert (shortcut["own"], shortcut["copies"], shortcut["total"]) == (True, 3, 3 * 32 * 8 * 16)
-    conv = layout["body.layer1.block1.conv1"]
-    assert (conv["kind"], conv["own"], conv["bits"]) == ("binary", False, 8 * 8 * 9)
-    assert layout["head.dense"]["bias_bits"] == 32 * 10
+def test_layers_say_who_owns_what():
+    entries = storage.table(lowered(spec("resnet8", 3, "c2")))
+    layers = {weights.layer: (weights, taken) for weights, taken in storage.by_layer(entries)}
+    stem, taken = layers["stem.conv"]
+    assert (storage.block(stem.layer), stem.shape, stem.binary) == ("conv1", (8, 3, 3, 1), False)
+    assert (stem.own, stem.copies, stem.counted_bits) == (False, 1, 32 * 72)
+    assert taken > 4 * 72, "the norm behind it counts to it"
+    shortcut, _ = layers["body.layer2.block1.shortcut.conv"]
+    own = (shortcut.own, shortcut.copies, shortcut.counted_bits)
+    assert own == (True, 3, 3 * 32 * 8 * 16)
+    conv, _ = layers["body.layer1.block1.conv1"]
+    assert (conv.binary, conv.own, conv.counted_bits) == (True, False, 8 * 8 * 9)
 
 
 def test_counting_a_packed_file_needs_no_torch(tmp_path):
     path = tmp_path / "x.bnn"
     packfile.save(lowered(spec("nin", 2, "tentaclenet")), path)
     code = (
-        "import sys; from bnncore import storage; "
-        f"assert storage.main(['--file', {str(path)!r}]) == 0; assert 'torch' not in sys.modules"
+        "import sys; from bnncore.storage.__main__ import main; "
+        f"assert main(['--file', {str(path)!r}]) == 0; assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{path.stat().st_size:,} bytes" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.split()[:2] == ["the", "file"])
+    assert line.split()[-1] == f"{path.stat().st_size:,}"
 
 
 def test_params_command_counts_without_training(tmp_path, capsys):
@@ -311,20 +318,20 @@ ensembles:
   train:
   - {name: ten, scheme: fusion, sharing: shared_conv, members: 10}
 """)
-    assert storage.main(["--params", str(path)]) == 0
+    assert main(["--params", str(path)]) == 0
     out = capsys.readouterr().out
     *_, fp32, bnn, ten = out.splitlines()
     assert fp32.split()[0] == "fp32"
     assert bnn.split()[3] == f"{32 * (432 + 6400) + 13824 + 67072 + 268288:,}"
     assert ten.split()[:2] == ["ten", "10"]
     path.write_text("model: {backbone: resnet21}\n")
-    assert storage.main(["--params", str(path)]) == 1
+    assert main(["--params", str(path)]) == 1
     assert "resnet20" in capsys.readouterr().err
 
 
 def test_drawings_are_kept_across_members():
     a, b = spec("nin", 2, "tentaclenet"), spec("nin", 9, "tentaclenet")
     assert blueprint.draw(a) is blueprint.draw(b)
-    own = storage.count(b).file - storage.count(a).file
+    own = untrained.count(b).file - untrained.count(a).file
     program = blueprint.draw(a).most
     assert own == 7 * sum(t.data.nbytes for t in program.tensors.values() if t.own)

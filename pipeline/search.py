@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from bnncore import check, data, metrics, params
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.packed import execute, packfile
 from bnncore.search import answer, space, trial
 from bnncore.search import study as searching

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bnncore.cluster import actors
+from bnncore.cluster.cluster import Cluster
 from bnncore.params import RayParams
 from bnncore.training import schemes, train
 from tests.small import plan
@@ -44,7 +44,7 @@ def main(folder: Path, epochs: int, strike: int | None) -> None:
     def told(job, epoch):
         print(f"epoch {epoch['epoch']} actors {epoch.get('actors', 1)}", flush=True)
 
-    with actors.Cluster(RayParams(actors=2, wait_s=60)) as cluster:
+    with Cluster(RayParams(actors=2, wait_s=60)) as cluster:
         trained = schemes.train(
             p, lambda jobs: cluster.train_many(jobs, images, folder / "checkpoints", told)
         )

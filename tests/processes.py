@@ -41,7 +41,7 @@ def descendants(pid: int | None = None) -> dict[int, str]:
 
 def actors(pid: int | None = None) -> list[int]:
     """Process ids of the Ray actors that descend from a process."""
-    return sorted(p for p, line in descendants(pid).items() if line.startswith("ray::_Actor"))
+    return sorted(p for p, line in descendants(pid).items() if line.startswith("ray::Actor"))
 
 
 def kill(pids, how: int = signal.SIGKILL) -> None:

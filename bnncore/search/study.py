@@ -47,7 +47,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bnncore import params as P
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.data import Dataset
 from bnncore.networks.ensemble import SHARING

@@ -19,7 +19,7 @@ import torch
 
 from bnncore import metrics
 from bnncore import params as P
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.data import Dataset
 from bnncore.lowering import lower
 from bnncore.packed import execute, narrow, packfile

@@ -10,7 +10,9 @@ import ray
 import torch
 from torch.nn import functional as F
 
-from bnncore.cluster import actors
+from bnncore.cluster import group
+from bnncore.cluster.cluster import Cluster
+from bnncore.cluster.connect import ClusterError, connect
 from bnncore.networks.ensemble import Ensemble, TreeSum, tree_sum
 from bnncore.params import RayParams
 from bnncore.training import schemes, train
@@ -22,8 +24,8 @@ def cluster():
     """Four slots on this machine; tests say how many of them are used."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    actors.connect(RayParams(), num_cpus=4)
-    with actors.Cluster(RayParams(actors=4)) as cluster:
+    connect(RayParams(), num_cpus=4)
+    with Cluster(RayParams(actors=4)) as cluster:
         yield cluster
     ray.shutdown()
     torch.set_num_threads(threads)
@@ -130,13 +132,13 @@ def test_the_exchange_stays_within_its_bytes(cluster):
 
 def test_says_what_is_missing(cluster):
     with (
-        pytest.raises(actors.ClusterError, match=r"64 CPU each.*has 4 CPU"),
-        actors.Cluster(RayParams(cpus_per_actor=64, wait_s=0)),
+        pytest.raises(ClusterError, match=r"64 CPU each.*has 4 CPU"),
+        Cluster(RayParams(cpus_per_actor=64, wait_s=0)),
     ):
         pass
     with (
-        pytest.raises(actors.ClusterError, match=r"0.5 GPU"),
-        actors.Cluster(RayParams(gpus_per_actor=0.5, wait_s=0)),
+        pytest.raises(ClusterError, match=r"0.5 GPU"),
+        Cluster(RayParams(gpus_per_actor=0.5, wait_s=0)),
     ):
         pass
 
@@ -144,8 +146,8 @@ def test_says_what_is_missing(cluster):
 @pytest.mark.timeout(60)  # Ray's own attempts take ten minutes
 def test_an_unreachable_cluster_is_named(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(actors.ClusterError, match=r"127.0.0.1:9"):
-        actors.connect(RayParams(address="127.0.0.1:9"))
+    with pytest.raises(ClusterError, match=r"127.0.0.1:9"):
+        connect(RayParams(address="127.0.0.1:9"))
 
 
 def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
@@ -160,19 +162,19 @@ def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    actors.connect(RayParams())
+    connect(RayParams())
     assert asked == ["local", "local"]
     assert "trying once more" in caplog.text
     asked.clear()
     with pytest.raises(Exception, match="timed out"):
-        actors.connect(RayParams(address="auto"))
+        connect(RayParams(address="auto"))
     assert asked == ["auto"]
 
 
 @pytest.mark.parametrize("members", range(1, 12))
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
 def test_blocks(members, count):
-    parts = actors.blocks(tuple(range(members)), count)
+    parts = group.blocks(tuple(range(members)), count)
     assert sum(parts, ()) == tuple(range(members))
     assert len(parts) <= count
     sizes = {len(part) for part in parts[:-1]}

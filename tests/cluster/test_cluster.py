@@ -25,7 +25,8 @@ from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.experimental.internal_kv import _internal_kv_get
 
 from bnncore import tracking
-from bnncore.cluster import actors
+from bnncore.cluster.cluster import Cluster
+from bnncore.cluster.connect import ClusterError, connect
 from bnncore.packed import packfile
 from bnncore.params import RayParams
 from bnncore.tracking import Tracker
@@ -74,7 +75,7 @@ class _Watch(threading.Thread):
             for node, those in zip(self.nodes, self.actors, strict=True):
                 now = processes.descendants(node.pid)
                 self.seen |= {p: processes.began(p) for p in [node.pid, *now] if p not in self.seen}
-                those |= {p for p, line in now.items() if line.startswith("ray::_Actor")}
+                those |= {p for p, line in now.items() if line.startswith("ray::Actor")}
 
     def __exit__(self, *_) -> None:
         self.ended.set()
@@ -336,7 +337,7 @@ def test_the_container_has_a_python_that_fits_and_copies_what_exists():
 
 @pytest.fixture(scope="module")
 def two_cpus():
-    actors.connect(RayParams(), num_cpus=2)
+    connect(RayParams(), num_cpus=2)
     yield
     ray.shutdown()
 
@@ -349,7 +350,7 @@ def _asked() -> list:
 @pytest.mark.slow
 def test_with_too_few_it_asks_waits_and_goes_on(two_cpus, caplog):
     began = time.monotonic()
-    with actors.Cluster(RayParams(actors=3, gpus_per_actor=0, wait_s=2)) as cluster:
+    with Cluster(RayParams(actors=3, gpus_per_actor=0, wait_s=2)) as cluster:
         assert time.monotonic() - began >= 2
         assert _asked() == [{"CPU": 1}] * 3
         assert cluster.slots() == 2
@@ -363,8 +364,8 @@ def test_with_too_few_it_asks_waits_and_goes_on(two_cpus, caplog):
 def test_with_none_it_waits_and_names_what_is_missing(two_cpus):
     message = r"1 actor\(s\) of 1 CPU and 0.5 GPU each .* has 2 CPU, 0 GPU .* room for 0; expected"
     with (
-        pytest.raises(actors.ClusterError, match=message),
-        actors.Cluster(RayParams(gpus_per_actor=0.5, wait_s=1)),
+        pytest.raises(ClusterError, match=message),
+        Cluster(RayParams(gpus_per_actor=0.5, wait_s=1)),
     ):
         pass
     assert _asked() == []
@@ -372,6 +373,6 @@ def test_with_none_it_waits_and_names_what_is_missing(two_cpus):
 
 @pytest.mark.slow
 def test_with_enough_it_neither_asks_nor_waits(two_cpus, caplog):
-    with actors.Cluster(RayParams(actors=2, gpus_per_actor=0, wait_s=300)):
+    with Cluster(RayParams(actors=2, gpus_per_actor=0, wait_s=300)):
         assert _asked() == []
     assert caplog.messages == []

@@ -23,7 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bnncore.cluster import actors
+from bnncore.cluster.cluster import Cluster
+from bnncore.cluster.connect import ClusterError, connect
 from bnncore.params import RayParams
 from bnncore.training import schemes, train
 from tests import processes
@@ -61,8 +62,8 @@ def undisturbed() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def cluster():
-    actors.connect(RayParams(), num_cpus=2)
-    with actors.Cluster(RayParams()) as cluster:
+    connect(RayParams(), num_cpus=2)
+    with Cluster(RayParams()) as cluster:
         yield cluster
     ray.shutdown()
 
@@ -122,7 +123,7 @@ def test_a_job_that_always_loses_its_actors_is_given_up(cluster):
     thread = threading.Thread(target=relentless)
     thread.start()
     try:
-        with pytest.raises(actors.ClusterError, match=r"e: lost its actors 3 times"):
+        with pytest.raises(ClusterError, match=r"e: lost its actors 3 times"):
             schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
     finally:
         stop.set()

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 
 from bnncore import check, storage
 from bnncore import params as P
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.lowering import blueprint
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,8 +26,8 @@ from bnncore.params import RayParams
 
 log = logging.getLogger(__name__)
 
-# Ray says with these, and with what inherits from them, that an actor, a worker, a node, an object
-# or a place of theirs is gone; another one may be had. Ray itself ends workers when memory is short.
+# With these, and with what inherits from them, Ray says that an actor, a worker, a node, an object
+# or a place of theirs is gone; another may be had. Ray itself ends workers when memory is short.
 LOST = (
     exceptions.RayActorError,
     exceptions.WorkerCrashedError,
@@ -66,6 +67,16 @@ def connect(params: RayParams, **options: Any) -> None:
     else:
         _join(place, options)
         _name_nodes()
+
+
+def session_folder(params: RayParams) -> Path:
+    """The folder of the cluster's session on this node; its ``logs`` are what Ray serves."""
+    connect(params)
+    try:
+        context = ray.get_runtime_context()
+        return Path(context.get_temp_dir()) / context.get_session_name()
+    finally:
+        ray.shutdown()
 
 
 def _join(place: str, options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ for both; the project they work for is a copy.
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import subprocess
@@ -14,7 +15,10 @@ import tarfile
 import threading
 import time
 import tomllib
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -30,7 +34,7 @@ from bnncore.cluster.connect import ClusterError, connect
 from bnncore.packed import packfile
 from bnncore.params import RayParams
 from bnncore.tracking import Tracker
-from pipeline import submit
+from pipeline import submit, swap
 from tests import processes
 from tests.pipeline import test_pipeline
 
@@ -135,7 +139,7 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
         assert packfile.load(packed).members == (2 if row["name"] == "fused" else 1)
     assert not (folder / "packed" / "old.bnn").exists()
     assert (folder / "reports" / "mine.txt").exists()
-    assert list(folder.glob(".submit-*")) == []
+    assert [p for p in folder.rglob("*.submit-*") if ".dvc" not in p.parts] == []
     # It is the same as if it had been made here: DVC finds nothing to do.
     assert test_pipeline.ran(test_pipeline.dvc(folder, "repro")) == []
     # Nothing lives on.
@@ -183,24 +187,43 @@ def test_results_are_the_stages_outputs(tmp_path):
     assert submit.results(tmp_path, ["reports", "models/a/x"]) == [*expected[:3], "reports"]
 
 
-class _Cluster:
-    """A job server that hands out one archive."""
+class _Cluster(http.server.BaseHTTPRequestHandler):
+    """A job server that hands out one archive to those who show the token."""
 
-    def __init__(self, archive: Path, log: str):
-        self.archive, self.log = archive, log
-        self.status_code, self.driver_node_id = 200, "f" * 8
+    archive, log = Path(), ""
 
-    def get_job_logs(self, job):
-        return self.log
+    def do_GET(self):
+        address = urllib.parse.urlsplit(self.path)
+        asked = urllib.parse.parse_qs(address.query)
+        assert address.path == "/api/v0/logs/file"
+        assert asked == {"node_id": ["f" * 8], "filename": ["x.tar"], "lines": ["-1"]}
+        known = self.headers["Authorization"] == "Bearer " + "0" * 64
+        self.send_response(200 if known else 403)
+        self.end_headers()
+        self.wfile.write(self.archive.read_bytes() if known else b"Invalid authentication token")
 
-    def get_job_info(self, job):
-        return self
+    def log_message(self, *_):
+        pass
 
-    def _do_request(self, method, path, params, stream):
-        return self
 
-    def iter_content(self, size):
-        yield self.archive.read_bytes()
+@pytest.fixture
+def client(monkeypatch):
+    """As Ray's own: its log and the node that it ran on."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Cluster) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield SimpleNamespace(
+            get_address=lambda: f"http://127.0.0.1:{server.server_port}",
+            get_job_logs=lambda job: _Cluster.log,
+            get_job_info=lambda job: SimpleNamespace(driver_node_id="f" * 8),
+        )
+        server.shutdown()
+        thread.join()
+
+
+def handed_out(archive: Path, size: int, digest: str) -> None:
+    _Cluster.archive, _Cluster.log = archive, f"results: x.tar, {size} bytes, sha256 {digest}\n"
 
 
 @pytest.fixture
@@ -214,38 +237,59 @@ def there_and_here(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "there", tmp_path / "here"
 
 
-def test_only_results_are_taken_from_an_archive(tmp_path, there_and_here):
+def test_only_results_are_taken_from_an_archive(tmp_path, there_and_here, client):
     there, here = there_and_here
-    size, digest = submit.pack(["packed", "Makefile"], there, tmp_path / "x.tar")
-    log = f"results: x.tar, {size} bytes, sha256 {digest}\n"
-    submit.fetch(_Cluster(tmp_path / "x.tar", log), "job", [], here)
+    handed_out(tmp_path / "x.tar", *submit.pack(["packed", "Makefile"], there, tmp_path / "x.tar"))
+    submit.fetch(client, "job", [], here)
     assert (here / "packed" / "a.bnn").read_text() == "new"
     assert (here / "Makefile").read_text() == "old"
-    assert sorted(p.name for p in here.iterdir()) == [
-        "Makefile",
-        "dvc.yaml",
-        "packed",
-        "params.yaml",
-    ]
+    names = [".dvc", "Makefile", "dvc.yaml", "packed", "params.yaml"]
+    assert sorted(p.name for p in here.iterdir()) == names
+    assert sorted(p.name for p in (here / swap.WORK).iterdir()) == ["job.brought", "lock"]
 
 
-@pytest.mark.parametrize("harm", ["cut", "outside", "no line"])
-def test_a_harmed_archive_changes_nothing(tmp_path, there_and_here, harm):
+def test_of_two_that_watch_a_job_one_brings_its_results(tmp_path, there_and_here, client, capsys):
+    there, here = there_and_here
+    handed_out(tmp_path / "x.tar", *submit.pack(["packed"], there, tmp_path / "x.tar"))
+    began = time.time()
+    with ThreadPoolExecutor(2) as pool:
+        watching = [pool.submit(submit.fetch, client, "job", [], here, began) for _ in range(2)]
+    assert [w.result() for w in watching] == [None, None]
+    said = capsys.readouterr().out
+    assert said.count("brought back: packed") == 1
+    assert said.count("job: another process has brought its results") == 1
+    (here / "packed" / "a.bnn").write_text("changed here")
+    submit.fetch(client, "job", [], here, time.time())  # asked for again
+    assert (here / "packed" / "a.bnn").read_text() == "new"
+
+
+@pytest.mark.parametrize("harm", ["cut", "outside", "no line", "token", "runs"])
+def test_what_goes_wrong_changes_nothing(tmp_path, there_and_here, client, monkeypatch, harm):
     there, here = there_and_here
     archive = tmp_path / "x.tar"
-    size, digest = submit.pack(["packed"], there, archive)
+    handed_out(archive, *submit.pack(["packed"], there, archive))
     if harm == "cut":
         archive.write_bytes(archive.read_bytes()[:700])
     if harm == "outside":
         with tarfile.open(archive, "w") as tar:
             tar.add(there / "Makefile", "../Makefile")
-        size, digest = submit.digest(archive)
-    log = "" if harm == "no line" else f"results: x.tar, {size} bytes, sha256 {digest}\n"
-    with pytest.raises(submit.SubmitError):
-        submit.fetch(_Cluster(archive, log), "job", [], here)
+        handed_out(archive, *submit.digest(archive))
+    if harm == "no line":
+        _Cluster.log = ""
+    if harm == "token":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 64)
+    if harm == "runs":  # a store of theirs that cannot be read
+        (there / "mlflow.db").write_text("no store")
+        handed_out(archive, *submit.pack(["packed", "mlflow.db"], there, archive))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        submit.fetch(client, "job", [], here)
+    assert isinstance(caught.value, submit.SubmitError) or harm == "runs"
+    if harm == "token":
+        assert "cannot fetch x.tar" in str(caught.value)
+        assert "Invalid authentication token" in str(caught.value)
     assert (here / "packed" / "a.bnn").read_text() == "old"
     assert (here / "Makefile").read_text() == "old"
-    assert list(here.glob(".submit-*")) == []
+    assert [p.name for p in (here / swap.WORK).glob("*")] in ([], ["lock"])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 
 from bnncore.training.schemes import Ensembled
@@ -79,6 +80,15 @@ def test_sigkill_of_dvc_ends_its_stage_and_the_next_goes_on(tmp_path):
             "mlflow": {"uri": "none"},
         },
     )  # fmt: skip
+    stages = {
+        name: {"cmd": f"python -m pipeline.{name.replace('-', '_')}", "deps": deps, "outs": [out]}
+        for name, deps, out in (
+            ("pretrain", ["params.yaml"], "models/fp32"),
+            ("binarize", ["models/fp32"], "models/bnn"),
+            ("ensemble-train", ["models/bnn"], "models/ensembles"),
+        )
+    }
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     command = ["dvc", "repro", "ensemble-train"]
     dvc = subprocess.Popen(
         command, cwd=folder, env=test_pipeline.environment(),

@@ -1,15 +1,17 @@
-"""One cluster of this machine, and one handle on it, for all tests of the room."""
+"""One cluster of this machine, and one handle on it, for all tests of the room.
+
+Ray is imported by the room first, which tells it to stay on loopback.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import ray
 import torch
 
+from bnncore.cluster import connect
 from bnncore.cluster.cluster import Cluster
-from bnncore.cluster.connect import connect
 from bnncore.params import RayParams
 
 
@@ -18,9 +20,9 @@ def local_ray() -> Iterator[None]:
     """A cluster of four CPUs and no GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        connect(RayParams(), num_cpus=4, num_gpus=0)
+        connect.connect(RayParams(), num_cpus=4, num_gpus=0)
         yield
-        ray.shutdown()
+        connect.ray.shutdown()
 
 
 @pytest.fixture(scope="session")

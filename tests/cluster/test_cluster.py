@@ -100,6 +100,7 @@ def test_a_cluster_that_is_busy_with_other_work_is_named(local_ray, cluster, mon
     finally:
         remove_placement_group(others)
     assert cluster._busy == []
+    monkeypatch.undo()
     trained = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
     assert [e["actors"] for e in trained.histories["e"]] == [3]
 

@@ -119,12 +119,12 @@ def test_an_actor_that_dies_right_after_an_answer(pair, monkeypatch, call):
     expected = schemes.train(p, lambda jobs: train.train_many(jobs, images)).state
     original, struck = getattr(Group, call), []
 
-    def strike(self, *args):
+    def strike(self, *args, **options):
         if not struck:
             struck.append(call)
             actors = args[2] if call == "__init__" else self.actors
             ray.kill(actors[-1])
-        return original(self, *args)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(Group, call, strike)
     before = pair.lost

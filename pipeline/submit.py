@@ -69,13 +69,13 @@ def main() -> None:
     job = options.job or submit(client, options)
     try:
         follow(client, job)
+        fetch(client, job, options.bring, ROOT, began)
     except KeyboardInterrupt:
         print(
             f"\n{job} goes on. To watch it and bring its results: --job {job}; to end it: "
             f"ray job stop {job} --address {client.get_address()}"
         )
         sys.exit(130)
-    fetch(client, job, options.bring, ROOT, began)
 
 
 def arguments() -> argparse.Namespace:
@@ -240,6 +240,8 @@ def fetch(
             paths = [path for path in results(root, bring) if (folder / "new" / path).exists()]
             paths.sort(key=lambda path: path == "dvc.lock")  # which says that the others are there
             swap.swap(folder / "new", root, paths, work)
+        except OSError as error:
+            raise SubmitError(f"{job}: cannot put its results in place: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         brought.touch()
@@ -257,8 +259,8 @@ def fetch(
 def _download(client: JobSubmissionClient, job: str, name: str, path: Path) -> None:
     """A file of the log folder of the node on which the job ran.
 
-    By the address and the header that Ray documents for any HTTP client: its own function for it,
-    `ray.util.state.get_log`, asks another port of the cluster for this one.
+    By plain HTTP, as the dashboard's own links do it, with the header that Ray documents for any
+    client: its function for it, `ray.util.state.get_log`, asks another port for this one first.
     """
     node = client.get_job_info(job).driver_node_id
     query = urllib.parse.urlencode({"node_id": node, "filename": name, "lines": -1})
@@ -281,6 +283,7 @@ def here(command: list[str], bring: list[str]) -> int:
     Ray may take an uploaded directory away or unpack it anew, and hands the same one to every job
     with the same content. The copy is kept, for a job that failed to be gone on with.
     """
+    # In a job RAY_ADDRESS names the cluster that the job runs in.
     session = session_folder(parameters.load(ROOT / "params.yaml").ray)
     folder = session / "bnncore" / ROOT.resolve().name  # names a content
     if not folder.exists():

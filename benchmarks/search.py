@@ -43,7 +43,7 @@ import numpy as np
 from benchmarks import seeds
 from benchmarks.rows import processor
 from bnncore import data, metrics, params
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.lowering import packing
 from bnncore.packed import execute, packfile
 from bnncore.params import EnsembleParams, Params

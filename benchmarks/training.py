@@ -244,7 +244,8 @@ def voting(bench: Bench, quick: bool) -> None:
     """
     import torchensemble
 
-    from bnncore.cluster.actors import Cluster, connect
+    from bnncore.cluster.cluster import Cluster
+    from bnncore.cluster.connect import connect
     from bnncore.params import RayParams
 
     members, batch, steps, rounds = (2, 32, 2, 1) if quick else (8, 128, 4, 3)
@@ -295,7 +296,8 @@ def voting(bench: Bench, quick: bool) -> None:
 
 def actors(bench: Bench, quick: bool) -> None:
     """Joint training over two actors of one thread, against one, and against one process of two."""
-    from bnncore.cluster.actors import Cluster, connect
+    from bnncore.cluster.cluster import Cluster
+    from bnncore.cluster.connect import connect
     from bnncore.params import RayParams
 
     batch, steps, rounds = (32, 2, 2) if quick else (128, 3, 5)
@@ -375,7 +377,7 @@ def predict(bench: Bench, scheme: str, member: float, batch: int, trainer: Train
 
 
 def sums(sizes: tuple[int, ...], repeats: int = 30) -> list[float]:
-    """Seconds of `actors.Collective.sum` of so many floats between two processes, medians."""
+    """Seconds of `Collective.sum` of so many floats between two processes, medians."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from benchmarks.training import _sum\n"
@@ -393,7 +395,7 @@ def sums(sizes: tuple[int, ...], repeats: int = 30) -> list[float]:
 def _sum(meet: str, rank: int, sizes: tuple[int, ...], repeats: int) -> None:
     from torch import distributed as dist
 
-    from bnncore.cluster.actors import Collective
+    from bnncore.cluster.collective import Collective
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)

@@ -6,7 +6,7 @@ import shutil
 from functools import partial
 
 from bnncore import data, params
-from bnncore.cluster import actors
+from bnncore.cluster.cluster import Cluster
 from bnncore.training import schemes, train
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
@@ -24,7 +24,7 @@ def main() -> None:
             for ensemble in s.params.ensembles.train
         ]
         with (
-            actors.Cluster(s.params.ray) as cluster,
+            Cluster(s.params.ray) as cluster,
             train.resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
         ):
             train_many = partial(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from bnncore import check, data, metrics, params
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.packed import execute, packfile
 from bnncore.search import answer, trial
 from bnncore.search import run as searching

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bnncore import params as parameters
 from bnncore.params import Params
 from bnncore.tracking import ModelRun, Tracker
+from pipeline.parent import end_with_dvc
 
 ROOT = Path()  # stages run in the project's root, under DVC and by hand
 CHECKPOINTS = ROOT / "checkpoints"
@@ -81,6 +82,7 @@ def stage() -> Iterator[Stage]:
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage's `main`; what a user can mend ends in one line on stderr and exit status 1."""
+    end_with_dvc()
     logging.basicConfig(format="%(name)s: %(message)s")
     try:
         main()

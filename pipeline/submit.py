@@ -17,7 +17,9 @@ import argparse
 import asyncio
 import fcntl
 import hashlib
+import http.client
 import logging
+import math
 import os
 import re
 import secrets
@@ -26,15 +28,22 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
-from typing import Any
 
 import yaml
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
 
 from bnncore import params as parameters
 from bnncore import tracking
+from bnncore.cluster import token
+from bnncore.cluster.connect import session_folder
+from bnncore.errors import UserError
+from pipeline import swap
 from pipeline.stage import ROOT, run
 
 # Beside what .gitignore names; tests and figures are of no use to a job.
@@ -45,7 +54,7 @@ STORE = ["checkpoints/mlflow"]
 PACKED = re.compile(r"^results: (\S+\.tar), (\d+) bytes, sha256 ([0-9a-f]{64})$", re.MULTILINE)
 
 
-class SubmitError(RuntimeError):
+class SubmitError(UserError, RuntimeError):
     """The job could not be submitted, failed, or its results did not come back whole."""
 
 
@@ -53,17 +62,20 @@ def main() -> None:
     options = arguments()
     if options.here:
         sys.exit(here(options.command, options.bring))
+    began = time.time()
+    with swap.only(ROOT):
+        pass  # what a killed process has left is put right
     client = connect(options.address)
     job = options.job or submit(client, options)
     try:
         follow(client, job)
+        fetch(client, job, options.bring, ROOT, began)
     except KeyboardInterrupt:
         print(
             f"\n{job} goes on. To watch it and bring its results: --job {job}; to end it: "
             f"ray job stop {job} --address {client.get_address()}"
         )
         sys.exit(130)
-    fetch(client, job, options.bring, ROOT)
 
 
 def arguments() -> argparse.Namespace:
@@ -94,10 +106,8 @@ def arguments() -> argparse.Namespace:
 # -- here, beside the user ---------------------------------------------------------------------
 
 
-def connect(address: str | None) -> Any:
+def connect(address: str | None) -> JobSubmissionClient:
     """The cluster's job server."""
-    # Ray reads these once, when it is imported. A token is sent where there is one.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address:
         os.environ["RAY_ADDRESS"] = address  # which goes before Ray's own argument
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
@@ -106,24 +116,27 @@ def connect(address: str | None) -> Any:
             "RAY_ADDRESS: expected the address of a running cluster's dashboard, such as "
             f"http://127.0.0.1:8265, got {address or 'none'}"
         )
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("ray"):  # it tells of each file that it packs or not
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        return JobSubmissionClient()
+        return JobSubmissionClient(headers=_headers())
     except AuthenticationError as error:
         raise SubmitError(
             f"{address}: expected the cluster's token in RAY_AUTH_TOKEN, or in the file "
-            f"RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: {str(error).splitlines()[0]}"
+            f"RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token: {error.message}"
         ) from error
     except Exception as error:  # what is there may be any server
         raise SubmitError(f"{address}: expected a Ray cluster's dashboard: {error}") from error
 
 
-def submit(client: Any, options: argparse.Namespace) -> str:
+def _headers() -> dict[str, str]:
+    token.guard()
+    known = token.read()
+    return {"Authorization": f"Bearer {known}"} if known else {}
+
+
+def submit(client: JobSubmissionClient, options: argparse.Namespace) -> str:
     """Upload the working directory and start the job; returns its id."""
     uri = tracking.resolve_uri(ROOT, parameters.load(ROOT / "params.yaml").mlflow.uri)
     # A file of here is not there: its own file then, whose runs come back with the results.
@@ -151,7 +164,7 @@ def submit(client: Any, options: argparse.Namespace) -> str:
     return job
 
 
-def follow(client: Any, job: str) -> None:
+def follow(client: JobSubmissionClient, job: str) -> None:
     """Show the job's log until it ends.
 
     Raises:
@@ -185,8 +198,14 @@ def follow(client: Any, job: str) -> None:
         raise SubmitError(f"{job}: {info.status.lower()}, nothing was brought back: {message}")
 
 
-def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:
+def fetch(
+    client: JobSubmissionClient, job: str, bring: list[str], root: Path, began: float = math.inf
+) -> None:
     """Bring back what a finished job made, all of it or nothing.
+
+    Args:
+        began: when this process began to watch the job, in seconds since 1970: what another one
+            has brought since is not brought again.
 
     Raises:
         SubmitError: there is no archive, or it did not come whole.
@@ -195,28 +214,37 @@ def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:
     if not found:
         raise SubmitError(f"{job}: expected the line 'results: ...' in its log, found none")
     name, size, sha256 = found[-1]
-    with tempfile.TemporaryDirectory(dir=root, prefix=".submit-") as folder:
-        archive, new, old = (Path(folder) / n for n in ("archive.tar", "new", "old"))
-        _download(client, job, name, archive)
-        got = digest(archive)
-        if got != (int(size), sha256):
-            raise SubmitError(
-                f"{job}: expected {size} bytes with SHA-256 {sha256}, got {got[0]} with {got[1]}"
+    with swap.only(root) as work:
+        brought, folder = work / f"{job}.brought", work / "incoming"
+        if brought.exists() and brought.stat().st_mtime >= began:
+            print(f"{job}: another process has brought its results")
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            _download(client, job, name, folder / "archive.tar")
+            got = digest(folder / "archive.tar")
+            if got != (int(size), sha256):
+                raise SubmitError(
+                    f"{job}: expected {size} bytes with SHA-256 {sha256}, "
+                    f"got {got[0]} with {got[1]}"
+                )
+            with tarfile.open(folder / "archive.tar") as tar:
+                try:
+                    tar.extractall(folder / "new", filter="data")
+                except tarfile.FilterError as error:
+                    raise SubmitError(f"{job}: expected paths in the project: {error}") from error
+            runs = tracking.merge(
+                folder / "new", root, job, parameters.load(root / "params.yaml").mlflow.uri
             )
-        with tarfile.open(archive) as tar:
-            try:
-                tar.extractall(new, filter="data")
-            except tarfile.FilterError as error:
-                raise SubmitError(f"{job}: expected paths in the project: {error}") from error
-        paths = [p for p in results(root, bring) if (new / p).exists()]
-        for path in paths:
-            for place in (root, old):
-                (place / path).parent.mkdir(parents=True, exist_ok=True)
-            if (root / path).exists():
-                (root / path).rename(old / path)
-            (new / path).rename(root / path)
-        uri = parameters.load(root / "params.yaml").mlflow.uri
-        runs = tracking.merge(new, root, job, uri)
+            paths = [path for path in results(root, bring) if (folder / "new" / path).exists()]
+            paths.sort(key=lambda path: path == "dvc.lock")  # which says that the others are there
+            swap.swap(folder / "new", root, paths, work)
+        except OSError as error:
+            raise SubmitError(f"{job}: cannot put its results in place: {error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        brought.touch()
     if "dvc.lock" in paths:
         # Into DVC's cache, or it would make them again. It refuses if the code has changed since.
         command = [sys.executable, "-m", "dvc", "commit", "--quiet", "dvc.yaml"]
@@ -228,16 +256,22 @@ def fetch(client: Any, job: str, bring: list[str], root: Path) -> None:
     print(f"brought back: {', '.join(paths)}; {runs} MLflow runs")
 
 
-def _download(client: Any, job: str, name: str, path: Path) -> None:
-    """A file of the log folder of the node on which the job ran."""
-    query = {"node_id": client.get_job_info(job).driver_node_id, "filename": name, "lines": -1}
-    # Ray has a public function for it, but that asks the cluster's other port for this one.
-    answer = client._do_request("GET", "/api/v0/logs/file", params=query, stream=True)
-    if answer.status_code != 200:
-        raise SubmitError(f"{job}: cannot fetch {name}: {answer.text}")
-    with open(path, "wb") as file:
-        for part in answer.iter_content(1 << 20):
-            file.write(part)
+def _download(client: JobSubmissionClient, job: str, name: str, path: Path) -> None:
+    """A file of the log folder of the node on which the job ran.
+
+    By plain HTTP, as the dashboard's own links do it, with the header that Ray documents for any
+    client: its function for it, `ray.util.state.get_log`, asks another port for this one first.
+    """
+    node = client.get_job_info(job).driver_node_id
+    query = urllib.parse.urlencode({"node_id": node, "filename": name, "lines": -1})
+    url = f"{client.get_address().rstrip('/')}/api/v0/logs/file?{query}"
+    request = urllib.request.Request(url, headers=_headers())
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer, open(path, "wb") as file:
+            shutil.copyfileobj(answer, file, 1 << 20)
+    except (urllib.error.URLError, http.client.HTTPException) as error:
+        more = f": {error.read().decode(errors='replace')}" if hasattr(error, "read") else ""
+        raise SubmitError(f"{job}: cannot fetch {name}: {error}{more}") from error
 
 
 # -- there, on the cluster ---------------------------------------------------------------------
@@ -249,15 +283,8 @@ def here(command: list[str], bring: list[str]) -> int:
     Ray may take an uploaded directory away or unpack it anew, and hands the same one to every job
     with the same content. The copy is kept, for a job that failed to be gone on with.
     """
-    import ray
-
-    from bnncore.cluster import actors
-
     # In a job RAY_ADDRESS names the cluster that the job runs in.
-    actors.connect(parameters.load(ROOT / "params.yaml").ray)
-    context = ray.get_runtime_context()
-    session = Path(context.get_temp_dir()) / context.get_session_name()
-    ray.shutdown()
+    session = session_folder(parameters.load(ROOT / "params.yaml").ray)
     folder = session / "bnncore" / ROOT.resolve().name  # names a content
     if not folder.exists():
         new = folder.with_name(secrets.token_hex(8))

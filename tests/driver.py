@@ -1,7 +1,8 @@
 """A driver to be killed: trains a small ensemble on a Ray cluster, with checkpoints.
 
 ``python tests/driver.py FOLDER EPOCHS [STRIKE]``: writes FOLDER/result.safetensors at the end. With
-STRIKE the process kills itself in the middle of writing the checkpoint of that epoch.
+STRIKE, a number, the process kills itself in the middle of writing the checkpoint of that epoch;
+with ``node:PID`` it kills that node when the first state has been answered and not yet fetched.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import signal
 import sys
 from pathlib import Path
 
+import ray
 import torch
 from safetensors.torch import save_file
 
-from bnncore.cluster import actors
+from bnncore.cluster.cluster import Cluster
+from bnncore.cluster.group import Group, GroupLost
 from bnncore.params import RayParams
 from bnncore.training import schemes, train
+from tests import processes
 from tests.small import plan
 
 
@@ -34,17 +38,42 @@ def strike_at(epoch: int) -> None:
     train.save_file = half_written
 
 
-def main(folder: Path, epochs: int, strike: int | None) -> None:
+def strike_node(pid: int) -> None:
+    """The answer lies on the node that dies."""
+    get, state, struck = Group._get, Group.state, []
+
+    def told(self, refs):
+        if struck == ["asked"]:
+            ray.wait(refs, num_returns=len(refs), fetch_local=False)
+            processes.kill([pid, *processes.descendants(pid)])
+            struck.append("killed")
+        try:
+            return get(self, refs)
+        except GroupLost as error:
+            print(f"the answer was lost: {type(error.__cause__).__name__}", flush=True)
+            raise
+
+    def asked(self):
+        if not struck:
+            struck.append("asked")
+        return state(self)
+
+    Group._get, Group.state = told, asked
+
+
+def main(folder: Path, epochs: int, strike: str) -> None:
     logging.basicConfig()
     torch.set_num_threads(1)
-    if strike:
-        strike_at(strike)
+    if strike.startswith("node:"):
+        strike_node(int(strike.removeprefix("node:")))
+    elif strike:
+        strike_at(int(strike))
     p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=epochs, subset=0.5)
 
     def told(job, epoch):
         print(f"epoch {epoch['epoch']} actors {epoch.get('actors', 1)}", flush=True)
 
-    with actors.Cluster(RayParams(actors=2, wait_s=60)) as cluster:
+    with Cluster(RayParams(actors=2, wait_s=60)) as cluster:
         trained = schemes.train(
             p, lambda jobs: cluster.train_many(jobs, images, folder / "checkpoints", told)
         )
@@ -54,4 +83,4 @@ def main(folder: Path, epochs: int, strike: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(Path(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:]))

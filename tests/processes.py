@@ -41,7 +41,7 @@ def descendants(pid: int | None = None) -> dict[int, str]:
 
 def actors(pid: int | None = None) -> list[int]:
     """Process ids of the Ray actors that descend from a process."""
-    return sorted(p for p, line in descendants(pid).items() if line.startswith("ray::_Actor"))
+    return sorted(p for p, line in descendants(pid).items() if line.startswith("ray::Actor"))
 
 
 def kill(pids, how: int = signal.SIGKILL) -> None:
@@ -84,7 +84,9 @@ def free_ports(count: int) -> list[int]:
 
 def environment(**extra: str) -> dict[str, str]:
     """That of a process of this project, without a cluster's address."""
-    kept = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    # Nodes of this machine that other ones join are not told to be alone.
+    without = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    kept = {k: v for k, v in os.environ.items() if k not in without}
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
 
@@ -103,6 +105,8 @@ def two_nodes(
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_enable_open_telemetry="false",
         RAY_worker_niceness="0",
+        # A node that is gone is missed after some 5 s; Ray's own periods make it half a minute.
+        RAY_health_check_period_ms="1000",
         **extra,
     )
     ray_start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnncore import params as P
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.data import Dataset
 from bnncore.lowering import packing

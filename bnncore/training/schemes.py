@@ -1,7 +1,7 @@
 """Schemes: how the members of an ensemble are trained and combined.
 
 A scheme is a function ``scheme(plan, train_many) -> Ensembled``: it makes jobs, has them trained
-(`train.train_many` in this process, `actors.train_many` on a Ray cluster; the scheme cannot tell),
+(`train.train_many` in this process, `Cluster.train_many` on a Ray cluster; the scheme cannot tell),
 and says what came out. A new scheme is a function and a row of `SCHEMES`.
 
 Legend: `M` members, `N` training images, `C` classes.

@@ -876,7 +876,7 @@ def train_many(
     threads: int = 1,
     replay: bool | None = None,
 ) -> list[Trained]:
-    """Train jobs one after another in this process; `actors.Cluster` spreads them out.
+    """Train jobs one after another in this process; `cluster.Cluster` spreads them out.
 
     One thread is the default because small layers gain nothing from a second one, lose much beside
     other busy processes, and give bits that do not depend on the machine's number of cores.

@@ -1,377 +1,127 @@
-"""The pipeline as a job on a cluster of two nodes, as ``make submit`` runs it.
-
-The nodes are two `ray start` on this machine, each with folders and ports of its own and one token
-for both; the project they work for is a copy.
-"""
+"""What a stage asks of a cluster, and what is said where there is too little."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tarfile
 import threading
 import time
-import tomllib
-from pathlib import Path
 
 import pytest
 import ray
-import yaml
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
-from ray.experimental.internal_kv import _internal_kv_get
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from bnncore import tracking
-from bnncore.cluster import actors
-from bnncore.packed import packfile
+from bnncore.cluster.cluster import Cluster
+from bnncore.cluster.connect import ClusterError
 from bnncore.params import RayParams
-from bnncore.tracking import Tracker
-from pipeline import submit
-from tests import processes
-from tests.pipeline import test_pipeline
-
-SHORT = {"epochs": 1, "batch_size": 64, "lr": 0.01}
-TINY = {
-    "data": {"name": "digits", "subset": 0.1},
-    "model": {"backbone": "nin", "width": 8, "dropout": 0.0},
-    "pretrain": SHORT,
-    "binarize": SHORT,
-    "ensembles": {
-        "recipe": SHORT,
-        "train": [{"name": "fused", "scheme": "fusion", "sharing": "shared_conv", "members": 2}],
-    },
-    "evaluate": {"ops": "numpy"},
-}
-
-
-def submitted(folder: Path, environment: dict[str, str], *arguments: str):
-    """`python -m pipeline.submit` in a copy of the project."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.submit", *arguments],
-        cwd=folder,
-        env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-
-
-class _Watch(threading.Thread):
-    """Looks, while work goes on, which processes each node has."""
-
-    def __init__(self, nodes: list[subprocess.Popen]):
-        super().__init__()
-        self.nodes, self.ended = nodes, threading.Event()
-        self.seen: dict[int, int | None] = {}  # when it began
-        self.actors: list[set[int]] = [set() for _ in nodes]
-
-    def run(self) -> None:
-        while not self.ended.wait(0.3):
-            for node, those in zip(self.nodes, self.actors, strict=True):
-                now = processes.descendants(node.pid)
-                self.seen |= {p: processes.began(p) for p in [node.pid, *now] if p not in self.seen}
-                those |= {p for p, line in now.items() if line.startswith("ray::_Actor")}
-
-    def __exit__(self, *_) -> None:
-        self.ended.set()
-        self.join()
-
-    def __enter__(self) -> _Watch:
-        self.start()
-        return self
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)  # it starts many processes, slowly on a busy machine
-def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
-    folder = test_pipeline.copy(tmp_path / "project", TINY)
-    (folder / "packed").mkdir()
-    (folder / "packed" / "old.bnn").write_bytes(b"what an earlier run left")
-    (folder / "reports").mkdir()
-    (folder / "reports" / "mine.txt").write_text("not the pipeline's")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    with processes.two_nodes(tmp_path, dashboard=True, PATH=path) as (environment, nodes):
-        environment["MLFLOW_TRACKING_URI"] = "none"  # test_a_jobs_runs_come has them
-        with _Watch(nodes) as watch:
-            fails = "dvc repro pretrain && echo now it ends && exit 3"
-            failed = submitted(folder, environment, "--", "sh", "-c", fails)
-            assert failed.returncode == 1, failed.stdout
-            assert test_pipeline.ran(failed.stdout) == ["pretrain"], failed.stdout
-            *_, log, end = failed.stdout.splitlines()
-            assert log == "now it ends"
-            assert "failed, nothing was brought back: " in end
-            assert "exit code 3" in end
-            assert (folder / "packed" / "old.bnn").exists()
-            assert not (folder / "dvc.lock").exists()
-            assert not (folder / "models").exists()
-
-            wrong = submitted(folder, environment | {"RAY_AUTH_TOKEN": "0" * 64})
-            assert wrong.returncode == 1
-            assert "expected the cluster's token" in wrong.stdout
-            assert "Invalid authentication token" in wrong.stdout
-
-            done = submitted(folder, environment)
-            print(done.stdout)
-            assert done.returncode == 0, done.stdout[-4000:]
-            rest = list(test_pipeline.STAGES[1:])
-            assert test_pipeline.ran(done.stdout) == rest, "it goes on where the other failed"
-    # Work was done on both, by what the nodes ran, by the log, and by the curve.
-    assert all(watch.actors), [len(those) for those in watch.actors]
-    (line,) = [x for x in done.stdout.splitlines() if "fused: 2 actor(s) on " in x]
-    assert len(set(line.partition(" on ")[2].split(", "))) == 2
-    histories = json.loads((folder / "reports/histories.json").read_text())
-    assert [e["actors"] for e in histories["fused"]] == [2]
-    # What came back is whole, and is what the log says.
-    results = json.loads((folder / "reports/results.json").read_text())
-    assert [r["name"] for r in results] == ["fp32", "bnn", "fused"]
-    for row in results:
-        packed = folder / f"packed/{row['name']}.bnn"
-        assert packed.stat().st_size == row["file_bytes"]
-        assert packfile.load(packed).members == (2 if row["name"] == "fused" else 1)
-    assert not (folder / "packed" / "old.bnn").exists()
-    assert (folder / "reports" / "mine.txt").exists()
-    assert list(folder.glob(".submit-*")) == []
-    # It is the same as if it had been made here: DVC finds nothing to do.
-    assert test_pipeline.ran(test_pipeline.dvc(folder, "repro")) == []
-    # Nothing lives on.
-    assert len(watch.seen) > 10
-    deadline = time.monotonic() + 20
-    while left := [p for p, t in watch.seen.items() if t is not None and processes.began(p) == t]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-
-
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        (None, "RAY_ADDRESS: expected the address .* got none"),
-        ("127.0.0.1:6379", "such as http://127.0.0.1:8265, got 127.0.0.1:6379"),
-        ("http://127.0.0.1:9", "http://127.0.0.1:9: expected a Ray cluster's dashboard"),
-    ],
-)
-def test_no_cluster_there(monkeypatch, address, message):
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    with pytest.raises(submit.SubmitError, match=message):
-        submit.connect(address)
-    os.environ.pop("RAY_ADDRESS", None)
-
-
-# -- what goes and what comes ------------------------------------------------------------------
-
-
-def test_results_are_the_stages_outputs(tmp_path):
-    (tmp_path / "dvc.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "stages": {
-                    "a": {"cmd": "x", "outs": ["models/a", {"models/b": {"cache": False}}]},
-                    "b": {"cmd": "x", "metrics": ["reports/m.json"], "plots": ["reports/p.png"]},
-                }
-            }
-        )
-    )
-    expected = ["dvc.lock", "models/a", "models/b", "reports/m.json", "reports/p.png"]
-    assert submit.results(tmp_path, []) == expected
-    assert submit.results(tmp_path, ["reports", "models/a/x"]) == [*expected[:3], "reports"]
-
-
-class _Cluster:
-    """A job server that hands out one archive."""
-
-    def __init__(self, archive: Path, log: str):
-        self.archive, self.log = archive, log
-        self.status_code, self.driver_node_id = 200, "f" * 8
-
-    def get_job_logs(self, job):
-        return self.log
-
-    def get_job_info(self, job):
-        return self
-
-    def _do_request(self, method, path, params, stream):
-        return self
-
-    def iter_content(self, size):
-        yield self.archive.read_bytes()
+from bnncore.training import schemes
+from tests.small import plan
 
 
 @pytest.fixture
-def there_and_here(tmp_path) -> tuple[Path, Path]:
-    for place, text in (("there", "new"), ("here", "old")):
-        (tmp_path / place / "packed").mkdir(parents=True)
-        (tmp_path / place / "packed" / "a.bnn").write_text(text)
-        (tmp_path / place / "Makefile").write_text(text)
-        (tmp_path / place / "params.yaml").write_text("{}")
-        (tmp_path / place / "dvc.yaml").write_text("stages: {a: {cmd: x, outs: [packed]}}")
-    return tmp_path / "there", tmp_path / "here"
+def joined(local_ray, monkeypatch):
+    """As if others had started it: it may grow."""
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
-def test_only_results_are_taken_from_an_archive(tmp_path, there_and_here):
-    there, here = there_and_here
-    size, digest = submit.pack(["packed", "Makefile"], there, tmp_path / "x.tar")
-    log = f"results: x.tar, {size} bytes, sha256 {digest}\n"
-    submit.fetch(_Cluster(tmp_path / "x.tar", log), "job", [], here)
-    assert (here / "packed" / "a.bnn").read_text() == "new"
-    assert (here / "Makefile").read_text() == "old"
-    assert sorted(p.name for p in here.iterdir()) == [
-        "Makefile",
-        "dvc.yaml",
-        "packed",
-        "params.yaml",
+def _pending() -> list[list[dict[str, float]]]:
+    """The bundles of the placement groups that wait, which is what an autoscaler looks at."""
+    return [
+        list(group["bundles"].values())
+        for group in placement_group_table().values()
+        if group["state"] in ("PENDING", "INFEASIBLE")
     ]
 
 
-@pytest.mark.parametrize("harm", ["cut", "outside", "no line"])
-def test_a_harmed_archive_changes_nothing(tmp_path, there_and_here, harm):
-    there, here = there_and_here
-    archive = tmp_path / "x.tar"
-    size, digest = submit.pack(["packed"], there, archive)
-    if harm == "cut":
-        archive.write_bytes(archive.read_bytes()[:700])
-    if harm == "outside":
-        with tarfile.open(archive, "w") as tar:
-            tar.add(there / "Makefile", "../Makefile")
-        size, digest = submit.digest(archive)
-    log = "" if harm == "no line" else f"results: x.tar, {size} bytes, sha256 {digest}\n"
-    with pytest.raises(submit.SubmitError):
-        submit.fetch(_Cluster(archive, log), "job", [], here)
-    assert (here / "packed" / "a.bnn").read_text() == "old"
-    assert (here / "Makefile").read_text() == "old"
-    assert list(here.glob(".submit-*")) == []
+def _asked(params: RayParams) -> list[list[dict[str, float]]]:
+    """What waits while a handle is being opened, and nothing before or after."""
+    assert _pending() == []
+    found: list[list[dict[str, float]]] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            found.extend(bundles for bundles in _pending() if bundles not in found)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        with Cluster(params) as cluster:
+            assert cluster.slots() == 4
+    finally:
+        ended.set()
+        watcher.join()
+        assert _pending() == [], "nodes that came for it may go"
+    return found
 
 
 @pytest.mark.slow
-def test_a_jobs_runs_come_into_the_store_of_here(tmp_path):
-    from mlflow import MlflowClient
-
-    there, here = tmp_path / "there", tmp_path / "here"
-    for place, name in ((there, "fused"), (here, "older")):
-        place.mkdir()
-        (place / "params.yaml").write_text("{}")
-        (place / "fused.bnn").write_text("a packed file")
-        with (
-            Tracker(place, {"seed": name}, "sqlite:///mlflow.db") as tracker,
-            tracker.model(name, {"members": 2}) as model,
-        ):
-            model.epoch(1, {"val_top1": 40.0})
-            model.epoch(2, {"val_top1": 50.0})
-            model.metrics({"test_top1": 45.0})
-            model.artifact(place / "fused.bnn")
-    assert tracking.merge(there, here, "job-1") == 2
-    assert tracking.merge(there, here, "job-1") == 0, "once is enough"
-    (there / "fused.bnn").unlink()
-    (there / "mlflow.db").unlink()  # nothing refers to it
-
-    client = MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("bnncore")
-    runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 4
-    (fused,) = (r for r in runs if r.info.run_name == "fused")
-    parent = client.get_run(fused.data.tags["mlflow.parentRunId"])
-    assert parent.data.params["seed"] == "fused"
-    assert fused.data.tags["bnncore.job"] == "job-1"
-    assert fused.data.params["members"] == "2"
-    assert fused.data.metrics["test_top1"] == 45.0
-    assert fused.info.status == "FINISHED"
-    curve = client.get_metric_history(fused.info.run_id, "val_top1")
-    assert [(m.step, m.value) for m in curve] == [(1, 40.0), (2, 50.0)]
-    path = client.download_artifacts(fused.info.run_id, "fused.bnn", str(tmp_path))
-    assert Path(path).read_text() == "a packed file"
-
-
-# -- cluster/ ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["local", "aws"])
-def test_the_cluster_files_are_valid_and_ask_for_the_token(name):
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = yaml.safe_load((test_pipeline.ROOT / f"cluster/{name}.yaml").read_text())
-    full = prepare_config(config)
-    validate_config(full)
-    starts = [c for key in ("head", "worker") for c in full[f"{key}_start_ray_commands"]]
-    starts = [command for command in starts if "ray start" in command]
-    assert len(starts) == 2
-    for command in starts:
-        assert "RAY_AUTH_MODE=token ray start" in command
-    assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert full["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    nodes = full["available_node_types"]
-    if name == "local":
-        assert sum(node["max_workers"] for node in nodes.values()) == 1
-    else:
-        assert nodes["gpu"]["max_workers"] == full["max_workers"]
-
-
-def test_an_invalid_cluster_file_is_refused():
-    from jsonschema import ValidationError
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = yaml.safe_load((test_pipeline.ROOT / "cluster/local.yaml").read_text())
-    with pytest.raises(ValidationError, match="worker_start"):
-        validate_config(prepare_config(config | {"worker_start": []}))
-
-
-def test_the_container_has_a_python_that_fits_and_copies_what_exists():
-    lines = (test_pipeline.ROOT / "cluster/Containerfile").read_text().splitlines()
-    (base,) = [line for line in lines if line.startswith("FROM ")]
-    version = base.partition("python:")[2].partition("-")[0]
-    project = tomllib.loads((test_pipeline.ROOT / "pyproject.toml").read_text())["project"]
-    assert Version(version) in SpecifierSet(project["requires-python"])
-    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    assert "pyproject.toml" in copied
-    assert all((test_pipeline.ROOT / path).exists() for path in copied)
-    assert "ENV RAY_AUTH_MODE=token" in lines
-
-
-# -- what a stage asks of a cluster ------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two_cpus():
-    actors.connect(RayParams(), num_cpus=2)
-    yield
-    ray.shutdown()
-
-
-def _asked() -> list:
-    stored = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
-    return json.loads(stored) if stored else []
-
-
-@pytest.mark.slow
-def test_with_too_few_it_asks_waits_and_goes_on(two_cpus, caplog):
+def test_with_too_few_it_asks_waits_and_goes_on(joined, caplog):
     began = time.monotonic()
-    with actors.Cluster(RayParams(actors=3, gpus_per_actor=0, wait_s=2)) as cluster:
-        assert time.monotonic() - began >= 2
-        assert _asked() == [{"CPU": 1}] * 3
-        assert cluster.slots() == 2
-    assert _asked() == [], "nodes that came for it may go"
+    assert _asked(RayParams(actors=5, gpus_per_actor=0, wait_s=2)) == [[{"CPU": 1.0}] * 5]
+    assert time.monotonic() - began >= 2
     (line,) = caplog.messages
-    assert "3 actor(s) of 1 CPU each were asked for; the cluster has 2 CPU, 0 GPU" in line
-    assert "after waiting 2 s): room for 2; going on with those" in line
+    assert "5 actor(s) of 1 CPU each were asked for; the cluster has 4 CPU, 0 GPU" in line
+    assert "after waiting 2 s): room for 4; going on with those" in line
 
 
 @pytest.mark.slow
-def test_with_none_it_waits_and_names_what_is_missing(two_cpus):
-    message = r"1 actor\(s\) of 1 CPU and 0.5 GPU each .* has 2 CPU, 0 GPU .* room for 0; expected"
-    with (
-        pytest.raises(actors.ClusterError, match=message),
-        actors.Cluster(RayParams(gpus_per_actor=0.5, wait_s=1)),
-    ):
-        pass
-    assert _asked() == []
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (
+            {"gpus_per_actor": 0.5, "wait_s": 1},
+            r"1 actor\(s\) of 1 CPU and 0.5 GPU each .* has 4 CPU, 0 GPU .* room for 0; expected",
+        ),
+        ({"cpus_per_actor": 64, "wait_s": 0}, r"64 CPU each.*has 4 CPU.*after waiting 0 s"),
+    ],
+)
+def test_with_none_it_waits_and_names_what_is_missing(joined, params, message):
+    with pytest.raises(ClusterError, match=message):
+        _asked(RayParams(**params))
 
 
 @pytest.mark.slow
-def test_with_enough_it_neither_asks_nor_waits(two_cpus, caplog):
-    with actors.Cluster(RayParams(actors=2, gpus_per_actor=0, wait_s=300)):
-        assert _asked() == []
+def test_with_enough_it_neither_asks_nor_waits(joined, caplog):
+    assert _asked(RayParams(actors=4, gpus_per_actor=0, wait_s=300)) == []
     assert caplog.messages == []
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_busy_with_other_work_is_named(local_ray, cluster, monkeypatch):
+    """A group is had whole or not at all: two of four CPUs are not enough for three."""
+    monkeypatch.setattr("bnncore.cluster.cluster.START_S", 1.0)
+    cluster.params = RayParams(actors=3, wait_s=0)
+    cluster._end_idle()
+    others = placement_group([{"CPU": 1}] * 2)
+    assert others.wait(30)
+    p, images = plan("fusion", "no_shared", members=3, epochs=1)
+    try:
+        with pytest.raises(ClusterError, match=r"3 actor\(s\) of 1 CPU each .* busy with other"):
+            schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+    finally:
+        remove_placement_group(others)
+    assert cluster._busy == []
+    monkeypatch.undo()
+    trained = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+    assert [e["actors"] for e in trained.histories["e"]] == [3]
+
+
+@pytest.mark.slow
+def test_no_more_than_its_actors_at_once_and_they_are_used_again(cluster):
+    """Four CPUs, but two actors: three jobs of one and then one of two."""
+    cluster.params = RayParams(actors=2)
+    cluster._end_idle()
+    p, images = plan("voting", "all_frozen", members=3, epochs=1)
+    busy: list[int] = []
+    cluster.train_many(
+        [p.job((i,), f"e.{i}") for i in range(3)],
+        images,
+        on_epoch=lambda job, epoch: busy.append(sum(gang.size for gang in cluster._busy)),
+    )
+    assert 1 <= max(busy) <= 2
+    assert [gang.size for gang in cluster._idle] == [1, 1]
+    p, images = plan("fusion", "no_shared", members=2, epochs=1)
+    schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+    (gang,) = cluster._idle
+    assert gang.size == 2
+    schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+    assert cluster._idle == [gang]

@@ -23,7 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bnncore.cluster import actors
+from bnncore.cluster.connect import ClusterError
+from bnncore.cluster.group import Group
 from bnncore.params import RayParams
 from bnncore.training import schemes, train
 from tests import processes
@@ -59,12 +60,12 @@ def undisturbed() -> dict[str, torch.Tensor]:
 # -- actors ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    actors.connect(RayParams(), num_cpus=2)
-    with actors.Cluster(RayParams()) as cluster:
-        yield cluster
-    ray.shutdown()
+@pytest.fixture
+def pair(cluster):
+    """A handle of two slots, and no actors of other tests."""
+    cluster._end_idle()
+    cluster.params = RayParams(actors=2)
+    return cluster
 
 
 def _strikes(rng: random.Random, cluster, undisturbed, count: int) -> None:
@@ -100,18 +101,41 @@ def _strikes(rng: random.Random, cluster, undisturbed, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_actor_costs_an_epoch_at_most(cluster, undisturbed, seed):
-    _strikes(random.Random(seed), cluster, undisturbed, 1)
+def test_a_killed_actor_costs_an_epoch_at_most(pair, undisturbed, seed):
+    _strikes(random.Random(seed), pair, undisturbed, 1)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("turn", range(10))
-def test_twenty_killed_actors(cluster, undisturbed, seed, turn):
-    _strikes(random.Random(seed + turn), cluster, undisturbed, 2)
+def test_twenty_killed_actors(pair, undisturbed, seed, turn):
+    _strikes(random.Random(seed + turn), pair, undisturbed, 2)
 
 
 @pytest.mark.slow
-def test_a_job_that_always_loses_its_actors_is_given_up(cluster):
+@pytest.mark.parametrize("call", ["__init__", "epoch", "bias", "state", "close"])
+def test_an_actor_that_dies_right_after_an_answer(pair, monkeypatch, call):
+    """Before the group is asked the next, whatever that is."""
+    p, images = plan("tentaclenet", "tentaclenet", members=2, epochs=2, subset=0.1)
+    expected = schemes.train(p, lambda jobs: train.train_many(jobs, images)).state
+    original, struck = getattr(Group, call), []
+
+    def strike(self, *args, **options):
+        if not struck:
+            struck.append(call)
+            actors = args[2] if call == "__init__" else self.actors
+            ray.kill(actors[-1])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Group, call, strike)
+    before = pair.lost
+    trained = schemes.train(p, lambda jobs: pair.train_many(jobs, images))
+    assert struck == [call]
+    assert differences(expected, trained.state) == []
+    assert pair.lost - before == 1
+
+
+@pytest.mark.slow
+def test_a_job_that_always_loses_its_actors_is_given_up(pair):
     p, images = plan("fusion", "no_shared", members=2, epochs=50)
     stop = threading.Event()
 
@@ -122,8 +146,8 @@ def test_a_job_that_always_loses_its_actors_is_given_up(cluster):
     thread = threading.Thread(target=relentless)
     thread.start()
     try:
-        with pytest.raises(actors.ClusterError, match=r"e: lost its actors 3 times"):
-            schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+        with pytest.raises(ClusterError, match=r"e: lost its actors 3 times"):
+            schemes.train(p, lambda jobs: pair.train_many(jobs, images))
     finally:
         stop.set()
         thread.join()
@@ -204,21 +228,26 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, undisturbed):
 # -- nodes -------------------------------------------------------------------------------------
 
 
-def _kill_node(folder: Path, rng: random.Random, undisturbed) -> None:
+def _kill_node(folder: Path, rng: random.Random, undisturbed, answered: bool = False) -> None:
+    """SIGKILL one of two nodes: at any time, or when its actor has answered, before its answer is
+    fetched."""
     with processes.two_nodes(folder) as (environment, (_, second)):
-        driver = _driver(folder, **environment)
+        strike = [f"node:{second.pid}"] if answered else []
+        driver = _driver(folder, *strike, **environment)
         try:
-            _epochs(driver, rng.randrange(1, EPOCHS - 1))
-            time.sleep(rng.uniform(0, 0.5))
-            done = len(_history(folder))
-            processes.kill([second.pid, *processes.descendants(second.pid)])
+            if not answered:
+                _epochs(driver, rng.randrange(1, EPOCHS - 1))
+                time.sleep(rng.uniform(0, 0.5))
+                done = len(_history(folder))
+                processes.kill([second.pid, *processes.descendants(second.pid)])
+                assert done < EPOCHS, "training was over when it struck"
             output, _ = driver.communicate(timeout=300)
         finally:
             driver.kill()
         assert driver.returncode == 0, output
-    assert done < EPOCHS, "training was over when it struck"
     lines = output.splitlines()
     assert [x for x in lines if x.startswith("lost ")] not in ([], ["lost 0"]), output
+    assert not answered or "the answer was lost: ObjectReconstructionFailedError" in lines, output
     assert f"epoch {EPOCHS} actors 1" in lines, "it went on with the members on fewer actors"
     assert differences(undisturbed, load_file(folder / "result.safetensors")) == []
 
@@ -226,6 +255,11 @@ def _kill_node(folder: Path, rng: random.Random, undisturbed) -> None:
 @pytest.mark.slow
 def test_a_killed_node(tmp_path, undisturbed, seed):
     _kill_node(tmp_path, random.Random(seed), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_killed_between_an_answer_and_its_fetch(tmp_path, undisturbed, seed):
+    _kill_node(tmp_path, random.Random(seed), undisturbed, answered=True)
 
 
 @pytest.mark.soak

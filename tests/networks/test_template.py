@@ -304,7 +304,7 @@ def test_what_cannot_be_packed_is_named_before_anything_trains(name, message):
 @pytest.mark.slow
 def test_a_users_network_trains_over_actors_to_the_same_bits():
     """Its function, and a binarizer of the user's own, are found by name in other processes."""
-    actors = pytest.importorskip("bnncore.cluster.actors")
+    cluster = pytest.importorskip("bnncore.cluster.cluster")
     data = tiny.dataset((12, 12, 1), 4, train=96)
     names = ("fusion", "boosting", "snapshot", "gradient_boosting", "stochastic_rounding")
     sections = [{"name": n, "scheme": n, "sharing": "no_shared", "members": 2} for n in names]
@@ -318,10 +318,10 @@ def test_a_users_network_trains_over_actors_to_the_same_bits():
     check.check(p, data.image, 4)
     (fp32,) = train_many([schemes.first_job(p, data, None)], data)
     (bnn,) = train_many([schemes.first_job(p, data, fp32.state)], data)
-    with actors.Cluster(RayParams(actors=2)) as cluster:
+    with cluster.Cluster(RayParams(actors=2)) as spread:
         for section in p.ensembles.train:
             plan = schemes.plan(p, section, data, fp32.state, bnn.state)
             here = schemes.train(plan, lambda jobs: train_many(jobs, data)).state
-            there = schemes.train(plan, lambda jobs: cluster.train_many(jobs, data)).state
+            there = schemes.train(plan, lambda jobs: spread.train_many(jobs, data)).state
             assert here.keys() == there.keys()
             assert all(torch.equal(v, there[n]) for n, v in here.items()), section.name

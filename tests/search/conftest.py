@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.params import RayParams
 
 

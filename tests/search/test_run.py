@@ -18,7 +18,7 @@ import yaml
 
 from bnncore import check
 from bnncore import params as P
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.packed import packfile
 from bnncore.params import RayParams
@@ -186,7 +186,7 @@ def test_a_worker_is_killed_in_the_middle_of_a_trial(cluster, quiet, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from bnncore.cluster.actors import Cluster
+from bnncore.cluster.cluster import Cluster
 from bnncore.params import RayParams
 from bnncore.search import answer
 from tests.search import studies

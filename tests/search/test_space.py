@@ -15,6 +15,7 @@ from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import costs
 from bnncore.params import PackParams, ParamsError
 from bnncore.search import rivals, space, trial
+from bnncore.storage import untrained
 from bnncore.training import schemes
 from tests import tiny
 from tests.search.studies import DATA, SHORT, configuration, parse
@@ -78,7 +79,7 @@ def test_cost_counts_as_storage_does():
     taken = found.cost(config)
     info = facts(p, *space.model(space.preset(p, config)))
     info |= {"backbone": "nin"}
-    counts = storage.count(found.spec(config), PackParams(), DATA.classes, info)
+    counts = untrained.count(found.spec(config), PackParams(), DATA.classes, info)
     assert taken.counted_kib == counts.filter_sharing / 8 / 1024
     assert taken.file_bytes == counts.file
     assert taken.megaops == (counts.float_macs + counts.binary_macs / 64) / 1e6

@@ -1,0 +1,59 @@
+"""What runs inside an actor: a trainer with a block of a job's members."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+import torch
+from torch import distributed as dist
+
+from bnncore.cluster import collective
+from bnncore.cluster.collective import Meeting
+from bnncore.data import Dataset
+from bnncore.training.train import Job, Trainer
+
+
+class Actor:
+    """Holds a trainer for one rank of one group at a time."""
+
+    def __init__(self, threads: int, device: str):
+        torch.set_num_threads(threads)
+        self.device = device
+        self.trainer: Trainer | None = None
+        self.store: dist.TCPStore | None = None
+
+    def where(self) -> dict[str, Any]:
+        """The node (address and the start of its id) and the process."""
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": f"{ray.util.get_node_ip_address()}/{node[:8]}", "pid": os.getpid()}
+
+    def host(self) -> tuple[str, int]:
+        """Open the meeting place of a group; returns its address."""
+        self.store = collective.open_store(ray.util.get_node_ip_address())
+        return self.store.host, self.store.port
+
+    def start(
+        self, job: Job, data: Dataset, meeting: Meeting | None, options: dict[str, Any]
+    ) -> None:
+        """Join the group, if it has others, and make ready to train.
+
+        Args:
+            options: of `Trainer`: which members and shards are this actor's, and the like.
+        """
+        self.close()
+        exchange = within = None
+        if meeting is not None:
+            exchange, within = collective.join(meeting, self.store)
+        self.trainer = Trainer(
+            job, data, exchange=exchange, within=within, device=self.device, **options
+        )
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A method of the trainer, by name."""
+        return getattr(self.trainer, name)(*args)
+
+    def close(self) -> None:
+        self.trainer = None
+        collective.leave()

@@ -1,0 +1,395 @@
+"""A handle on a Ray cluster: jobs side by side, and one job's members spread over actors.
+
+`Cluster.train_many` gives what `train.train_many` gives. The loop over epochs and the checkpoints
+stay in the driver: a thread a running job runs `train.drive` around a `Group` of actors. A lost
+group costs its job the epoch it was in: the job goes on with a new group on what the cluster has
+left.
+
+Where actors are is Ray's to say: each group asks for a placement group, which is had whole or not
+at all, waits in Ray's queue, and is what an autoscaler adds nodes for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from bnncore.cluster.actor import Actor
+from bnncore.cluster.connect import LOST, ClusterError, address, connect
+from bnncore.cluster.group import Group, GroupLost, actors_of_use
+from bnncore.data import Dataset
+from bnncore.params import RayParams
+from bnncore.training.train import Checkpoint, Job, State, Trained, drive
+
+log = logging.getLogger(__name__)
+# Give up on a job after so many lost groups without a finished epoch between them: a job that
+# kills its actors (for want of memory, say) would otherwise be tried for ever.
+ATTEMPTS = 3
+START_S = 30.0  # what a process may take to start, beside `wait_s`
+Epochs = Callable[[Job, dict[str, Any]], None]
+
+
+class Gang:
+    """Actors and the placement group that they have their resources from."""
+
+    def __init__(self, bundles: list[dict[str, float]]):
+        self.size = len(bundles)
+        self.place: PlacementGroup = placement_group(bundles, strategy="PACK")
+        self.actors: list[Any] = []
+
+    def start(self, params: RayParams, gpus: float) -> None:
+        """Start the actors, each in its bundle."""
+        cpus, device = params.cpus_per_actor, "cuda" if gpus else "cpu"
+        for k in range(self.size):
+            options = ray.remote(Actor).options(
+                num_cpus=cpus,
+                num_gpus=gpus,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, k),
+            )
+            self.actors.append(options.remote(cpus, device))
+
+    def end(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self.place)
+
+
+class Cluster:
+    """A handle on a Ray cluster: ``with Cluster(params) as cluster: cluster.train_many(...)``.
+
+    Starts one on this machine (``address: local``) or joins a running one, whose nodes must have
+    this package. Entering compares what is asked with what the cluster has.
+
+    Args:
+        params: the ``ray`` section of the parameters.
+
+    Attributes:
+        lost: how many groups of actors were lost and replaced.
+
+    Raises:
+        ClusterError: what one actor takes is nowhere to be had within ``wait_s``; says what is
+            missing.
+    """
+
+    def __init__(self, params: RayParams | None = None):
+        self.params = params or RayParams()
+        self.lost = 0
+        self._owner = False
+        self._idle: list[Gang] = []
+        self._busy: list[Gang] = []
+        self._free = threading.Condition(threading.RLock())
+        self._data: tuple[Dataset, ray.ObjectRef] | None = None
+
+    def __enter__(self) -> Cluster:
+        if not ray.is_initialized():
+            connect(self.params)
+            self._owner = True
+        try:
+            self._wait_for_nodes()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end_idle()
+        self._data = None
+        if self._owner:
+            ray.shutdown()
+            self._owner = False
+
+    # -- what there is ---------------------------------------------------------------------
+
+    @property
+    def gpus_per_actor(self) -> float:
+        if self.params.gpus_per_actor is None:
+            return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        return self.params.gpus_per_actor
+
+    def slots(self) -> int:
+        """How many actors the nodes that are alive can hold, at most ``actors``."""
+        cpus, gpus = self.params.cpus_per_actor, self.gpus_per_actor
+        total = 0
+        for node in ray.nodes():
+            if node["Alive"]:
+                has = node["Resources"]
+                fit = int(has.get("CPU", 0) // cpus)
+                if gpus >= 1:
+                    fit = min(fit, int(has.get("GPU", 0) // math.ceil(gpus)))
+                elif gpus > 0:  # a fraction does not straddle two GPUs
+                    fit = min(fit, int(has.get("GPU", 0)) * int(1 / gpus + 1e-9))
+                total += fit
+        return min(total, self.params.actors or total)
+
+    def _bundles(self, count: int) -> list[dict[str, float]]:
+        asks = {"CPU": float(self.params.cpus_per_actor), "GPU": self.gpus_per_actor}
+        return [{name: ask for name, ask in asks.items() if ask}] * count
+
+    def _shortage(self, wanted: int, waited: float) -> str:
+        """What was asked for and what there is, in words."""
+        found = ray.cluster_resources()
+        have = ", ".join(f"{found.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        need = " and ".join(f"{ask:g} {name}" for name, ask in self._bundles(1)[0].items())
+        return (
+            f"ray: {wanted} actor(s) of {need} each were asked for; the cluster has {have} in all "
+            f"(after waiting {waited:g} s): room for {self.slots()}"
+        )
+
+    def _wait_for_nodes(self) -> None:
+        wanted, waited = self.params.actors or 1, 0.0
+        # A cluster that was started here does not grow.
+        local = self._owner and address(self.params) == "local"
+        if self.slots() < wanted and not local and self.params.wait_s:
+            waited = self.params.wait_s
+            deadline = time.monotonic() + waited
+            place = placement_group(self._bundles(wanted))  # an autoscaler adds nodes for it
+            try:
+                while self.slots() < wanted and time.monotonic() < deadline:
+                    time.sleep(0.5)
+            finally:
+                remove_placement_group(place)
+        if self.slots() >= wanted:
+            return
+        message = self._shortage(wanted, waited)
+        if not self.slots():
+            raise ClusterError(
+                f"{message}; expected room for at least 1: lower ray.cpus_per_actor or "
+                "ray.gpus_per_actor, or add nodes"
+            )
+        log.warning("%s; going on with those", message)
+
+    # -- gangs -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _gang(self, job: Job) -> Iterator[Gang]:
+        """Actors for a job; kept for another one if all goes well in the body, else ended."""
+        gang = self._take(job)
+        try:
+            if not gang.actors:
+                self._wait_for([gang.place.ready()], gang)
+                gang.start(self.params, self.gpus_per_actor)
+            self._wait_for([actor.where.remote() for actor in gang.actors], gang)
+            yield gang
+        except BaseException as error:
+            gang.end()
+            if isinstance(error, LOST):
+                raise GroupLost(str(error)) from error
+            raise
+        else:
+            with self._free:
+                self._idle.append(gang)
+        finally:
+            with self._free:
+                self._busy.remove(gang)
+                self._free.notify_all()
+
+    def _take(self, job: Job) -> Gang:
+        """A gang of as many as are of use to a job and the cluster holds beside our others."""
+        with self._free:
+            while True:
+                slots = self.slots()
+                if slots == 0:
+                    raise ClusterError("ray: expected room for at least 1 actor, found none left")
+                size = actors_of_use(job, slots)
+                if sum(gang.size for gang in self._busy) + size <= slots:
+                    break
+                self._free.wait(timeout=5)
+            same = [gang for gang in self._idle if gang.size == size]
+            if same:
+                gang = same[0]
+                self._idle.remove(gang)
+            else:  # the idle ones may hold the room
+                self._end_idle()
+                gang = Gang(self._bundles(size))
+            self._busy.append(gang)
+            return gang
+
+    def _wait_for(self, refs: list[ray.ObjectRef], gang: Gang) -> None:
+        patience = self.params.wait_s + START_S
+        deadline = time.monotonic() + patience
+        while refs:
+            ready, refs = ray.wait(refs, num_returns=len(refs), timeout=2)
+            ray.get(ready)
+            if refs and self.slots() < gang.size:
+                raise GroupLost("a node left while actors were starting")
+            if refs and time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{self._shortage(gang.size, patience)}, but they did not start: is the "
+                    f"cluster busy with other work? Free now: {ray.available_resources()}"
+                )
+
+    def _end_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().end()
+
+    def _options(self) -> dict[str, Any]:
+        """Of a `Group`, whatever its job."""
+        gpus = self.gpus_per_actor
+        cpus = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
+        return {
+            "backend": "nccl" if gpus >= 1 else "gloo",
+            "replay": self.params.replay,
+            "memory_share": min(1, gpus) if gpus else self.params.cpus_per_actor / max(1, *cpus, 0),
+        }
+
+    def put(self, data: Dataset) -> ray.ObjectRef:
+        """The data set's one copy in the object store."""
+        with self._free:
+            if self._data is None or self._data[0] is not data:
+                self._data = (data, ray.put(data))
+            return self._data[1]
+
+    # -- training --------------------------------------------------------------------------
+
+    def train_many(
+        self,
+        jobs: list[Job],
+        data: Dataset,
+        checkpoints: Path | None = None,
+        on_epoch: Epochs | None = None,
+    ) -> list[Trained]:
+        """Train jobs, as many at once as there is room for, members of one job over actors.
+
+        Args:
+            jobs: what to train; results come in this order.
+            data: put into the object store once; actors of a node read one copy.
+            checkpoints: folder of the checkpoints; without it a lost actor is survived all the
+                same, the driver's end is not.
+            on_epoch: called with each finished epoch, from one thread at a time.
+
+        Raises:
+            TrainingError: from the first job that fails; the others are stopped and keep their
+                checkpoints.
+            ClusterError: the cluster has no room left, or a job lost its actors too often.
+        """
+        if not jobs:
+            return []
+        run = _Run(self, data, checkpoints, on_epoch)
+        threads = min(len(jobs), max(1, self.slots()))
+        with ThreadPoolExecutor(threads) as pool:
+            futures = [pool.submit(run.train, job) for job in jobs]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                failed = [f for f in done if f.exception()]
+            except BaseException:
+                run.stop(futures)
+                raise
+            if failed:
+                run.stop(futures)
+        if failed:
+            raise failed[0].exception()  # type: ignore[misc]
+        return [future.result() for future in futures]
+
+
+class _Memory:
+    """A checkpoint that lives as long as the driver."""
+
+    def __init__(self) -> None:
+        self.saved: tuple[State, list[dict[str, Any]]] | None = None
+
+    def load(self) -> tuple[State, list[dict[str, Any]]] | None:
+        return self.saved and (self.saved[0], list(self.saved[1]))
+
+    def save(self, state: State, history: list[dict[str, Any]]) -> None:
+        self.saved = (state, list(history))
+
+    def close(self) -> None:
+        pass
+
+
+class _Run:
+    """One call of `Cluster.train_many`: what its threads share."""
+
+    def __init__(
+        self, cluster: Cluster, data: Dataset, checkpoints: Path | None, on_epoch: Epochs | None
+    ):
+        self.cluster, self.data, self.checkpoints = cluster, data, checkpoints
+        self.on_epoch = on_epoch
+        self.ref = cluster.put(data)
+        self.running: dict[str, Gang] = {}
+        self.lock = threading.RLock()
+        self.stopped = False
+
+    def stop(self, futures: list[Future[Trained]]) -> None:
+        """Jobs that have not begun never will; those that run lose their actors."""
+        with self.lock:
+            self.stopped = True
+            for future in futures:
+                future.cancel()
+            for gang in self.running.values():
+                gang.end()
+
+    def train(self, job: Job) -> Trained:
+        checkpoint: Any = _Memory()
+        if self.checkpoints:
+            checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
+        seen, lost = 0, 0
+
+        def finished(job: Job, epoch: dict[str, Any]) -> None:
+            nonlocal seen, lost
+            if epoch["epoch"] <= seen:  # a new group tells the old epochs again
+                return
+            seen, lost = epoch["epoch"], 0
+            with self.lock:
+                if self.on_epoch:
+                    self.on_epoch(job, epoch)
+
+        try:
+            while True:
+                try:
+                    return self._attempt(job, checkpoint, finished)
+                except GroupLost as error:
+                    lost += 1
+                    if self.stopped:
+                        raise
+                    if lost >= ATTEMPTS:
+                        raise ClusterError(
+                            f"{job.name}: lost its actors {lost} times without finishing an epoch "
+                            f"(last: {error}); is there enough memory?"
+                        ) from error
+                    self.cluster.lost += 1
+                    log.warning(
+                        "%s: lost an actor after epoch %d, going on from there (%s)",
+                        job.name,
+                        seen,
+                        str(error).splitlines()[0],
+                    )
+        finally:
+            checkpoint.close()
+
+    def _attempt(self, job: Job, checkpoint: Any, finished: Epochs) -> Trained:
+        with self.cluster._gang(job) as gang:
+            with self.lock:
+                if self.stopped:
+                    raise GroupLost(f"{job.name}: stopped")
+                self.running[job.name] = gang
+            try:
+                group = Group(job, self.ref, gang.actors, **self.cluster._options())
+                trained = drive(job, self.data, group, checkpoint, finished)
+                group.close()
+            finally:
+                with self.lock:
+                    del self.running[job.name]
+        if trained.history:
+            _tell(job, trained.history[-1])
+        return trained
+
+
+def _tell(job: Job, epoch: dict[str, Any]) -> None:
+    """How fast the actors of a job were, and how much of it went into the exchange."""
+    text = "{images_per_s:.0f} images/s"
+    if "exchange_share" in epoch:
+        text += ", {exchange_share:.0%} of the time exchanging {sent_per_step:.0f} bytes a step"
+    log.info("%s: last epoch %s", job.name, text.format(**epoch))

@@ -1,0 +1,41 @@
+"""One cluster of this machine, and one handle on it, for all tests of the room.
+
+Ray is imported by the room first, which tells it to stay on loopback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bnncore.cluster import connect
+from bnncore.cluster.cluster import Cluster
+from bnncore.params import RayParams
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A cluster of four CPUs and no GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        connect.connect(RayParams(), num_cpus=4, num_gpus=0)
+        yield
+        connect.ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def handle(local_ray) -> Iterator[Cluster]:
+    with Cluster(RayParams(actors=4)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(handle) -> Iterator[Cluster]:
+    """With four slots; a test says by its `params` how many of them are used."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handle.params = RayParams(actors=4)
+    yield handle
+    torch.set_num_threads(threads)

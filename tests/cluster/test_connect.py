@@ -1,0 +1,207 @@
+"""Starting a cluster on this machine and joining others: what is said, what listens, who may."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from bnncore.cluster import connect, token
+from bnncore.cluster.connect import LOST, ClusterError
+from bnncore.params import RayParams
+from tests import processes
+
+# All that Ray has, so that what a new version brings is looked at before it is used.
+GONE = {
+    "ActorDiedError",
+    "ActorPlacementGroupRemoved",
+    "ActorUnavailableError",
+    "ActorUnschedulableError",
+    "LocalRayletDiedError",
+    "NodeDiedError",
+    "ObjectFetchTimedOutError",
+    "ObjectFreedError",
+    "ObjectLostError",
+    "ObjectReconstructionFailedError",
+    "OutOfMemoryError",
+    "OwnerDiedError",
+    "RayActorError",
+    "ReferenceCountingAssertionError",
+    "TaskPlacementGroupRemoved",
+    "TaskUnschedulableError",
+    "WorkerCrashedError",
+}
+NOT_GONE = {
+    "ActorAlreadyExistsError": "named actors, which are not used",
+    "ActorHandleNotFoundError": "a handle of another session: a bug",
+    "AsyncioActorExit": "asked for",
+    "AuthenticationError": "the token",
+    "CrossLanguageError": "Java",
+    "GetTimeoutError": "late, not gone",
+    "ObjectRefStreamEndOfStreamError": "generators, which are not used",
+    "ObjectStoreFullError": "another group would fill it too",
+    "OufOfBandObjectRefSerializationException": "a bug",
+    "OutOfDiskError": "another group would fill it too",
+    "PendingCallsLimitExceeded": "a bug",
+    "PlasmaObjectNotAvailable": "late, not gone",
+    "RayCgraphCapacityExceeded": "compiled graphs, which are not used",
+    "RayChannelError": "compiled graphs, which are not used",
+    "RayChannelTimeoutError": "compiled graphs, which are not used",
+    "RayDirectTransportError": "direct transport, which is not used",
+    "RayError": "the base of all",
+    "RaySystemError": "what cannot be unpickled, and a raylet whose death ends the driver too",
+    "RayTaskError": "an exception of our code; its cause is looked at",
+    "RpcError": "the cluster's own server: nothing is left to go on with",
+    "RuntimeEnvSetupError": "another group would have it too",
+    "StreamingGeneratorReplayInconsistentError": "generators, which are not used",
+    "TaskCancelledError": "asked for",
+    "UnserializableException": "a bug",
+    "UserCodeException": "an exception of our code",
+}
+
+
+def test_every_error_of_rays_is_known():
+    found = {
+        name: error
+        for name, error in inspect.getmembers(ray.exceptions, inspect.isclass)
+        if issubclass(error, ray.exceptions.RayError)
+    }
+    assert found.keys() == GONE | NOT_GONE.keys()
+    assert {name for name, error in found.items() if issubclass(error, LOST)} == GONE
+
+
+@pytest.mark.timeout(60)  # Ray's own attempts take ten minutes
+def test_an_unreachable_cluster_is_named(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"127.0.0.1:9"):
+        connect.connect(RayParams(address="127.0.0.1:9"))
+
+
+def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
+    """What Ray says of a node that took more than its 30 s; too slow a machine cannot be had."""
+    asked = []
+
+    def init(address, **options):
+        asked.append(address)
+        if len(asked) != 2:
+            raise Exception("The current node timed out during startup. This could happen ..")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    connect.connect(RayParams())
+    assert asked == ["local", "local"]
+    assert "trying once more" in caplog.text
+    asked[:] = ["local"] * 2
+    with pytest.raises(ClusterError, match="within 30 s, twice: The current node timed out"):
+        connect.connect(RayParams())
+
+
+DIES = """
+import os, signal, sys, threading, time, psutil
+from bnncore.cluster.connect import ClusterError, connect
+from bnncore.params import RayParams
+def strike():
+    while True:
+        for child in psutil.Process().children():
+            if child.name() == sys.argv[1]:
+                print("killed", time.monotonic(), flush=True)
+                child.kill()
+                return
+        time.sleep(0.01)
+threading.Thread(target=strike, daemon=True).start()
+try:
+    connect(RayParams(), num_cpus=1)
+except ClusterError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", connect.SERVERS)
+def test_a_cluster_that_dies_while_it_starts_is_told_within_seconds(server):
+    """Ray's own attempts take 30 s for one of them and, for the other, 60."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DIES, server],
+        env=processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        killed = process.stdout.readline()
+        assert killed.startswith("killed"), process.stderr.read()
+        began = psutil.Process(process.pid).create_time()
+        _, said = process.communicate(timeout=25)
+    finally:
+        offspring = processes.descendants(process.pid)
+        process.kill()
+        process.wait()
+        processes.kill(offspring)
+    assert began
+    assert process.returncode == 1
+    assert f"its {server} ended while it started" in said
+    assert "Traceback" not in said
+
+
+def listening(pids) -> dict[str, set[str]]:
+    """Name of a process -> addresses that it and its like listen on for TCP."""
+    found: dict[str, set[str]] = {}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(process.name(), set()).add(connection.laddr.ip)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_cluster_of_this_machine_listens_on_loopback_alone(local_ray):
+    """Its servers, its actors, and where a group of actors meets."""
+    from bnncore.cluster import collective
+
+    store = collective.open_store(ray.util.get_node_ip_address())
+    found = listening([os.getpid(), *processes.descendants()])
+    assert {"gcs_server", "raylet"} <= found.keys()
+    assert store.port
+    addresses = {ip.removeprefix("::ffff:") for those in found.values() for ip in those}
+    assert addresses == {"127.0.0.1"}, found
+
+
+@pytest.mark.parametrize("mode", ["none", "readable", "guarded", "elsewhere", "variable"])
+def test_nobody_else_reads_the_token(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / ".ray" / "auth_token"
+    if mode == "elsewhere":
+        file = tmp_path / "token"
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    if mode == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    elif mode != "none":
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("t" * 64 + "\n")
+        file.chmod(0o600 if mode == "guarded" else 0o644)
+    before = os.umask(0o022)
+    try:
+        token.guard()
+        assert file.exists() == (mode not in ("none", "variable"))
+        token.guard(create=True)
+    finally:
+        os.umask(before)
+    if mode == "variable":
+        assert not file.exists()
+    else:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert sorted(Path(file.parent).iterdir())[-1] == file, "and nothing beside it"
+    known = token.read()
+    assert known == ("t" * 64 if mode != "none" else file.read_text())
+    assert len(known) == 64

@@ -92,4 +92,4 @@ def torch_outputs(ensemble: Ensemble, images: data.Dataset) -> dict[str, np.ndar
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

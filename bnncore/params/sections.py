@@ -20,6 +20,7 @@ from bnncore.params.types import (
     MANY,
     Batch,
     Between,
+    Channels,
     Count,
     Flag,
     Fraction,
@@ -65,7 +66,7 @@ class DataParams:
     test_fraction: Between = 0.2
     seed: Seed = 0
     size: Annotated[Whole, Field(ge=1, le=1024)] | None = None
-    channels: Literal[1, 3] | None = None
+    channels: Channels | None = None
     subset: Share = 1.0
 
     def __post_init__(self) -> None:
@@ -208,7 +209,7 @@ class EnsembleParams:
         shrinkage: by how much gradient boosting multiplies each member's outputs.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
     scheme: Text = "fusion"
     sharing: Sharing = "shared_conv"
     members: Count = 3

@@ -23,9 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from bnncore import storage
+from bnncore import params, storage
 
 if TYPE_CHECKING:
     from bnncore.networks.ensemble import EnsembleSpec
@@ -69,12 +67,13 @@ class FiguresError(ValueError):
 def published(path: Path = FIGURES) -> dict[str, Any]:
     """The published figures."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = params.read_yaml(path)
         if {"tentaclenet", "filter_sharing"} <= found.keys():
             return found
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+    except (params.ParamsError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise FiguresError(
-            f"{path}: expected the papers' figures, got: {error}; name the file with --expected"
+            f"{path}: expected the papers' figures, got: {reason}; name the file with --expected"
         ) from None
     raise FiguresError(f"{path}: expected sections tentaclenet and filter_sharing, got others")
 
@@ -386,7 +385,7 @@ def _parameters(file: Path) -> dict[str, Any]:
     for folder in (file.parent, file.parent.parent):
         for path in (folder / "params.yaml", folder / "packed" / "params.yaml"):
             if path.exists():
-                return yaml.safe_load(path.read_text())
+                return params.read_yaml(path)
     return {}
 
 

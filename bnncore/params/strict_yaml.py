@@ -1,8 +1,8 @@
 """YAML as users write it, read strictly: what is ambiguous, hidden or unbounded is refused.
 
-Refused with file and line: a key twice, a key that is no text, merge keys, tags, an alias inside
-what an anchor names (such nest without end), deep nesting, more than `MAX_BYTES`, bytes that are
-not UTF-8.
+Refused with file and line: a key twice, a key that is neither text nor a whole number, merge keys,
+tags, an alias inside what an anchor names (such nest without end), deep nesting, more than
+`MAX_BYTES`, bytes that are not UTF-8.
 Numbers are decimal and read as YAML 1.2 and Hydra do: ``1e-3`` is a number, ``010`` and ``1:30``
 are text, and so are dates.
 """
@@ -30,9 +30,11 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             line = key.start_mark.line + 1
             if key.tag == "tag:yaml.org,2002:merge":
                 raise ParamsError(f"line {line}: expected a key, got the merge key <<")
-            if key.tag != "tag:yaml.org,2002:str":
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:int"):
                 got = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-                raise ParamsError(f"line {line}: expected a key of text, got {got or 'none'}")
+                raise ParamsError(
+                    f"line {line}: expected text or a whole number as key, got {got or 'none'}"
+                )
             if key.value in lines:
                 raise ParamsError(
                     f"line {line}: expected each key once, got {key.value!r} again (first in line "

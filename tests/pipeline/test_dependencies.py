@@ -13,7 +13,7 @@ import yaml
 from bnncore import modules
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate")
+STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate", "search")
 
 # What stages reach and DVC need not watch, and why. Imports are not followed through it.
 CHANGES_NOTHING = {
@@ -46,7 +46,9 @@ def covered(file: str, by) -> bool:
 
 
 def declared(stage: str, root: Path) -> list[str]:
-    found = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    file = root / ("search/dvc.yaml" if stage == "search" else "dvc.yaml")
+    found = yaml.safe_load(file.read_text())["stages"][stage]["deps"]
+    assert found == sorted(found)
     return [dep for dep in found if dep.startswith(("bnncore", "pipeline"))]
 
 

@@ -13,6 +13,7 @@ from bnncore import data, metrics, params
 from bnncore.lowering import lower, parity
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, narrow, packfile
+from bnncore.packed.program import Program
 from bnncore.training import schemes, train
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def differences(
-    ensemble: Ensemble, program, images: data.Dataset, theirs: np.ndarray
+    ensemble: Ensemble, program: Program, images: data.Dataset, theirs: np.ndarray
 ) -> list[dict]:
     """Test images that are classified differently by the packed program, traced to a sign."""
     _, expected = execute.combine(program, theirs)

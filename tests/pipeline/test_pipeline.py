@@ -120,17 +120,14 @@ class TestTheWholePipeline:
     def test_nothing_changed_nothing_runs(self, finished):
         assert ran(dvc(finished, "repro", **QUIET)) == []
 
-    def test_another_image_runs_all(self, finished, tmp_path):
-        """What stage inputs writes is what DVC compares; it was digits before."""
+    def test_other_images_run_all(self, finished, tmp_path):
+        """DVC goes by what stage inputs writes; test_inputs has what it writes of which change."""
         folder = tmp_path / "copy"
         shutil.copytree(finished, folder, symlinks=True)
-        (folder / "models/inputs/images.json").unlink()
-        (folder / "pipeline/inputs.py").write_text(
-            (folder / "pipeline/inputs.py")
-            .read_text()
-            .replace('"files": len(', '"files": 1 + len(')
-        )
-        assert dvc(folder, "repro", "--dry", **QUIET).count("Running stage") == 1
+        code = (folder / "pipeline/inputs.py").read_text()
+        other = code.replace('{"files": len(images)', '{"files": 1 + len(images)')
+        assert other != code
+        (folder / "pipeline/inputs.py").write_text(other)
         dvc(folder, "repro", "inputs", **QUIET)
         assert ran(dvc(folder, "repro", "--dry", **QUIET)) == list(STAGES)
 

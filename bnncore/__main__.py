@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from bnncore.data import SUFFIXES, read_image
 from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
 from bnncore.packed.program import Program, Tensor
 from bnncore.packed.rules import validate
 from bnncore.terminal import columns, command, printable
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,48 +113,33 @@ def _predict(options: argparse.Namespace) -> None:
     _check_members(options.members, program)
     if options.top < 1:
         raise UserError(f"--top: expected at least 1, got {options.top}")
+    height, width, channels = program.image
+    if channels not in (1, 3):
+        raise UserError(f"image files have 1 or 3 channels, this network takes {channels}")
     paths = list(_image_paths(options.images))
     model = execute.Model(program, options.ops)
-    width = max(len(str(path)) for path in paths)
+    wide = max(len(str(path)) for path in paths)
     for start in range(0, len(paths), 64):
         part = paths[start : start + 64]
-        images = np.stack([read_image(path, program.image) for path in part])
+        images = np.stack([read_image(path, (height, width), channels) for path in part])
         scores = model(images, options.members)
         shares = votes.probabilities(program, scores)
         for path, row in zip(part, shares, strict=True):
             best = np.argsort(-row, kind="stable")[: options.top]
             found = "  ".join(f"{program.classes[k]} {100 * row[k]:.1f} %" for k in best)
-            print(printable(f"{path!s:{width}}  {found}"))
+            print(printable(f"{path!s:{wide}}  {found}"))
 
 
 def _image_paths(given: Sequence[Path]) -> Iterable[Path]:
     for path in given:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = (p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES))
+            found = sorted(p for p in inside if p.name[0] != ".")
             if not found:
                 raise UserError(f"{path}: no image files in this folder")
             yield from found
         else:
             yield path
-
-
-def read_image(path: Path, size: tuple[int, int, int]) -> np.ndarray:
-    """An image file as uint8 (H,W,C): grey or RGB by C, resized where it has another size."""
-    from PIL import Image, UnidentifiedImageError
-
-    height, width, channels = size
-    if channels not in (1, 3):
-        raise UserError(f"image files have 1 or 3 channels, this network takes {channels}")
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image file") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {error}") from None
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(picture, np.uint8).reshape(size)
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -1,61 +1,148 @@
 """Whether what parameters ask for can be trained and packed: built without memory, before any work.
 
-It stands above training and lowering, because it asks both.
+It stands above training and lowering, because it asks both. It changes nothing of what is trained.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 
+from bnncore.errors import UserError
 from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
-from bnncore.networks.ensemble import Ensemble, weight_layers
-from bnncore.packed.rules import validate
-from bnncore.params import Params, ParamsError
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, weight_layers
+from bnncore.packed.packfile import MAX_GRAPH
+from bnncore.packed.rules import MAX_MEMBERS, validate
+from bnncore.params import EnsembleParams, Params, ParamsError
 from bnncore.training import schemes
 
 
-def check(params: Params, image, classes: int) -> None:
+def check(params: Params, image: tuple[int, int, int], classes: int | Sequence[str]) -> None:
     """Build the structure of everything that `params` asks for, without memory or training.
 
+    Args:
+        image: (H, W, C).
+        classes: their names, or how many there are.
+
     Raises:
-        ParamsError: names the section that cannot be built, and why.
+        ParamsError: names the key that cannot be used, and why.
     """
-    named(WEIGHTS, params.model.binarizer.weight, "model.binarizer.weight")
-    named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
+    names = None if isinstance(classes, int) else tuple(classes)
+    count = classes if isinstance(classes, int) else len(classes)
+    if names and len(json.dumps(names, ensure_ascii=False).encode()) > MAX_GRAPH // 2:
+        raise ParamsError(f"data: expected class names of {MAX_GRAPH // 2:,} bytes in all at most")
+    _check_binarizer(params)
+    for key in ("pretrain", "binarize"):
+        if getattr(params, key).epochs < 1:
+            raise ParamsError(f"{key}.epochs: expected at least 1, got 0")
+    for ensemble in params.ensembles.train:
+        if ensemble.members > MAX_MEMBERS:
+            raise ParamsError(
+                f"ensembles.train.{ensemble.name}.members: expected at most {MAX_MEMBERS}, which "
+                f"a packed file can hold, got {ensemble.members}"
+            )
+    for binary in (False, True):
+        spec = schemes.single_spec(params, image, count, binary)
+        _check_packed(spec, names, "model.backbone", ":" in params.model.backbone)
+    for ensemble in params.ensembles.train:
+        _check_ensemble(params, ensemble, image, count, names)
+
+
+def _check_binarizer(params: Params) -> None:
+    binarizer = params.model.binarizer
+    weights = torch.ones(2, 1, 1, 1)
+
+    def signs(function: Callable[..., Any]) -> bool:
+        found, alpha = function(weights, torch.ones(2))
+        return found.shape == weights.shape and (alpha is None or alpha.shape == (2,))
+
+    def activation(function: Callable[..., Any]) -> bool:
+        return function(weights).shape == weights.shape
+
+    for key, table, works, text in (
+        ("weight", WEIGHTS, signs, "weights (O,C,h,w) and scale (O,) to signs and scale or None"),
+        ("activation", ACTIVATIONS, activation, "a tensor to one of its shape"),
+    ):
+        name, where = getattr(binarizer, key), f"model.binarizer.{key}"
+        try:
+            function = named(table, name, where)
+        except ValueError as error:
+            raise ParamsError(_once(where, error)) from None
+        if ":" not in name:
+            continue
+        try:
+            good, got = works(function), "another shape"
+        except Exception as error:  # of whatever the user named
+            good, got = False, f"{type(error).__name__}: {error}"
+        if not good:
+            raise ParamsError(f"{where}: expected {name} to map {text}, got {got}")
+
+
+def _check_packed(
+    spec: EnsembleSpec, names: tuple[str, ...] | None, where: str, own: bool = False
+) -> None:
+    """Draw the packed file of `spec`; ParamsError, beginning with `where`, if there can be none.
+
+    Args:
+        names: of the classes; None where they are not known.
+        own: whether it is the user's own code that builds it, whose errors are theirs.
+    """
     try:
         with torch.device("meta"):
-            build(schemes.model_spec(params, image, classes, binary=False))
-            member = build(schemes.model_spec(params, image, classes, binary=True))
-    except ValueError as error:
-        raise ParamsError(f"model.backbone: {error}") from None
-    for ensemble in params.ensembles.train:
-        where = f"ensembles.train.{ensemble.name}"
-        spec = schemes.ensemble_spec(params, ensemble, image, classes)
-        recipe = params.recipe(ensemble)
-        try:
-            with torch.device("meta"):
-                own = Ensemble(spec, ids=(0,)).own
-            validate(blueprint.draw(spec).most)
-        except ValueError as error:
-            raise ParamsError(f"{where}: {error}") from None
-        if ensemble.scheme == "snapshot":
-            if recipe.epochs % spec.members:
-                raise ParamsError(
-                    f"{where}.recipe.epochs: expected a multiple of members ({spec.members}), a "
-                    f"cycle each, got {recipe.epochs}"
-                )
-            if ensemble.recipe.get("schedule", "cosine") != "cosine":
-                raise ParamsError(
-                    f"{where}.recipe.schedule: snapshots are taken at the end of cosine cycles; "
-                    f"expected cosine or none, got {recipe.schedule!r}"
-                )
-        if ensemble.scheme == "stochastic_rounding":
-            layers = weight_layers(member)
-            if not any(isinstance(layers[name], BinaryConv2d) for name in own & layers.keys()):
-                raise ParamsError(
-                    f"{where}.sharing: {spec.sharing.name!r} shares all binary convolutions, of "
-                    "which this scheme draws one version a member; expected a sharing in which "
-                    "members own some, such as no_shared or own: [binary_conv]"
-                )
+            build(spec.model)
+        program = blueprint.draw(spec).most
+        validate(replace(program, classes=names or program.classes))
+    except (UserError, ValueError) as error:
+        raise ParamsError(_once(where, error)) from None
+    except Exception as error:
+        if own:
+            raise ParamsError(f"{where}: {type(error).__name__}: {error}") from error
+        raise
+
+
+def _once(where: str, error: Exception) -> str:
+    """An error's text behind its key, which it may begin with already."""
+    return str(error) if str(error).startswith(where) else f"{where}: {error}"
+
+
+def _check_ensemble(
+    params: Params,
+    ensemble: EnsembleParams,
+    image: tuple[int, int, int],
+    classes: int,
+    names: tuple[str, ...] | None,
+) -> None:
+    where = f"ensembles.train.{ensemble.name}"
+    spec = schemes.ensemble_spec(params, ensemble, image, classes)
+    recipe = params.recipe(ensemble)
+    _check_packed(spec, names, where)
+    if recipe.epochs < 1 and ensemble.scheme != "stochastic_rounding":
+        raise ParamsError(f"{where}.recipe.epochs: expected at least 1, got 0")
+    if ensemble.scheme == "snapshot":
+        if recipe.epochs % spec.members:
+            raise ParamsError(
+                f"{where}.recipe.epochs: expected a multiple of members ({spec.members}), a "
+                f"cycle each, got {recipe.epochs}"
+            )
+        if ensemble.recipe.get("schedule", "cosine") != "cosine":
+            raise ParamsError(
+                f"{where}.recipe.schedule: snapshots are taken at the end of cosine cycles; "
+                f"expected cosine or none, got {recipe.schedule!r}"
+            )
+    if ensemble.scheme == "stochastic_rounding":
+        with torch.device("meta"):
+            member = build(spec.model)
+            own = Ensemble(replace(spec, members=1)).own
+        layers = weight_layers(member)
+        if not any(isinstance(layers[name], BinaryConv2d) for name in own & layers.keys()):
+            raise ParamsError(
+                f"{where}.sharing: {spec.sharing.name!r} shares all binary convolutions, of "
+                "which this scheme draws one version a member; expected a sharing in which "
+                "members own some, such as no_shared or own: [binary_conv]"
+            )

@@ -221,4 +221,4 @@ def log(s: Stage, results: list[dict], histories: dict, written: list[Path]) -> 
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

@@ -60,4 +60,4 @@ def differences(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

@@ -64,7 +64,7 @@ def compose(
             )  # fmt: skip
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise params.ParamsError(f"{name}: {error}") from None
-        values = yaml.safe_load(path.read_text())
+        values = params.read_yaml(path)
     params.parse(values)
     return values
 

@@ -8,7 +8,7 @@ from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
-        check.check(s.params, images.image, len(images.classes))  # all stages', before any work
+        check.check(s.params, images.image, images.classes)  # stage inputs did, unless run by hand
         job = schemes.first_job(s.params, images, None)
         with train.resumable(CHECKPOINTS / "pretrain") as checkpoints:
             threads = s.params.ray.cpus_per_actor
@@ -20,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, __doc__)

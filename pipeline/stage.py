@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bnncore import params as parameters
+from bnncore.errors import UserError
 from bnncore.params import Params
 from bnncore.tracking import ModelRun, Tracker
 from pipeline.parent import end_with_dvc
@@ -33,7 +36,7 @@ class Stage:
     bars: dict[str, tqdm] = field(default_factory=dict)
     runs: dict[str, ModelRun] = field(default_factory=dict)
 
-    def on_epoch(self, job, epoch: dict[str, Any]) -> None:
+    def on_epoch(self, job: Any, epoch: dict[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""
         self._show(job.name, epoch, job.recipe.epochs)
         run = self.runs.get(job.name)
@@ -80,13 +83,35 @@ def stage() -> Iterator[Stage]:
         running.close()
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; what a user can mend ends in one line on stderr and exit status 1."""
+# Of the machine, not of the program: no space, no permission, a broken or read-only disk.
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def run(main: Callable[[], None], description: str | None = None) -> None:
+    """Run a stage's `main`; what a user can mend ends in one line on stderr and exit status 1.
+
+    Everything else is a bug and keeps its traceback.
+
+    Args:
+        description: for ``--help``; None where `main` reads the command line itself.
+    """
     end_with_dvc()
+    name = Path(sys.argv[0]).stem
+    if description is not None:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m pipeline.{name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--traceback", action="store_true", help="of errors")
+        parser.parse_args()
     logging.basicConfig(format="%(name)s: %(message)s")
     try:
         main()
-    except (ValueError, RuntimeError, OSError) as error:
-        if "--traceback" in sys.argv:
+    except (UserError, OSError) as error:
+        mendable = isinstance(error, UserError) or error.errno in _MACHINE
+        if not mendable or "--traceback" in sys.argv:
             raise
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        # A full disk is met in a write, which does not know the file.
+        where = f"{ROOT.resolve()}: " if getattr(error, "filename", "") is None else ""
+        sys.exit(f"{name}: {where}{error}")

@@ -1,5 +1,6 @@
 """Data: splits, the documented layouts, and an error that names the path for each way to break."""
 
+import errno
 import os
 import struct
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bnncore import data
-from bnncore.data import DataError, DataParams, Dataset, Split, load, moments, stratify
+from bnncore.data import DataError, DataParams, Dataset, Split, images, load, moments, stratify
 
 PARTS = ("train", "val", "test")
 
@@ -34,38 +36,8 @@ def same(a: Dataset, b: Dataset) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------ parameters
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("name", "mnist", "one of digits, cifar10, cifar100, fer2013, folder"),
-        ("name", ["digits"], "one of digits"),
-        ("path", 3, "a path or null"),
-        ("path", "", "a path or null"),
-        ("download", "yes", "true or false"),
-        ("val_fraction", 1.5, r"a number in \(0, 1\)"),
-        ("val_fraction", True, r"a number in \(0, 1\)"),
-        ("val_fraction", float("nan"), r"a number in \(0, 1\)"),
-        ("test_fraction", 0, r"a number in \(0, 1\)"),
-        ("test_fraction", "0.2", r"a number in \(0, 1\)"),
-        ("test_fraction", 0.9, "less than 1 - data.val_fraction"),
-        ("seed", -1, "an integer >= 0"),
-        ("seed", 1.0, "an integer >= 0"),
-        ("size", 0, "an integer >= 1 or null"),
-        ("size", True, "an integer >= 1 or null"),
-        ("subset", 0.0, r"a number in \(0, 1\]"),
-        ("subset", 1.01, r"a number in \(0, 1\]"),
-    ],
-)
-def test_out_of_range(field: str, value: object, expected: str) -> None:
-    with pytest.raises(ValueError, match=rf"^data\.{field}: expected {expected}.*, got ") as caught:
-        DataParams(**{field: value})  # type: ignore[arg-type]
-    assert repr(value) in str(caught.value)
-
-
-def test_folder_needs_a_path() -> None:
-    with pytest.raises(ValueError, match=r"^data\.path: expected a path"):
-        DataParams(name="folder")
+def test_every_name_has_a_reader() -> None:
+    assert tuple(data.READERS) == get_args(get_type_hints(DataParams)["name"])
 
 
 # ---------------------------------------------------------------------------------------- digits
@@ -135,9 +107,9 @@ def test_moments_are_numpys() -> None:
 
 def test_digest_sees_any_change() -> None:
     found = load(DataParams())
-    images = found.train.images.copy()
-    images[5, 1, 1, 0] ^= 1
-    assert replace(found, train=Split(images, found.train.labels)).digest != found.digest
+    pixels = found.train.images.copy()
+    pixels[5, 1, 1, 0] ^= 1
+    assert replace(found, train=Split(pixels, found.train.labels)).digest != found.digest
     labels = found.test.labels.copy()
     labels[0] = 9 - labels[0]
     assert replace(found, test=Split(found.test.images, labels)).digest != found.digest
@@ -297,6 +269,49 @@ def test_folder_kinds_of_images(tmp_path: Path) -> None:
     assert images[4].any(-1).nonzero() == (3, 3)
 
 
+def test_folder_of_classes_alone(tmp_path: Path) -> None:
+    """CLASS/IMAGE: the same images, classes and split as under train/."""
+    root = write(tmp_path / "set", ("train",))
+    found = load(folder(root))
+    assert same(found, load(folder(root / "train")))
+    with pytest.raises(DataError, match="expected at least 2 class folders, got 1"):
+        load(folder(write(tmp_path / "deeper", ("only",))))
+
+
+def test_channels_converts_what_differs(tmp_path: Path) -> None:
+    root = write(tmp_path / "set")
+    gray = Image.new("L", (7, 5), 70)
+    gray.save(root / "val" / "dog" / "0.png")
+    assert np.all(load(folder(root, channels=3)).val.images[6] == 70)
+    found = load(folder(root, channels=1))
+    assert found.image == (5, 7, 1)
+    expected = np.asarray(Image.open(root / "train" / "cat" / "0.png").convert("L"))
+    assert np.array_equal(found.train.images[0, ..., 0], expected)
+    digits = load(DataParams(channels=3, size=16))
+    assert digits.image == (16, 16, 3)
+    assert np.array_equal(digits.test.images[..., :1], load(DataParams(size=16)).test.images)
+
+
+def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
+    root = write(tmp_path / "set", n=30)
+    for i in range(28):
+        (root / "train" / "cat" / f"{i}.png").write_text("no image")
+    with pytest.raises(DataError) as caught:
+        load(folder(root))
+    *lines, last = str(caught.value).splitlines()
+    assert len(lines) == 20
+    assert all(line.startswith(f"{root}/train/cat/") for line in lines)
+    assert last == "and 8 more"
+
+
+def test_what_cannot_fit_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
+    root = write(tmp_path / "set")
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 4096}.get)
+    for params in (folder(root, size=64), DataParams(size=64)):
+        with pytest.raises(DataError, match=r"expected images that fit .* of memory, got .*64x64"):
+            load(params)
+
+
 def break_missing(root: Path) -> str:
     (root / "train").rename(root.parent / "gone")
     return f"{root}: expected the folder train"
@@ -342,6 +357,18 @@ def break_size(root: Path) -> str:
 def break_channels(root: Path) -> str:
     Image.new("L", (7, 5)).save(root / "val" / "cat" / "3.png")
     return f"{root}/val/cat/3.png: expected height, width, channels (5, 7, 3) as in {root}/train"
+
+
+def break_class_name(root: Path) -> str:
+    """Names end up in packed files, which refuse what a terminal would not show as it is."""
+    for part in PARTS:
+        (root / part / "cow\u00a0bell").mkdir()
+    return f"{root}/train: expected class names of printable characters, got 'cow\\xa0bell'"
+
+
+def break_class_escape(root: Path) -> str:
+    (root / "train" / "\x1b[31mcow").mkdir()
+    return f"{root}/train: expected class names of printable characters, got '\\x1b[31mcow'"
 
 
 def break_text(root: Path) -> str:
@@ -415,7 +442,7 @@ def test_cache_is_used_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (file,) = (tmp_path / "cache").iterdir()
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_read_image", None)  # reading an image would now fail
+        patch.setattr(images, "read_image", None)  # reading an image would now fail
         assert same(first, load(folder(root)))
         assert same(first, load(folder(root, seed=3)))  # no part to split off: seed has no say
 
@@ -453,8 +480,20 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     root = write(tmp_path / "set")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BNNCORE_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="could not write the cache"):
+    with pytest.warns(UserWarning, match=f"{tmp_path}/file: could not write the cache"):
         assert len(load(folder(root)).train) == 12
+
+
+def test_cache_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write(tmp_path / "set")
+
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.warns(UserWarning, match=f"{tmp_path}/cache: could not write .*No space left"):
+        assert len(load(folder(root)).train) == 12
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------- FER-2013
@@ -608,5 +647,5 @@ def test_real_sets(
         expected = np.asarray(Image.open(first)).reshape(image)
         assert np.array_equal(found.test.images[index], expected)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_read_image", None)
+        patch.setattr(images, "read_image", None)
         assert same(found, load(params))

@@ -231,7 +231,7 @@ def _blank_binary(module: BinaryConv2d) -> None:
     outputs = module.out_channels
     tiny = torch.zeros(outputs, 1, 1, 1)
     _, alpha = module._binarize(tiny, None if module.scale is None else torch.zeros(outputs))
-    result = (module.weight, alpha)
+    result = (module.weight.to("meta"), alpha)  # compared there, signs take no memory either
     module.binary = lambda: result  # type: ignore[method-assign]
 
 

@@ -133,9 +133,9 @@ def despite_torchvision(call: Callable, *args: Any) -> Any:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-    from bnncore.data import _torchvision_datasets
+    from bnncore.data import torchvision_datasets
 
-    _torchvision_datasets()
+    torchvision_datasets()
     return call(*args)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -41,8 +40,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnncore import modules
 from bnncore.data import Dataset, Split, normalization
-from bnncore.networks.binarize import imported
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
 from bnncore.networks.parts import Backbone
 from bnncore.params import Recipe, digest
@@ -50,7 +49,8 @@ from bnncore.training import cheap
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
-ROOMS = ("networks", "training")  # what their code computes, a checkpoint depends on
+# What their code computes, a checkpoint depends on; dvc.yaml names the same for the stages.
+ROOMS = ("cluster", "data", "networks", "params", "training")
 
 
 class TrainingError(RuntimeError):
@@ -120,12 +120,12 @@ def _code() -> str:
 
 
 def _users_code(spec: EnsembleSpec) -> list[str]:
-    """The modules behind what parameters name as ``module:function``."""
+    """The modules behind what parameters name as ``module:function``, and the user's own that these
+    import."""
     binarizer = spec.model.binarizer
     names = [spec.model.backbone]
     names += [binarizer.weight, binarizer.activation] if binarizer else []
-    functions = [imported(name, "model") for name in names if ":" in name]
-    return [Path(inspect.getfile(function)).read_text() for function in functions]
+    return [path.read_text() for _, path in sorted(modules.users_files(names).items())]
 
 
 class Exchange(Protocol):

@@ -1,41 +1,85 @@
-"""`params.yaml`: a section a stage, read into typed, frozen objects before any work.
+"""The sections of `params.yaml` as typed, frozen objects.
 
-Unknown keys, wrong types and values out of range are refused with the key, the value and what is
-allowed. Nothing here imports torch: the evaluator reads parameters too. What only the training
-side can know (whether a backbone or a sharing pattern exists) `check` looks up, before
-anything trains.
+Types are exact: no bool is a number and no text is one; numbers are finite and have an upper bound,
+so that nothing is accepted that cannot run. What only the training side and the packed format know
+(whether a backbone exists, how many members a file holds) `bnncore.check` looks up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import math
+from collections import Counter
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from bnncore.data import DataParams
-from bnncore.errors import UserError
+from bnncore.params.types import (
+    MANY,
+    Batch,
+    Between,
+    Channels,
+    Count,
+    Flag,
+    Fraction,
+    NotNegative,
+    Number,
+    Place,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Some,
+    Text,
+    Threads,
+    Whole,
+    Width,
+)
+from bnncore.params.validation import validated
 
-_STRICT = ConfigDict(extra="forbid", strict=False)
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+SECTION = ConfigDict(extra="forbid")
 
 
-DataParams.__pydantic_config__ = _STRICT  # type: ignore[attr-defined]
+@dataclass(frozen=True, config=SECTION)
+class DataParams:
+    """Which images, and how they are divided.
+
+    Attributes:
+        name: ``digits``, ``cifar10``, ``cifar100``, ``fer2013`` or ``folder`` (`data.READERS`).
+        path: the data's folder (or fer2013's CSV), absolute or relative to the project's root; when
+            None, the folder `name` in the folder that environment variable BNNCORE_DATA names.
+        download: fetch cifar10 and cifar100 where they are missing; nothing else ever downloads.
+        val_fraction, test_fraction: of the images found for training, how many become the
+            validation and test parts of a set that comes without them.
+        seed: of these splits and of `subset`.
+        size: resize all images to `size` x `size` pixels (bilinear); None leaves them as they are.
+        channels: 1 makes all images gray, 3 RGB; None takes them as they are, all alike.
+        subset: the fraction of the training part that is kept, class by class, for short runs.
+    """
+
+    name: Literal["digits", "cifar10", "cifar100", "fer2013", "folder"] = "digits"
+    path: Place | None = None
+    download: Flag = False
+    val_fraction: Between = 0.15
+    test_fraction: Between = 0.2
+    seed: Seed = 0
+    size: Annotated[Whole, Field(ge=1, le=1024)] | None = None
+    channels: Channels | None = None
+    subset: Share = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name == "folder" and self.path is None:
+            raise ValueError("path: expected a path where name is folder, got None")
+        if self.test_fraction >= 1 - self.val_fraction:
+            raise ValueError(
+                f"test_fraction: expected less than 1 - val_fraction ({1 - self.val_fraction:g}), "
+                f"got {self.test_fraction!r}"
+            )
 
 
-class ParamsError(UserError, ValueError):
-    """Parameters that cannot be used; names the key, the value and what is allowed."""
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class Binarizer:
     """How a layer becomes binary.
 
@@ -47,12 +91,12 @@ class Binarizer:
             P(+1) = (clip(w, -1, 1) + 1) / 2 (BinaryConnect, Eq. 2).
     """
 
-    weight: str = "xnor"
-    activation: str = "clipped"
-    stochastic: bool = False
+    weight: Text = "xnor"
+    activation: Text = "clipped"
+    stochastic: Flag = False
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class ModelParams:
     """The network of one member.
 
@@ -63,13 +107,13 @@ class ModelParams:
         binarizer: how its BNN is binarized.
     """
 
-    backbone: str = "nin"
-    width: Count | None = None
+    backbone: Text = "nin"
+    width: Width | None = None
     dropout: Fraction = 0.0
     binarizer: Binarizer = field(default_factory=Binarizer)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class Recipe:
     """How something is trained.
 
@@ -94,21 +138,27 @@ class Recipe:
             is long enough to pay for it. Needs a C++ compiler on CPUs; results differ by rounding.
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 30
-    batch_size: Count = 128
-    lr: Positive = 0.001
+    epochs: Annotated[Whole, Field(ge=0, le=MANY)] = 30
+    batch_size: Batch = 128
+    lr: Rate = 0.001
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[NotNegative, Field(le=100)] = 0.0
     schedule: Literal["poly", "linear", "plateau", "cosine", "constant"] = "poly"
     patience: Count = 15
     augment: Literal["none", "crop", "crop_flip"] = "none"
-    pad: Count = 4
-    prefixes: bool = False
-    shards: Count = 1
+    pad: Annotated[Whole, Field(ge=1, le=256)] = 4
+    prefixes: Flag = False
+    shards: Threads = 1
     compile: Literal["never", "auto", "always"] = "never"
 
+    def __post_init__(self) -> None:
+        if self.shards > self.batch_size:
+            raise ValueError(
+                f"shards: expected at most batch_size ({self.batch_size}), got {self.shards}"
+            )
 
-@dataclass(frozen=True, config=_STRICT)
+
+@dataclass(frozen=True, config=SECTION)
 class CustomSharing:
     """A user's own row of `ensemble.SHARING`.
 
@@ -118,12 +168,18 @@ class CustomSharing:
         name: for tables.
     """
 
-    own: tuple[str, ...]
-    frozen: bool = True
-    name: str = "custom"
+    own: Annotated[tuple[Text, ...], Field(max_length=1000)]
+    frozen: Flag = True
+    name: Text = "custom"
 
 
-@dataclass(frozen=True, config=_STRICT)
+Sharing = Annotated[
+    Annotated[Text, Tag("<row>")] | Annotated[CustomSharing, Tag("<section>")],
+    Discriminator(lambda value: "<row>" if isinstance(value, str) else "<section>"),
+]
+
+
+@dataclass(frozen=True, config=SECTION)
 class EnsembleParams:
     """One ensemble to train.
 
@@ -153,38 +209,43 @@ class EnsembleParams:
         shrinkage: by how much gradient boosting multiplies each member's outputs.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    scheme: str = "fusion"
-    sharing: str | CustomSharing = "shared_conv"
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+    scheme: Text = "fusion"
+    sharing: Sharing = "shared_conv"
     members: Count = 3
     start: Literal["bnn", "hadamard", "random"] = "bnn"
     classifier: Literal["auto", "logits", "features"] = "auto"
-    jitter: Annotated[float, Field(ge=0, le=1)] = 0.1
-    fresh_classifier: bool = True
+    jitter: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    fresh_classifier: Flag = True
     recipe: dict[str, Any] = field(default_factory=dict)
     vote: Literal["soft", "hard"] | None = None
     sampling: Literal["bootstrap", "batch", "partition"] | None = None
     boost: Literal["reweight", "resample"] | None = None
-    chain: bool | None = None
+    chain: Flag | None = None
     residual: Literal["squared", "logits"] | None = None
-    shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
+    shrinkage: Share | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class EnsemblesParams:
     """The stage that trains ensembles: one recipe and a list."""
 
     recipe: Recipe = field(default_factory=Recipe)
-    train: tuple[EnsembleParams, ...] = ()
+    train: Annotated[tuple[EnsembleParams, ...], Field(max_length=1000)] = ()
 
-    def __post_init__(self):
-        names = [e.name for e in self.train]
-        for name in {"fp32", "bnn", *names}:
-            if (name in ("fp32", "bnn") and name in names) or names.count(name) > 1:
-                raise ValueError(f"train: expected unique names other than fp32, bnn; got {name!r}")
+    def __post_init__(self) -> None:
+        names = Counter(e.name for e in self.train)
+        for name, count in names.items():
+            if name in ("fp32", "bnn") or count > 1:
+                raise ValueError(f"train: expected unique names other than fp32, bnn, got {name!r}")
+            stem, _, member = name.rpartition(".")  # members trained apart are called NAME.MEMBER
+            if stem in names and member.isdecimal():
+                raise ValueError(
+                    f"train: expected names unlike those of members, got {name!r} beside {stem!r}"
+                )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class PackParams:
     """What the packed file keeps.
 
@@ -197,16 +258,16 @@ class PackParams:
     weights: Literal["float32", "int8"] = "float32"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class EvaluateParams:
     """How packed files are run: the set of kernels, images at a time, threads."""
 
     ops: Literal["compiled", "numpy"] = "compiled"
-    batch: Count = 64
-    threads: Count = 1
+    batch: Batch = 64
+    threads: Threads = 1
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class RayParams:
     """The cluster.
 
@@ -221,23 +282,28 @@ class RayParams:
             the time and with the same results; None for where they would not fit otherwise.
     """
 
-    address: str = "local"
+    address: Text = "local"
     actors: Count | None = None
-    cpus_per_actor: Count = 1
-    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
-    wait_s: Annotated[float, Field(ge=0)] = 60.0
-    replay: bool | None = None
+    cpus_per_actor: Threads = 1
+    gpus_per_actor: Annotated[NotNegative, Field(le=1024)] | None = None
+    wait_s: NotNegative = 60.0
+    replay: Flag | None = None
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_actor or 0.0
+        if gpus > 1 and not math.isclose(gpus, round(gpus)):
+            raise ValueError(f"gpus_per_actor: expected a whole number above 1, got {gpus}")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class MlflowParams:
     """Where runs are logged; None: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
 
-    uri: str | None = None
-    experiment: str = "bnncore"
+    uri: Place | None = None
+    experiment: Text = "bnncore"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class Scale:
     """By how much a preset was shortened when it was composed: a record, for the recipes and
     ``data.subset`` hold the result.
@@ -248,10 +314,10 @@ class Scale:
     """
 
     epochs: Positive = 1.0
-    subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    subset: Share = 1.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class SpaceParams:
     """What a search may choose from: a configuration takes one value of each list.
 
@@ -264,27 +330,23 @@ class SpaceParams:
         affine, weights: of `PackParams`.
     """
 
-    backbone: Annotated[tuple[str, ...], Field(min_length=1)] = ("nin", "fernet", "resnet8")
-    width: Annotated[tuple[Count, ...], Field(min_length=1)] = (8, 12, 16, 20, 24, 28, 32)
-    scheme: Annotated[tuple[str, ...], Field(min_length=1)] = ("tentaclenet", "fusion", "bagging")
-    sharing: Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "tentaclenet", "shared_conv", "all_frozen", "no_shared",
-    )  # fmt: skip
-    members: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7, 8)
-    start: Annotated[tuple[Literal["bnn", "hadamard", "random"], ...], Field(min_length=1)] = (
-        "bnn", "hadamard",
-    )  # fmt: skip
-    affine: Annotated[tuple[Literal["float32", "float16"], ...], Field(min_length=1)] = ("float32",)
-    weights: Annotated[tuple[Literal["float32", "int8"], ...], Field(min_length=1)] = ("float32",)
+    backbone: Some[Text] = ("nin", "fernet", "resnet8")
+    width: Some[Width] = (8, 12, 16, 20, 24, 28, 32)
+    scheme: Some[Text] = ("tentaclenet", "fusion", "bagging")
+    sharing: Some[Text] = ("tentaclenet", "shared_conv", "all_frozen", "no_shared")
+    members: Some[Count] = (1, 2, 3, 4, 5, 6, 7, 8)
+    start: Some[Literal["bnn", "hadamard", "random"]] = ("bnn", "hadamard")
+    affine: Some[Literal["float32", "float16"]] = ("float32",)
+    weights: Some[Literal["float32", "int8"]] = ("float32",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, values in vars(self).items():
-            for value in values:
-                if values.count(value) > 1:
+            for value, count in Counter(values).items():
+                if count > 1:
                     raise ValueError(f"{name}: expected different values, got {value!r} twice")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class SearchParams:
     """A search for the best ensemble under a budget.
 
@@ -314,7 +376,7 @@ class SearchParams:
     """
 
     trials: Count = 40
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     objectives: Literal["accuracy", "accuracy_bytes"] = "accuracy"
     budget_kib: Positive = 24.0
@@ -322,25 +384,25 @@ class SearchParams:
     megaops: Positive | None = None
     activation_kib: Positive | None = None
     epochs: Count | None = None
-    rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25,)
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
-    batch: Count = 4
+    rungs: Annotated[tuple[Between, ...], Field(max_length=100)] = (0.25,)
+    keep: Share = 0.5
+    batch: Threads = 4
     warmup: Count = 12
-    rivals: bool = True
+    rivals: Flag = True
     space: SpaceParams = field(default_factory=SpaceParams)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs: expected rising fractions, got {list(self.rungs)}")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=SECTION)
 class Params:
     """All of `params.yaml`."""
 
     scale: Scale = field(default_factory=Scale)
-    seed: Annotated[int, Field(ge=0)] = 0
-    data: DataParams = field(default_factory=lambda: DataParams(name="digits"))
+    seed: Seed = 0
+    data: DataParams = field(default_factory=DataParams)
     model: ModelParams = field(default_factory=ModelParams)
     pretrain: Recipe = field(default_factory=Recipe)
     binarize: Recipe = field(default_factory=Recipe)
@@ -354,77 +416,4 @@ class Params:
     def recipe(self, ensemble: EnsembleParams) -> Recipe:
         """The recipe of one ensemble: the section's, with the ensemble's own fields."""
         merged = {**dataclasses.asdict(self.ensembles.recipe), **ensemble.recipe}
-        return _validate(Recipe, merged, f"ensembles.train.{ensemble.name}.recipe")
-
-
-def _validate(cls, values: Any, where: str):
-    try:
-        return TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        lines = []
-        for e in error.errors():
-            key = ".".join(str(part) for part in (where, *e["loc"]) if str(part))
-            got = e["input"] if not isinstance(e["input"], dict) else "a section"
-            lines.append(f"{key}: {_allowed(cls, e)}, got {got!r}")
-        raise ParamsError("\n".join(lines)) from None
-
-
-def _allowed(cls, error) -> str:
-    if error["type"] == "unexpected_keyword_argument":
-        owner: Any = cls
-        for part in error["loc"][:-1]:
-            annotations = {f.name: f.type for f in dataclasses.fields(owner)}
-            owner = globals().get(str(annotations.get(str(part), "")), None)
-            if owner is None:
-                return "unknown key"
-        return (
-            f"unknown key; expected one of {', '.join(f.name for f in dataclasses.fields(owner))}"
-        )
-    return error["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-
-
-def parse(values: dict[str, Any]) -> Params:
-    """`Params` from plain data.
-
-    Raises:
-        ParamsError: names every key that is wrong, its value and what is allowed.
-    """
-    if not isinstance(values, dict):
-        raise ParamsError(f"params: expected a mapping of sections, got {type(values).__name__}")
-    params = _validate(Params, values, "")
-    for ensemble in params.ensembles.train:
-        params.recipe(ensemble)
-    return params
-
-
-def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check a parameter file; ParamsError names the file and the key."""
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: expected a parameter file, found none") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path}: expected YAML: {error}") from None
-    try:
-        return parse(values)
-    except ParamsError as error:
-        raise ParamsError(f"{path}: {error}") from None
-
-
-def plain(params) -> dict[str, Any]:
-    """Resolved parameters as plain data, ready for YAML and JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(params)))
-
-
-def save(params, path: str | Path) -> None:
-    """Write the resolved copy that stands beside the weights."""
-    Path(path).write_text(yaml.safe_dump(plain(params), sort_keys=False))
-
-
-def digest(*parts: Any) -> str:
-    """A short hash of plain data: the same parts, the same hash."""
-    text = json.dumps(
-        [plain(p) if dataclasses.is_dataclass(p) else p for p in parts], sort_keys=True
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return validated(Recipe, merged, f"ensembles.train.{ensemble.name}.recipe")

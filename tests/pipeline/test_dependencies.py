@@ -1,0 +1,132 @@
+"""DVC does not follow imports: that `dvc.yaml` names all code that decides what a stage writes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bnncore import modules
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate", "search")
+
+# What stages reach and DVC need not watch, and why. Imports are not followed through it.
+CHANGES_NOTHING = {
+    "bnncore/__init__.py": "for users of the package; no stage calls its `load`",
+    "bnncore/check.py": "lets parameters pass or refuses them; changes nothing of what is made",
+    "bnncore/errors.py": "names of errors",
+    "bnncore/modules.py": "finds files; what is in them is in the digests",
+    "bnncore/tracking": "logs what stages have made",
+    "pipeline/__init__.py": "empty",
+}
+# evaluate ends in an error if torch was imported: it runs nothing of these.
+NEEDS_TORCH = {f"bnncore/{room}": "needs torch" for room in ("lowering", "networks", "training")}
+BY_STAGE = {"evaluate": {**NEEDS_TORCH, "bnncore/paper": "tables that other commands print"}}
+
+
+def reached(stage: str, root: Path) -> set[str]:
+    """Files below `root` that a stage may run, all imports followed, those in functions too."""
+    cut = {**CHANGES_NOTHING, **BY_STAGE.get(stage, {})}
+
+    def own(path: Path) -> bool:
+        path = path.resolve()
+        return path.is_relative_to(root) and not covered(path.relative_to(root).as_posix(), cut)
+
+    start = f"pipeline.{stage.replace('-', '_')}"
+    return {p.resolve().relative_to(root).as_posix() for p in modules.files([start], own).values()}
+
+
+def covered(file: str, by) -> bool:
+    return any(file == entry or file.startswith(f"{entry}/") for entry in by)
+
+
+def declared(stage: str, root: Path) -> list[str]:
+    file = root / ("search/dvc.yaml" if stage == "search" else "dvc.yaml")
+    found = yaml.safe_load(file.read_text())["stages"][stage]["deps"]
+    assert found == sorted(found)
+    return [dep for dep in found if dep.startswith(("bnncore", "pipeline"))]
+
+
+def holes(stage: str, root: Path) -> set[str]:
+    """Files that a stage may run and that no dependency covers."""
+    return {file for file in reached(stage, root) if not covered(file, declared(stage, root))}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_names_the_rooms_it_uses(stage):
+    files = reached(stage, ROOT)
+    assert holes(stage, ROOT) == set()
+    for dep in declared(stage, ROOT):
+        assert (ROOT / dep).exists()
+        assert any(covered(file, [dep]) for file in files), f"{dep} is not used"
+
+
+def test_what_changes_nothing_is_there_and_reached():
+    everything = {**CHANGES_NOTHING, **NEEDS_TORCH}
+    assert all((ROOT / place).exists() for place in everything)
+
+
+def test_editing_what_people_read_trains_nothing():
+    for stage in ("pretrain", "binarize", "ensemble-train"):
+        for room in ("tracking", "report", "search", "paper", "storage", "packed", "lowering"):
+            assert not covered(f"bnncore/{room}/x.py", declared(stage, ROOT)), (stage, room)
+
+
+def test_checkpoints_depend_on_the_code_that_stages_depend_on():
+    from bnncore.training import train  # torch, which the processes of the last test do without
+
+    rooms = {
+        dep.removeprefix("bnncore/")
+        for stage in ("pretrain", "binarize", "ensemble-train")
+        for dep in declared(stage, ROOT)
+        if dep.startswith("bnncore/")
+    }
+    assert rooms == set(train.ROOMS)
+    for room in train.ROOMS:
+        assert list((ROOT / "bnncore" / room).glob("*.py"))
+
+
+HOLES = {
+    "at the top": ("pipeline/pretrain.py", "import bnncore.hole"),
+    "in a function": ("bnncore/networks/backbones.py", "def f():\n    from bnncore import hole"),
+    "in a package": ("bnncore/training/__init__.py", "from .. import hole"),
+    "by name": ("bnncore/training/train.py", "TABLE = {'x': 'bnncore.hole'}"),
+    "behind another": ("bnncore/data/parts.py", "if True:\n    from bnncore.hole import something"),
+    "only for types": (
+        "bnncore/data/parts.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import bnncore.hole",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOLES)
+def test_a_planted_hole_is_seen(kind, tmp_path):
+    """In a copy, a stage's code uses a module that no dependency names."""
+    for name in ("bnncore", "pipeline"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.html")
+        )
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "bnncore/hole.py").write_text("something = 1\n")
+    file, code = HOLES[kind]
+    with open(tmp_path / file, "a") as opened:
+        opened.write(f"\n{code}\n")
+    # In a process of its own, where the copy is what is imported.
+    ask = (
+        "import sys; from pathlib import Path\n"
+        "sys.path.insert(0, '.')\n"
+        f"sys.path.append({str(ROOT)!r})\n"
+        "from tests.pipeline.test_dependencies import holes\n"
+        "print(*holes('pretrain', Path.cwd().resolve()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ask], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = "" if kind == "only for types" else "bnncore/hole.py"
+    assert done.stdout.strip() == expected

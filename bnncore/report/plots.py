@@ -169,7 +169,7 @@ def accuracy_members(results: Sequence[Row], path: Path | str) -> None:
     for row in complete(results):
         if row["kind"] == "fp32" and row.get("test_top1") is not None:
             label = plain_label(f"{row['name']}, {row['test_top1']:.1f}")
-            level = {"color": _STYLES["fp32"][1], "ls": (0, (6, 3))}
+            level: dict[str, Any] = {"color": _STYLES["fp32"][1], "ls": (0, (6, 3))}
             ax.axhline(row["test_top1"], lw=1, label=label, **level)
     whole_numbers(ax)
     ax.set_xlabel("members")

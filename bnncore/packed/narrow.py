@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bnncore.errors import UserError
 from bnncore.packed.program import KINDS, Program, Tensor
 
 if TYPE_CHECKING:  # what runs packed files needs no pydantic
@@ -28,11 +29,15 @@ AFFINE_ROLES = ("scale", "shift", "slope", "bias", "threshold")
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
+class NarrowError(UserError, ValueError):
+    """A value does not fit the narrower type; names the layer and what to choose instead."""
+
+
 def narrowed(program: Program, pack: PackParams) -> Program:
     """`program` with the kinds of tensors that `pack` asks for.
 
     Raises:
-        ValueError: a value is too large for float16; names the layer.
+        NarrowError: a value is too large for float16; names the layer.
     """
     tensors = dict(program.tensors)
     nodes = []
@@ -61,7 +66,7 @@ def _float16(tensor: Tensor, where: str) -> Tensor:
         # A channel that is always on or off has a threshold no value reaches; it stays so.
         data = np.clip(data, -FLOAT16_MAX, FLOAT16_MAX)
     elif largest > FLOAT16_MAX:
-        raise ValueError(
+        raise NarrowError(
             f"{where}: expected values that float16 can hold (up to {FLOAT16_MAX:g}), got "
             f"{largest:g}; pack with affine: float32"
         )

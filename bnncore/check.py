@@ -13,7 +13,7 @@ from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
 from bnncore.networks.ensemble import Ensemble, weight_layers
 from bnncore.packed.program import validate
 from bnncore.params import Params, ParamsError
-from bnncore.training import schemes
+from bnncore.training import plans
 
 
 def check(params: Params, image, classes: int) -> None:
@@ -26,13 +26,13 @@ def check(params: Params, image, classes: int) -> None:
     named(ACTIVATIONS, params.model.binarizer.activation, "model.binarizer.activation")
     try:
         with torch.device("meta"):
-            build(schemes.model_spec(params, image, classes, binary=False))
-            member = build(schemes.model_spec(params, image, classes, binary=True))
+            build(plans.model_spec(params, image, classes, binary=False))
+            member = build(plans.model_spec(params, image, classes, binary=True))
     except ValueError as error:
         raise ParamsError(f"model.backbone: {error}") from None
     for ensemble in params.ensembles.train:
         where = f"ensembles.train.{ensemble.name}"
-        spec = schemes.ensemble_spec(params, ensemble, image, classes)
+        spec = plans.ensemble_spec(params, ensemble, image, classes)
         recipe = params.recipe(ensemble)
         try:
             with torch.device("meta"):

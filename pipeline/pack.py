@@ -13,7 +13,8 @@ from bnncore import data, metrics, params
 from bnncore.lowering import lower, parity
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, narrow, packfile
-from bnncore.training import schemes, train
+from bnncore.training import inference
+from bnncore.training.ensembled import Ensembled
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
 
@@ -31,7 +32,7 @@ def main() -> None:
         (PACKED / "torch").mkdir(parents=True)
         found = models()
         for name in ("fp32", "bnn", *order):
-            trained = schemes.Ensembled.read(found[name])
+            trained = Ensembled.read(found[name])
             ensemble = trained.ensemble()
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
             info = facts(s.params, name, section)
@@ -82,12 +83,9 @@ def facts(p: params.Params, name: str, section: params.EnsembleParams | None) ->
 
 def torch_outputs(ensemble: Ensemble, images: data.Dataset) -> dict[str, np.ndarray]:
     """Member outputs of torch on the validation and test parts, (M, N, C) float32 each."""
-    spec = ensemble.spec
-    job = train.Job("outputs", spec, ensemble.ids, params.Recipe(epochs=0), 0, ensemble.state())
-    trainer = train.Trainer(job, images, device="cpu")
     return {
-        "val": trainer.outputs(trainer.uploaded(images.val)),
-        "test": trainer.outputs(trainer.uploaded(images.test)),
+        "val": inference.member_outputs(ensemble, images.val.images, images),
+        "test": inference.member_outputs(ensemble, images.test.images, images),
     }
 
 

@@ -17,7 +17,7 @@ from bnncore.packed import execute, packfile
 from bnncore.search import answer, space, trial
 from bnncore.search import study as searching
 from bnncore.tracking import Tracker
-from bnncore.training import train
+from bnncore.training.checkpoint import resumable
 from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
 
 OUT = REPORTS / "search"
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
 def finish(study, report, images: data.Dataset, cluster: Cluster, tracker: Tracker):
     """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
     best = space.preset(study.full, study.config(report.best))
-    with train.resumable(CHECKPOINTS / "search-finish") as checkpoints:
+    with resumable(CHECKPOINTS / "search-finish") as checkpoints:
         trained, program = trial.finish(best, images, cluster, checkpoints)
     size = packfile.save(program, OUT / "best.bnn")
     if size > report.best["bound_bytes"]:

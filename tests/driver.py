@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from bnncore.cluster import actors
 from bnncore.params import RayParams
-from bnncore.training import schemes, train
+from bnncore.training import checkpoint, schemes
 from tests.small import plan
 
 
@@ -31,7 +31,7 @@ def strike_at(epoch: int) -> None:
                 file.truncate(Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.save_file = half_written
+    checkpoint.save_file = half_written
 
 
 def main(folder: Path, epochs: int, strike: int | None) -> None:

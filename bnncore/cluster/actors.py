@@ -1,8 +1,8 @@
 """Training on a Ray cluster: jobs side by side, and one job's members split over actors.
 
-`Cluster.train_many` gives what `train.train_many` gives. The loop over epochs and the checkpoints
-stay in the driver: a thread a running job runs `train.drive` around a `_Group` of actors, each of
-which holds a `train.Trainer` with a block of the job's members. Actors of one group exchange
+`Cluster.train_many` gives what `loop.train_many` gives. The loop over epochs and the checkpoints
+stay in the driver: a thread a running job runs `loop.drive` around a `_Group` of actors, each of
+which holds a `loop.Trainer` with a block of the job's members. Actors of one group exchange
 partial logits (B x C) and the gradients of shared trained parameters through torch.distributed,
 gloo between CPUs and NCCL between GPUs, and nothing else.
 
@@ -22,7 +22,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,9 @@ from torch import distributed as dist
 from bnncore.data import Dataset
 from bnncore.networks.ensemble import tree_sum
 from bnncore.params import RayParams
-from bnncore.training.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
+from bnncore.training.checkpoint import Checkpoint
+from bnncore.training.jobs import Epoch, History, Job, State, Trained, TrainingError
+from bnncore.training.loop import OnEpoch, Trainer, drive
 
 log = logging.getLogger(__name__)
 # What says that a worker is gone; Ray itself ends workers when a node's memory is short.
@@ -53,7 +54,6 @@ LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
-Epochs = Callable[[Job, dict[str, Any]], None]
 
 
 class ClusterError(RuntimeError):
@@ -273,7 +273,7 @@ class _Group:
     def _call(self, name: str, *args) -> list:
         return self._get([actor.call.remote(name, *args) for actor in self.actors])
 
-    def epoch(self, history: list[dict[str, Any]]) -> tuple[dict[str, float], np.ndarray]:
+    def epoch(self, history: History) -> tuple[dict[str, float], np.ndarray]:
         results = self._call("epoch", history)
         sums = results[0][0] | {"actors": len(self.actors)}
         return sums, np.concatenate([outputs for _, outputs in results[:: self.depth]])
@@ -302,12 +302,12 @@ class _Memory:
     """A checkpoint that lives as long as the driver."""
 
     def __init__(self):
-        self.saved: tuple[State, list[dict[str, Any]]] | None = None
+        self.saved: tuple[State, History] | None = None
 
     def load(self):
         return self.saved and (self.saved[0], list(self.saved[1]))
 
-    def save(self, state: State, history: list[dict[str, Any]]) -> None:
+    def save(self, state: State, history: History) -> None:
         self.saved = (state, list(history))
 
     def close(self) -> None:
@@ -507,7 +507,7 @@ class Cluster:
         jobs: list[Job],
         data: Dataset,
         checkpoints: Path | None = None,
-        on_epoch: Epochs | None = None,
+        on_epoch: OnEpoch | None = None,
     ) -> list[Trained]:
         """Train jobs, as many at once as there is room for, members of one job over actors.
 
@@ -569,7 +569,7 @@ class _Run:
             checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
         seen, lost = 0, 0
 
-        def finished(job: Job, epoch: dict[str, Any]) -> None:
+        def finished(job: Job, epoch: Epoch) -> None:
             nonlocal seen, lost
             if epoch["epoch"] <= seen:  # a new group tells the old epochs again
                 return
@@ -601,7 +601,7 @@ class _Run:
         finally:
             checkpoint.close()
 
-    def _attempt(self, job: Job, checkpoint, finished: Epochs) -> Trained:
+    def _attempt(self, job: Job, checkpoint, finished: OnEpoch) -> Trained:
         actors = self.cluster._take(job)
         with self.lock:
             self.running[job.name] = actors
@@ -623,7 +623,7 @@ class _Run:
         return trained
 
 
-def _tell(job: Job, epoch: dict[str, Any]) -> None:
+def _tell(job: Job, epoch: Epoch) -> None:
     """How fast the actors of a job were, and how much of it went into the exchange."""
     text = "{images_per_s:.0f} images/s"
     if "exchange_share" in epoch:

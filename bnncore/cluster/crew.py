@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from bnncore.cluster.actors import Cluster
 from bnncore.data import Dataset
-from bnncore.training import train
+from bnncore.training.jobs import TrainingError
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ class Crew:
                 except RayError as error:
                     cause = error.cause if isinstance(error, RayTaskError) else error
                     # A loss that is not finite would not be finite the second time.
-                    if work.name not in crashed and not isinstance(cause, train.TrainingError):
+                    if work.name not in crashed and not isinstance(cause, TrainingError):
                         crashed.add(work.name)
                         self.retried += 1
                         waiting.insert(0, work)

@@ -28,7 +28,7 @@ from bnncore.networks.ensemble import SHARING, EnsembleSpec
 from bnncore.packed import execute
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams
-from bnncore.training import schemes
+from bnncore.training import plans, schemes
 
 Config = dict[str, Any]
 WIDTHS = 4, 1024  # between which a rival's width is looked for
@@ -159,7 +159,7 @@ class Space:
                         f"search.space.{name}: expected some of {', '.join(known)}, got {value!r}"
                     )
         for backbone in self.values["backbone"]:
-            spec = schemes.model_spec(params, self.image, len(self.classes), binary=True)
+            spec = plans.model_spec(params, self.image, len(self.classes), binary=True)
             try:
                 with torch.device("meta"):
                     build(replace(spec, backbone=backbone, width=None))
@@ -193,7 +193,7 @@ class Space:
         key = tuple(config[k] for k in ("backbone", "width", "scheme", "sharing"))
         if key not in self._specs:  # finding it takes as long as all else
             p = preset(self.params, config)
-            spec = schemes.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
+            spec = plans.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
             self._specs[key] = spec
         return replace(self._specs[key], members=config["members"])
 
@@ -345,7 +345,7 @@ def rivals(params: Params, space: Space, best: dict[str, Any]) -> list[Rival]:
 
     def int8(width: int) -> tuple[EnsembleSpec, Params]:
         p = preset(params, single | {"width": width}, "rival")
-        return schemes.single_spec(p, space.image, len(space.classes), binary=False), p
+        return plans.single_spec(p, space.image, len(space.classes), binary=False), p
 
     eight = PackParams(weights="int8")
 

@@ -56,8 +56,9 @@ from bnncore.search import space
 from bnncore.search import trial as tasks
 from bnncore.search.space import Config, Cost, Space, described, identity, preset
 from bnncore.tracking import Tracker
-from bnncore.training import schemes, train
-from bnncore.training.schemes import Ensembled
+from bnncore.training import plans
+from bnncore.training.checkpoint import Checkpoint
+from bnncore.training.ensembled import Ensembled
 
 # Asks in a row that give nothing to train, after which the space counts as used up.
 IDLE = 1000
@@ -147,7 +148,7 @@ class Search:
 
     Raises:
         ParamsError: from `Space`.
-        train.TrainingError: another process holds the folder.
+        TrainingError: another process holds the folder.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Search:
         self._keys: dict[str, str] = {}  # network -> the name of what is kept of it
         self._rejecting: list[float] = []
         self._stop = threading.Event()
-        self._lock = train.Checkpoint(folder.parent, folder.name)  # for its lock on the folder
+        self._lock = Checkpoint(folder.parent, folder.name)  # for its lock on the folder
         self.study = self._open()
 
     def close(self) -> None:
@@ -452,7 +453,7 @@ class Search:
             return None
         key = f"{p.model.backbone}-{p.model.width}"
         if key not in self._keys:
-            job = schemes.first_job(p, self.data, None)
+            job = plans.first_job(p, self.data, None)
             digest = P.digest(job.digest(self.data), p.binarize, p.model.binarizer)
             self._keys[key] = f"{key}-{digest}"
         key = self._keys[key]

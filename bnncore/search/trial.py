@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bnncore import metrics
-from bnncore import params as P
 from bnncore.cluster.actors import Cluster
 from bnncore.data import Dataset
 from bnncore.lowering import lower
@@ -26,16 +24,17 @@ from bnncore.packed import execute, narrow, packfile
 from bnncore.packed.program import Program
 from bnncore.params import PackParams, Params
 from bnncore.search import space
-from bnncore.training import schemes, train
-from bnncore.training.schemes import Ensembled
+from bnncore.training import inference, loop, plans, schemes
+from bnncore.training.ensembled import Ensembled
+from bnncore.training.jobs import History
 
 
 def network(
     threads: int, data: Dataset, params: Params, fp32: Ensembled | None = None
 ) -> Ensembled:
     """The pretrained FP32 network or, from its weights, the BNN."""
-    job = schemes.first_job(params, data, fp32.state if fp32 else None)
-    (trained,) = train.train_many([job], data, threads=threads)
+    job = plans.first_job(params, data, fp32.state if fp32 else None)
+    (trained,) = loop.train_many([job], data, threads=threads)
     return Ensembled(job.spec, trained.state, {job.name: trained.history})
 
 
@@ -53,12 +52,12 @@ def ensemble(
         base: the BNN or the FP32 network that members start from.
     """
     started, found = time.process_time(), {}
-    train_many = partial(train.train_many, data=data, threads=threads)
+    train_many = partial(loop.train_many, data=data, threads=threads)
     values: list[float] = []
     for fraction, floor in rungs:
         p = space.at_rung(params, fraction)
         state = base.state if base else {}
-        plan = schemes.plan(p, p.ensembles.train[0], data, state, state)
+        plan = plans.plan(p, p.ensembles.train[0], data, state, state)
         found = assess(schemes.train(plan, train_many), p, data)
         values.append(found["val_top1"])
         if floor is not None and values[-1] < floor:
@@ -77,15 +76,8 @@ def int8(threads: int, data: Dataset, params: Params) -> dict[str, Any]:
         pack=PackParams(weights="int8"),
         ensembles=replace(params.ensembles, train=()),
     )
-    # oneDNN (torch 2.13, CPU) corrupts memory in gradients of FP32 ResNets of 4 to 6 channels.
-    mkldnn: Any = torch.backends.mkldnn
-    before = mkldnn.enabled
-    mkldnn.enabled = before and (params.model.width or 8) >= 8
-    try:
-        trained = network(threads, data, p)
-    finally:
-        mkldnn.enabled = before
-    return {**assess(trained, p, data), "cpu_s": time.process_time() - started}
+    found = assess(network(threads, data, p), p, data)
+    return {**found, "cpu_s": time.process_time() - started}
 
 
 def assess(trained: Ensembled, params: Params, data: Dataset) -> dict[str, Any]:
@@ -108,10 +100,9 @@ def packed(trained: Ensembled, params: Params, data: Dataset) -> tuple[Program, 
     they are its own.
     """
     info = space.facts(params)
-    program = lower.lower(trained.ensemble(), data.mean, data.std, data.classes, info)
-    ids = tuple(range(trained.spec.members))
-    job = train.Job("outputs", trained.spec, ids, P.Recipe(epochs=0), 0, trained.state)
-    outputs = train.Trainer(job, data, device="cpu").validation_outputs()
+    ensemble = trained.ensemble()
+    program = lower.lower(ensemble, data.mean, data.std, data.classes, info)
+    outputs = inference.member_outputs(ensemble, data.val.images, data)
     _, predicted = execute.combine(program, outputs)
     program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
     if params.pack != PackParams():
@@ -120,9 +111,9 @@ def packed(trained: Ensembled, params: Params, data: Dataset) -> tuple[Program, 
     return program, outputs
 
 
-def merged(histories: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def merged(histories: dict[str, History]) -> list[dict[str, Any]]:
     """One curve of several members' curves: means by epoch."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, list[Any]] = {}
     for history in histories.values():
         for row in history:
             found.setdefault(row["epoch"], []).append(row)
@@ -137,8 +128,8 @@ def finish(
 ) -> tuple[Ensembled, Program]:
     """Train the only ensemble of `params` by its full recipes, members spread over the cluster."""
     train_many = partial(cluster.train_many, data=data, checkpoints=checkpoints, on_epoch=on_epoch)
-    (fp32,) = train_many([schemes.first_job(params, data, None)])
-    (bnn,) = train_many([schemes.first_job(params, data, fp32.state)])
-    plan = schemes.plan(params, params.ensembles.train[0], data, fp32.state, bnn.state)
+    (fp32,) = train_many([plans.first_job(params, data, None)])
+    (bnn,) = train_many([plans.first_job(params, data, fp32.state)])
+    plan = plans.plan(params, params.ensembles.train[0], data, fp32.state, bnn.state)
     trained = schemes.train(plan, train_many)
     return trained, packed(trained, params, data)[0]

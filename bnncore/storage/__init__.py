@@ -386,15 +386,15 @@ def _print_params(path: Path) -> int:
     """Everything that a parameter file asks for, counted without training."""
     from bnncore import check, params
     from bnncore.lowering import blueprint
-    from bnncore.training import schemes
+    from bnncore.training import plans
 
     p = params.load(path)
     image, classes, names = _shape(p.data, path.parent)
     check.check(p, image, classes)
     specs = {
-        "fp32": schemes.single_spec(p, image, classes, binary=False),
-        "bnn": schemes.single_spec(p, image, classes, binary=True),
-        **{e.name: schemes.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
+        "fp32": plans.single_spec(p, image, classes, binary=False),
+        "bnn": plans.single_spec(p, image, classes, binary=True),
+        **{e.name: plans.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
     }
     summary = []
     for name, spec in specs.items():

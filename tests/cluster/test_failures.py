@@ -25,7 +25,10 @@ from safetensors.torch import load_file
 
 from bnncore.cluster import actors
 from bnncore.params import RayParams
-from bnncore.training import schemes, train
+from bnncore.training import loop, schemes
+from bnncore.training.checkpoint import Checkpoint
+from bnncore.training.jobs import TrainingError
+from bnncore.training.loop import Trainer
 from tests import processes
 from tests.small import differences, plan
 
@@ -53,7 +56,7 @@ def one_thread():
 def undisturbed() -> dict[str, torch.Tensor]:
     """What `driver` gives when nothing happens to it."""
     p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=EPOCHS, subset=0.5)
-    return schemes.train(p, lambda jobs: train.train_many(jobs, images)).state
+    return schemes.train(p, lambda jobs: loop.train_many(jobs, images)).state
 
 
 # -- actors ------------------------------------------------------------------------------------
@@ -246,14 +249,14 @@ def test_a_diverging_member_is_named():
     job, images = _job()
     name = next(n for n in job.start if n.startswith("1.stem.conv"))
     job.start[name] = torch.full_like(job.start[name], torch.inf)
-    with pytest.raises(train.TrainingError, match=r"e: the loss of epoch 1 .* of member\(s\) 1\."):
-        train.train_many([job], images)
+    with pytest.raises(TrainingError, match=r"e: the loss of epoch 1 .* of member\(s\) 1\."):
+        loop.train_many([job], images)
 
 
 def test_divergence_keeps_the_last_good_epoch(tmp_path):
     job, images = _job(epochs=3)
-    checkpoint = train.Checkpoint(tmp_path, "e")
-    trainer = train.Trainer(job, images, device="cpu")
+    checkpoint = Checkpoint(tmp_path, "e")
+    trainer = Trainer(job, images, device="cpu")
 
     def poison(job, epoch):
         if epoch["epoch"] == 2:
@@ -261,8 +264,8 @@ def test_divergence_keeps_the_last_good_epoch(tmp_path):
             with torch.no_grad():
                 next(iter(trainer.trained.values())).fill_(torch.nan)
 
-    with pytest.raises(train.TrainingError, match="epoch 3"):
-        train.drive(job, images, trainer, checkpoint, poison)
+    with pytest.raises(TrainingError, match="epoch 3"):
+        loop.drive(job, images, trainer, checkpoint, poison)
     state, history = checkpoint.load()
     assert len(history) == 2
     assert all(torch.isfinite(v).all() for v in state.values())
@@ -273,32 +276,32 @@ def test_divergence_is_named_from_an_actor(cluster):
     job, images = _job()
     name = next(n for n in job.start if n.startswith("2.stem.conv"))
     job.start[name] = torch.full_like(job.start[name], torch.inf)
-    with pytest.raises(train.TrainingError, match=r"of member\(s\) 2\."):
+    with pytest.raises(TrainingError, match=r"of member\(s\) 2\."):
         cluster.train_many([job], images)
 
 
 def test_an_unreadable_checkpoint_is_named_and_kept(tmp_path):
     job, images = _job()
-    train.train_many([job], images, tmp_path)
+    loop.train_many([job], images, tmp_path)
     (path,) = tmp_path.glob("*/state.safetensors")
     broken = path.read_bytes()[:1000]
     path.write_bytes(broken)
-    with pytest.raises(train.TrainingError, match=r"state.safetensors: expected a checkpoint"):
-        train.train_many([job], images, tmp_path)
+    with pytest.raises(TrainingError, match=r"state.safetensors: expected a checkpoint"):
+        loop.train_many([job], images, tmp_path)
     assert path.read_bytes() == broken
 
 
 def test_a_full_disk_is_named_and_the_last_epoch_kept(tmp_path):
     job, images = _job()
-    train.train_many([job], images, tmp_path)
+    loop.train_many([job], images, tmp_path)
     (path,) = tmp_path.glob("*/state.safetensors")
     before = path.read_bytes()
-    checkpoint = train.Checkpoint(tmp_path, path.parent.name)
+    checkpoint = Checkpoint(tmp_path, path.parent.name)
     state, history = checkpoint.load()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # room for half
     try:
-        with pytest.raises(train.TrainingError, match="cannot write the checkpoint"):
+        with pytest.raises(TrainingError, match="cannot write the checkpoint"):
             checkpoint.save(state, history)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -307,8 +310,8 @@ def test_a_full_disk_is_named_and_the_last_epoch_kept(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    first = train.Checkpoint(tmp_path, "e")
-    with pytest.raises(train.TrainingError, match="only writer"):
-        train.Checkpoint(tmp_path, "e")
+    first = Checkpoint(tmp_path, "e")
+    with pytest.raises(TrainingError, match="only writer"):
+        Checkpoint(tmp_path, "e")
     first.close()
-    train.Checkpoint(tmp_path, "e").close()
+    Checkpoint(tmp_path, "e").close()

@@ -32,7 +32,8 @@ from bnncore.search import answer as front
 from bnncore.search import space
 from bnncore.search import study as S
 from bnncore.search import trial as tasks
-from bnncore.training import schemes
+from bnncore.training import plans
+from bnncore.training.ensembled import Ensembled
 from tests import processes, tiny
 from tests.pipeline.test_pipeline import closure, copy, dvc, environment
 
@@ -109,7 +110,7 @@ def test_no_file_is_larger_than_its_cost(backbone, scheme):
     found = space.Space(p, DATA)
     ensemble = Ensemble(found.spec(config), seed=1)
     tiny.scramble(ensemble)
-    trained = schemes.Ensembled(ensemble.spec, ensemble.state(), {"x": []})
+    trained = Ensembled(ensemble.spec, ensemble.state(), {"x": []})
     result = tasks.assess(trained, space.preset(p, config), DATA)
     most = found.cost(config).file_bytes
     assert 0.7 * most < result["file_bytes"] <= most
@@ -160,7 +161,7 @@ def test_an_int8_rival_is_judged_with_its_rounded_weights():
     p = parse()
     config = configuration(backbone="resnet8")
     found = tasks.int8(1, DATA, space.preset(p, config))
-    spec = schemes.single_spec(space.preset(p, config), DATA.image, 4, binary=False)
+    spec = plans.single_spec(space.preset(p, config), DATA.image, 4, binary=False)
     plain = storage.file_bound(spec, PackParams(), DATA.classes)
     most = storage.file_bound(spec, PackParams(weights="int8"), DATA.classes)
     assert found["file_bytes"] <= most < plain / 2.5
@@ -177,7 +178,7 @@ def test_rivals_use_the_budget_and_no_more():
     for rival in rivals.values():
         if rival.int8:
             size = partial(storage.file_bound, pack=PackParams(weights="int8"))
-            spec = schemes.single_spec(rival.params, DATA.image, 4, binary=False)
+            spec = plans.single_spec(rival.params, DATA.image, 4, binary=False)
             wider = replace(spec, model=replace(spec.model, width=rival.row["width"] + 1))
             sizes = [size(s, classes=DATA.classes) for s in (spec, wider)]
             assert sizes[0] <= 24 * 1024 < sizes[1]

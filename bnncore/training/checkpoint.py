@@ -39,14 +39,14 @@ class Checkpoint:
         self.path = self.folder / "state.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "a+")  # noqa: SIM115
+            self._lock = open(self.folder / "lock", "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise TrainingError(f"{self.folder}: cannot make the checkpoint: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
-            holder = self._lock.read(200).strip()
+            holder = self._lock.read(200).decode(errors="replace").strip()
             self._lock.close()
             raise TrainingError(
                 f"{self.folder}: expected to be the only writer, but another process "
@@ -55,7 +55,7 @@ class Checkpoint:
             ) from None
         with contextlib.suppress(OSError):  # the disk may be full: the lock holds all the same
             self._lock.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", file=self._lock, flush=True)
+            self._lock.write(f"pid {os.getpid()} on {platform.node()}\n".encode())
 
     def load(self) -> tuple[State, History] | None:
         if not self.path.exists():
@@ -95,8 +95,8 @@ def replaced(path: Path, what: str) -> Iterator[Path]:
     path = path.resolve()
     new, old = (path.with_name(f".{path.name}.{word}") for word in ("new", "old"))
     try:
-        _remove(new)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(new)
         yield new
         for written in sorted(new.iterdir()) if new.is_dir() else [new]:
             with open(written, "rb") as file:
@@ -108,15 +108,16 @@ def replaced(path: Path, what: str) -> Iterator[Path]:
     except (SafetensorError, OSError) as error:
         raise TrainingError(f"{path}: cannot write {what}: {error}") from error
     finally:
-        _remove(new)
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        _remove(old)
+        with contextlib.suppress(OSError):
+            _remove(new)
+            if not path.exists() and old.exists():
+                os.rename(old, path)
+            _remove(old)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

@@ -252,8 +252,10 @@ class Trainer:
         for name, p in self.step.trained.items():
             found = {k: state[f"adam.{k}:{name}"] for k in MOMENTS if f"adam.{k}:{name}" in state}
             if found:
-                moved = {k: v.clone() if k == "step" else v.to(p.device) for k, v in found.items()}
-                self.optimizer.state[p] = moved
+                # Copied: Adam's steps change them in place. It keeps its count on the CPU.
+                self.optimizer.state[p] = {
+                    k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in found.items()
+                }
         require_finite(self._entries(), f"{self.job.name}: the state to start from")
 
 
@@ -306,7 +308,14 @@ def drive(
     outputs = None
     while len(history) < job.recipe.epochs:
         sums, outputs = trainer.epoch(history)
-        epoch = _epoch(job, history, sums, *validation(job, outputs, data.val.labels, trainer))
+        loss, top1 = validation(job, outputs, data.val.labels, trainer)
+        if not math.isfinite(loss):
+            trainer.state()  # names the parameter, if one is bad
+            raise TrainingError(
+                f"{job.name}: the validation loss of epoch {len(history) + 1} is {loss}; expected "
+                f"a finite number, from member(s) {', '.join(map(str, job.ids))} together"
+            )
+        epoch = _epoch(job, history, sums, loss, top1)
         history.append(epoch)
         if checkpoint:
             checkpoint.save(trainer.state(), history)
@@ -322,11 +331,6 @@ def drive(
 
 def _epoch(job: Job, history: History, sums: Sums, loss: float, top1: float) -> Epoch:
     number = len(history)
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"{job.name}: the validation loss of epoch {number + 1} is {loss}; expected a finite "
-            f"number, from member(s) {', '.join(map(str, job.ids))} together"
-        )
     epoch: Epoch = {
         "epoch": number + 1,
         "lr": learning_rate(job.recipe, history, number / job.recipe.epochs),

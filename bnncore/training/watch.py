@@ -44,11 +44,11 @@ def require_finite(entries: Mapping[str, Tensor], where: str, then: str = "") ->
 
 
 def named(entry: str) -> str:
-    """A canonical name for people: ``member(s) 1: stem.conv.weight``."""
+    """A canonical name for people: ``member 1: stem.conv.weight``."""
     kind, _, name = entry.rpartition(":")
     owner, _, parameter = name.partition(".")
     of = f" (its {kind})" if kind else ""
-    return f"{'shared' if owner == 'shared' else f'member(s) {owner}'}: {parameter}{of}"
+    return f"{'shared' if owner == 'shared' else f'member {owner}'}: {parameter}{of}"
 
 
 class Watch:

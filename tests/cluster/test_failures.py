@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -26,9 +25,7 @@ from safetensors.torch import load_file
 from bnncore.cluster import actors
 from bnncore.params import RayParams
 from bnncore.training import loop, schemes
-from bnncore.training.checkpoint import Checkpoint
 from bnncore.training.jobs import TrainingError
-from bnncore.training.loop import Trainer
 from tests import processes
 from tests.small import differences, plan
 
@@ -245,73 +242,10 @@ def _job(epochs: int = 2, **recipe):
     return p.job((0, 1, 2), "e"), images
 
 
-def test_a_diverging_member_is_named():
-    job, images = _job()
-    name = next(n for n in job.start if n.startswith("1.stem.conv"))
-    job.start[name] = torch.full_like(job.start[name], torch.inf)
-    with pytest.raises(TrainingError, match=r"e: the loss of epoch 1 .* of member\(s\) 1\."):
-        loop.train_many([job], images)
-
-
-def test_divergence_keeps_the_last_good_epoch(tmp_path):
-    job, images = _job(epochs=3)
-    checkpoint = Checkpoint(tmp_path, "e")
-    trainer = Trainer(job, images, device="cpu")
-
-    def poison(job, epoch):
-        if epoch["epoch"] == 2:
-            trainer.optimizer.param_groups[0]["betas"] = (0.0, 0.0)
-            with torch.no_grad():
-                next(iter(trainer.trained.values())).fill_(torch.nan)
-
-    with pytest.raises(TrainingError, match="epoch 3"):
-        loop.drive(job, images, trainer, checkpoint, poison)
-    state, history = checkpoint.load()
-    assert len(history) == 2
-    assert all(torch.isfinite(v).all() for v in state.values())
-
-
 @pytest.mark.slow
 def test_divergence_is_named_from_an_actor(cluster):
     job, images = _job()
     name = next(n for n in job.start if n.startswith("2.stem.conv"))
-    job.start[name] = torch.full_like(job.start[name], torch.inf)
+    job.start[name] = torch.full_like(job.start[name], 3e38)  # finite, but its sums are not
     with pytest.raises(TrainingError, match=r"of member\(s\) 2\."):
         cluster.train_many([job], images)
-
-
-def test_an_unreadable_checkpoint_is_named_and_kept(tmp_path):
-    job, images = _job()
-    loop.train_many([job], images, tmp_path)
-    (path,) = tmp_path.glob("*/state.safetensors")
-    broken = path.read_bytes()[:1000]
-    path.write_bytes(broken)
-    with pytest.raises(TrainingError, match=r"state.safetensors: expected a checkpoint"):
-        loop.train_many([job], images, tmp_path)
-    assert path.read_bytes() == broken
-
-
-def test_a_full_disk_is_named_and_the_last_epoch_kept(tmp_path):
-    job, images = _job()
-    loop.train_many([job], images, tmp_path)
-    (path,) = tmp_path.glob("*/state.safetensors")
-    before = path.read_bytes()
-    checkpoint = Checkpoint(tmp_path, path.parent.name)
-    state, history = checkpoint.load()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # room for half
-    try:
-        with pytest.raises(TrainingError, match="cannot write the checkpoint"):
-            checkpoint.save(state, history)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [p.name for p in path.parent.glob("state*")] == [path.name], "no half file stays"
-    assert path.read_bytes() == before
-
-
-def test_one_writer_at_a_time(tmp_path):
-    first = Checkpoint(tmp_path, "e")
-    with pytest.raises(TrainingError, match="only writer"):
-        Checkpoint(tmp_path, "e")
-    first.close()
-    Checkpoint(tmp_path, "e").close()

@@ -106,17 +106,13 @@ def trained(job, images, trainer):
 
 
 @pytest.mark.parametrize(("scheme", "sharing", "extra"), STEPS, ids=map(str, range(len(STEPS))))
-def test_same_bits_over_1_2_and_4_processes_and_with_replay(scheme, sharing, extra):
-    p, images = plan(scheme, sharing, members=4, subset=0.1, dropout=0.2, **extra)
+def test_same_bits_over_1_2_and_4_processes_with_and_without_replay(scheme, sharing, extra):
+    p, images = plan(scheme, sharing, members=4, epochs=1, subset=0.1, dropout=0.2, **extra)
     job = p.job(MEMBERS, "e")
     alone = trained(job, images, Trainer(job, images, device="cpu"))
     assert differences({n: alone[0][n] for n in job.start}, job.start)  # it has learned something
-    for other in (
-        Group(job, images, HALVES),
-        Group(job, images, QUARTERS),
-        Group(job, images, HALVES, replay=True),
-    ):
-        state, losses = trained(job, images, other)
+    for blocks, replay in ((HALVES, True), (QUARTERS, False)):
+        state, losses = trained(job, images, Group(job, images, blocks, replay=replay))
         assert differences(alone[0], state) == []
         assert losses == alone[1]
 
@@ -124,12 +120,13 @@ def test_same_bits_over_1_2_and_4_processes_and_with_replay(scheme, sharing, ext
 @pytest.mark.parametrize(("scheme", "sharing", "extra"), SHARDED)
 def test_same_bits_over_members_times_shards(scheme, sharing, extra):
     recipe = {"shards": 2, **extra.get("recipe", {})}
-    p, images = plan(scheme, sharing, members=2, dropout=0.2, **{**extra, "recipe": recipe})
+    short = {"members": 2, "epochs": 1, "subset": 0.1, "dropout": 0.2}
+    p, images = plan(scheme, sharing, **short, **{**extra, "recipe": recipe})
     ids = (0,) if scheme == "voting" else (0, 1)
     job = p.job(ids, "e")
     alone = trained(job, images, Trainer(job, images, device="cpu"))
-    whole, _ = plan(scheme, sharing, members=2, dropout=0.2, **extra)
-    other = trained(whole.job(ids, "e"), images, Trainer(whole.job(ids, "e"), images, device="cpu"))
+    unsharded = plan(scheme, sharing, **short, **extra)[0].job(ids, "e")
+    other = trained(unsharded, images, Trainer(unsharded, images, device="cpu"))
     assert differences(alone[0], other[0]), "batch norm sees other images"
     blocks = [(i,) for i in ids]
     for depth in (1, 2):
@@ -164,14 +161,13 @@ def test_gradients_in_float64_are_those_of_the_plain_loop(scheme, sharing, extra
 
 
 def test_a_member_that_diverges_in_one_process_is_named_by_all():
-    p, images = plan(members=4, subset=0.1)
+    p, images = plan(sharing="no_shared", members=4, subset=0.1)
     job = p.job(MEMBERS, "e")
     group = Group(job, images, HALVES)
     with torch.no_grad():  # finite, but its sums are not
         group.trainers[1].ensemble.members[1].stem.conv.weight.fill_(3e38)
-    with pytest.raises(
-        TrainingError, match=r"e: the loss of epoch 1 .* step 0, of member\(s\) 3\."
-    ):
+    expected = r"e: the loss of epoch 1 .*step 0, of member\(s\) 3\."
+    with pytest.raises(TrainingError, match=expected):
         group.epoch([])
 
 

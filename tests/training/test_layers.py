@@ -192,3 +192,60 @@ def test_loaded_frozen_filters_reach_a_compiled_graph():
     assert layer._frozen is not None
     signs, _ = layer._frozen[1]
     assert torch.equal(signs, sign(negative["shared.body.layer1.block1.conv1.weight"]))
+
+
+# -- exact sums ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", range(1, 10))
+def test_sums_of_signs_are_integers(width):
+    """In convolutions of 1 to 9 filters over batches of 1 to 33 images, and in their gradients:
+    where the sum is 0, the sign behind must not be left to chance."""
+    rng = torch.Generator().manual_seed(width)
+
+    def signs(*shape: int) -> torch.Tensor:
+        return sign(torch.randn(shape, generator=rng))
+
+    for kernel, stride in ((3, 1), (3, 2), (1, 1), (5, 1)):
+        conv = nn.Conv2d(width, width, kernel, stride, kernel // 2, bias=False)
+        conv.weight.data = signs(*conv.weight.shape)
+        exact = copy.deepcopy(conv).double()
+        for batch in range(1, 34):
+            x = signs(batch, width, 8, 8)
+            upstream = signs(*exact(x.double()).shape)
+            conv.zero_grad()
+            exact.zero_grad()
+            with layers.exact_convolutions(conv):
+                ours = _run(conv, x, upstream)
+            theirs = _run(exact, x.double(), upstream.double())
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.double(), b), f"kernel {kernel}, stride {stride}, {batch}"
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_gradients_at_ties_are_exact(width):
+    """A binary layer behind a binary layer: whether a sum is 0 decides about its sign."""
+    torch.manual_seed(0)
+    shape = (width, width, 3, 1, 1)
+    convs = [BinaryConv2d(*shape, bias=False, binarizer="sign") for _ in range(2)]
+    network = nn.Sequential(BinaryActivation(), convs[0], BinaryActivation(), convs[1])
+    exact = copy.deepcopy(network).double()
+    x, upstream = torch.randn(33, width, 8, 8), torch.randint(-3, 4, (33, width, 8, 8))
+    sums = exact[:2](x.double())
+    assert (sums == 0).double().mean() > 0.05
+    with layers.exact_convolutions(network):
+        ours = _run(network, x, upstream.float())
+    for a, b in zip(ours, _run(exact, x.double(), upstream.double()), strict=True):
+        assert torch.equal(a.double(), b)
+
+
+@pytest.mark.parametrize(("width", "onednn"), [(7, False), (8, True)])
+def test_the_switches_are_back_where_they_were(width, onednn):
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, width, 3))
+    nnpack = torch._C._get_nnpack_enabled()
+    with pytest.raises(KeyError), layers.exact_convolutions(network):  # noqa: PT012
+        assert torch.backends.mkldnn.enabled == onednn
+        assert not torch._C._get_nnpack_enabled()
+        raise KeyError
+    assert torch.backends.mkldnn.enabled
+    assert torch._C._get_nnpack_enabled() == nnpack

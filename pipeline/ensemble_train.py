@@ -20,7 +20,7 @@ def main() -> None:
         bnn = Ensembled.read(MODELS / "bnn").state
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
-        plans = [
+        todo = [
             plans.plan(s.params, ensemble, images, fp32, bnn)
             for ensemble in s.params.ensembles.train
         ]
@@ -31,7 +31,7 @@ def main() -> None:
             train_many = partial(
                 cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
             )
-            for plan in plans:
+            for plan in todo:
                 schemes.train(plan, train_many).save(out / plan.params.name)
         params.save(s.params, out / "params.yaml")
 

@@ -29,7 +29,7 @@ from bnncore import data
 from bnncore.lowering import lower
 from bnncore.packed import execute, exits
 from bnncore.params import EnsembleParams, Params
-from bnncore.training import schemes, train
+from bnncore.training import loop, plans, schemes
 
 JOINT = ("tentaclenet", "fusion")
 LOSS = 0.002  # of the validation images, that early exit may lose
@@ -50,8 +50,8 @@ def one_seed(p: Params, seed: int) -> list[dict[str, Any]]:
     bases = seeds.base(p, images)
     rows = []
     for ensemble, prefixes in wanted(p):
-        plan = schemes.plan(p, ensemble, images, *bases)
-        made = schemes.train(plan, partial(train.train_many, data=images))
+        plan = plans.plan(p, ensemble, images, *bases)
+        made = schemes.train(plan, partial(loop.train_many, data=images))
         program = lower.lower(made.ensemble(), images.mean, images.std, images.classes)
         model = execute.Model(program)
         threshold = exits.choose_threshold(model, images.val.images, images.val.labels, LOSS)

@@ -22,12 +22,13 @@ from bnncore import data, metrics
 from bnncore.lowering import blueprint, lower
 from bnncore.packed import execute, packfile
 from bnncore.params import Params
-from bnncore.training import schemes, train
+from bnncore.training import loop, plans, schemes
+from bnncore.training.ensembled import Ensembled
 
 RIVALS = ("tentaclenet", "fusion")  # kinds whose largest ensemble a wider BNN is set against
 
 
-def packed_top1(trained: schemes.Ensembled, images: data.Dataset) -> tuple[float, int]:
+def packed_top1(trained: Ensembled, images: data.Dataset) -> tuple[float, int]:
     """(test top-1 in percent, bytes) of the packed file."""
     program = lower.lower(trained.ensemble(), images.mean, images.std, images.classes)
     predicted = execute.Model(program, ops="numpy").predict(images.test.images)
@@ -39,7 +40,7 @@ def wider(p: Params, images: data.Dataset, size: int) -> Params:
     width = p.model.width or 1
     while True:
         next_one = replace(p, model=replace(p.model, width=width + 1))
-        spec = schemes.single_spec(next_one, images.image, len(images.classes), binary=True)
+        spec = plans.single_spec(next_one, images.image, len(images.classes), binary=True)
         if blueprint.file_bound(spec) > size:
             return replace(p, model=replace(p.model, width=width))
         width += 1
@@ -50,9 +51,9 @@ def one_seed(p: Params, seed: int) -> list[dict]:
     rows: list[dict] = []
 
     def many(jobs):
-        return train.train_many(jobs, images)
+        return loop.train_many(jobs, images)
 
-    def add(name: str, kind: str, members: int, trained: schemes.Ensembled) -> int:
+    def add(name: str, kind: str, members: int, trained: Ensembled) -> int:
         top1, size = packed_top1(trained, images)
         rows.append({"seed": seed, "name": name, "kind": kind, "members": members,
                      "test_top1": top1, "file_bytes": size})  # fmt: skip
@@ -62,19 +63,19 @@ def one_seed(p: Params, seed: int) -> list[dict]:
     def single(p: Params, prefix: str = "") -> tuple[dict, dict]:
         states = []
         for name, kind in (("fp32", "fp32"), ("bnn", "bnn")):
-            job = schemes.first_job(p, images, states[0] if states else None)
+            job = plans.first_job(p, images, states[0] if states else None)
             (done,) = many([job])
             states.append(done.state)
             if not prefix or kind == "bnn":
                 label = f"{prefix}{name}"
                 add(label, "wide" if prefix else kind, 1,
-                    schemes.Ensembled(job.spec, done.state, {}))  # fmt: skip
+                    Ensembled(job.spec, done.state, {}))  # fmt: skip
         return states[0], states[1]
 
     fp32, bnn = single(p)
     largest: dict[str, int] = {}
     for ensemble in p.ensembles.train:
-        made = schemes.train(schemes.plan(p, ensemble, images, fp32, bnn), many)
+        made = schemes.train(plans.plan(p, ensemble, images, fp32, bnn), many)
         size = add(ensemble.name, ensemble.scheme, ensemble.members, made)
         largest[ensemble.scheme] = max(size, largest.get(ensemble.scheme, 0))
     for kind in RIVALS:

@@ -50,7 +50,7 @@ from bnncore.params import EnsembleParams, Params
 from bnncore.search import space
 from bnncore.search import study as S
 from bnncore.search.run import Search
-from bnncore.training import schemes, train
+from bnncore.training import loop, plans, schemes
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "checkpoints" / "benchmark-search"
@@ -160,7 +160,7 @@ def defaults(p: Params, images: data.Dataset) -> dict[str, EnsembleParams]:
     """The ensembles of params.yaml whose files fit the budget, whatever is trained."""
     found = {}
     for ensemble in p.ensembles.train:
-        spec = schemes.ensemble_spec(p, ensemble, images.image, len(images.classes))
+        spec = plans.ensemble_spec(p, ensemble, images.image, len(images.classes))
         if space.cost(spec, p, images.classes, p.search.count).counted_kib <= p.search.budget_kib:
             found[ensemble.name] = ensemble
     return found
@@ -195,8 +195,8 @@ def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) ->
         key = (one.model.backbone, one.model.width)
         if key not in bases:
             bases[key] = seeds.base(one, images)
-        plan = schemes.plan(one, one.ensembles.train[0], images, *bases[key])
-        made = schemes.train(plan, partial(train.train_many, data=images))
+        plan = plans.plan(one, one.ensembles.train[0], images, *bases[key])
+        made = schemes.train(plan, partial(loop.train_many, data=images))
         program, _ = packing.packed(made, one, images, *space.model(one))
         content = packfile.encode(program)
         size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")

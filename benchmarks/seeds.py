@@ -15,8 +15,8 @@ from typing import Any
 from bnncore import params
 from bnncore.data import Dataset
 from bnncore.params import Params
-from bnncore.training import schemes, train
-from bnncore.training.train import State
+from bnncore.training import loop, plans
+from bnncore.training.jobs import State
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,8 +28,8 @@ def seeded(p: Params, seed: int) -> Params:
 
 def base(p: Params, images: Dataset) -> tuple[State, State]:
     """The trained FP32 network and, from it, the BNN."""
-    (fp32,) = train.train_many([schemes.first_job(p, images, None)], images)
-    (bnn,) = train.train_many([schemes.first_job(p, images, fp32.state)], images)
+    (fp32,) = loop.train_many([plans.first_job(p, images, None)], images)
+    (bnn,) = loop.train_many([plans.first_job(p, images, fp32.state)], images)
     return fp32.state, bnn.state
 
 

@@ -45,8 +45,10 @@ from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
 from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.params import Binarizer, Recipe
-from bnncore.training import cheap
-from bnncore.training.train import Job, Trainer, train_many
+from bnncore.training.feed import Feed
+from bnncore.training.jobs import Job
+from bnncore.training.loop import Trainer, train_many
+from bnncore.training.memory import freed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 10
@@ -85,7 +87,8 @@ def job(backbone: str, members: int, sharing: str = "shared_conv", **recipe: Any
 
 def stepper(trainer: Trainer, batch: int) -> Callable[[], object]:
     """One training step on the first images."""
-    x, y = trainer._normalized(trainer.images[:batch]), trainer.labels[:batch]
+    feed = trainer.feed
+    x, y = feed.normalized(feed.images[:batch]), feed.labels[:batch]
     trainer.ensemble.train()
 
     def step() -> None:
@@ -220,9 +223,8 @@ def fusion(bench: Bench, quick: bool) -> None:
     if not quick:
         compiling = replace(work, recipe=replace(work.recipe, compile="always"))
         others["compiled, float32"] = stepper(Trainer(compiling, data, device="cpu"), batch)
-    reference = Trainer(work, data, device="cpu")
-    x = reference._normalized(reference.images)
-    turns = Turns(bench, (x, reference.labels), rounds, others)
+    feed = Feed(work, data, torch.device("cpu"))
+    turns = Turns(bench, (feed.normalized(feed.images), feed.labels), rounds, others)
     library = torchensemble.FusionClassifier(peers_network(work), members, cuda=False)
     library.set_optimizer("Adam", lr=work.recipe.lr)
     with quietly():
@@ -253,9 +255,9 @@ def voting(bench: Bench, quick: bool) -> None:
     jobs = [replace(whole, name=f"member-{i}", ids=(i,)) for i in whole.ids]
     longer = [replace(one, recipe=replace(one.recipe, epochs=3)) for one in jobs]
     data = dataset(batch * steps)
-    reference = Trainer(jobs[0], data, device="cpu")
+    feed = Feed(jobs[0], data, torch.device("cpu"))
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(reference._normalized(reference.images), reference.labels),
+        torch.utils.data.TensorDataset(feed.normalized(feed.images), feed.labels),
         batch_size=batch,
     )
     taken: dict[str, list[float]] = {"ours": [], "ours, later": [], "theirs": []}
@@ -332,7 +334,7 @@ def actors(bench: Bench, quick: bool) -> None:
         bench.add(name, "1 process of 2 threads", 2, medians["two"], medians["process"])
         trainer = Trainer(work, data, device="cpu")
         logits = batch * CLASSES * 4
-        shared = sum(4 * p.numel() for p in trainer.shared)
+        shared = sum(4 * p.numel() for p in trainer.step.shared)
         bench.note(
             f"{scheme}: an actor of two sent {sent:.0f} bytes a step; B * C * 4 = {logits} and "
             f"the shared gradients are {shared}: {sent / (logits + shared):.2f} times their sum. "
@@ -346,7 +348,8 @@ def predict(bench: Bench, scheme: str, member: float, batch: int, trainer: Train
     sizes = (1, 250_000)
     times = sums(sizes)
     latency, per_byte = times[0], (times[-1] - times[0]) / (4 * sizes[-1])
-    exchanged = [batch * CLASSES] + [sum(p.numel() for p in trainer.shared)] * bool(trainer.shared)
+    shared = sum(p.numel() for p in trainer.step.shared)
+    exchanged = [batch * CLASSES] + [shared] * bool(shared)
     members = 64
     lines = [
         f"{scheme} of {members} members at batch {batch}, predicted seconds a step:",
@@ -442,7 +445,7 @@ def memory(bench: Bench, quick: bool) -> None:
         step = stepper(trainer, batch)
 
         def run() -> None:
-            cheap.freed_memory(keep=not trainer.replay)  # of the process: the other changed it
+            freed_memory(keep=not trainer.step.replay)  # of the process: the other changed it
             step()
 
         return run
@@ -450,8 +453,9 @@ def memory(bench: Bench, quick: bool) -> None:
     steps = [alternating(trainer) for trainer in (keeping, replaying)]
     for step in steps:
         step()
-    for (name, a), (_, b) in zip(*(t.trained.items() for t in (keeping, replaying)), strict=True):
-        if not torch.equal(a.grad, b.grad):
+    theirs = replaying.step.trained
+    for name, p in keeping.step.trained.items():
+        if not torch.equal(p.grad, theirs[name].grad):
             raise SystemExit(f"{name}: expected the same gradient with and without replay")
     bench.compare(
         f"ResNet-18, fusion, M = {members}, batch {batch}, with replay (same bits)",
@@ -550,8 +554,8 @@ def plain_loop(work: Job, data: Dataset, batch: int, device: str) -> Callable[[]
     network = peers_network(work)
     members = nn.ModuleList(copy.deepcopy(network) for _ in work.ids).to(device).train()
     optimizer = torch.optim.Adam(members.parameters(), lr=work.recipe.lr)
-    reference = Trainer(replace(work, ids=(0,)), data, device=device)
-    x, y = reference._normalized(reference.images[:batch]), reference.labels[:batch]
+    feed = Feed(work, data, torch.device(device))
+    x, y = feed.normalized(feed.images[:batch]), feed.labels[:batch]
 
     def step() -> None:
         optimizer.zero_grad()

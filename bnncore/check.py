@@ -20,7 +20,7 @@ from bnncore.networks.ensemble import Ensemble, EnsembleSpec, weight_layers
 from bnncore.packed.packfile import MAX_GRAPH
 from bnncore.packed.rules import MAX_MEMBERS, validate
 from bnncore.params import EnsembleParams, Params, ParamsError
-from bnncore.training import schemes
+from bnncore.training import plans
 
 
 def check(params: Params, image: tuple[int, int, int], classes: int | Sequence[str]) -> None:
@@ -48,7 +48,7 @@ def check(params: Params, image: tuple[int, int, int], classes: int | Sequence[s
                 f"a packed file can hold, got {ensemble.members}"
             )
     for binary in (False, True):
-        spec = schemes.single_spec(params, image, count, binary)
+        spec = plans.single_spec(params, image, count, binary)
         _check_packed(spec, names, "model.backbone", ":" in params.model.backbone)
     for ensemble in params.ensembles.train:
         _check_ensemble(params, ensemble, image, count, names)
@@ -119,7 +119,7 @@ def _check_ensemble(
     names: tuple[str, ...] | None,
 ) -> None:
     where = f"ensembles.train.{ensemble.name}"
-    spec = schemes.ensemble_spec(params, ensemble, image, classes)
+    spec = plans.ensemble_spec(params, ensemble, image, classes)
     recipe = params.recipe(ensemble)
     _check_packed(spec, names, where)
     if recipe.epochs < 1 and ensemble.scheme != "stochastic_rounding":

@@ -1,21 +1,21 @@
 """Stage binarize: binarize the pretrained backbone and train the single BNN."""
 
 from bnncore import data, params
-from bnncore.training import schemes, train
+from bnncore.training import loop, plans
+from bnncore.training.checkpoint import resumable
+from bnncore.training.ensembled import Ensembled
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
 
 def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
-        fp32 = schemes.Ensembled.read(MODELS / "fp32").state
-        job = schemes.first_job(s.params, images, fp32)
-        with train.resumable(CHECKPOINTS / "binarize") as checkpoints:
+        fp32 = Ensembled.read(MODELS / "fp32").state
+        job = plans.first_job(s.params, images, fp32)
+        with resumable(CHECKPOINTS / "binarize") as checkpoints:
             threads = s.params.ray.cpus_per_actor
-            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch, threads)
-            schemes.Ensembled(job.spec, trained.state, {"bnn": trained.history}).save(
-                MODELS / "bnn"
-            )
+            (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, threads)
+            Ensembled(job.spec, trained.state, {"bnn": trained.history}).save(MODELS / "bnn")
             params.save(s.params, MODELS / "bnn" / "params.yaml")
 
 

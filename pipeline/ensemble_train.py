@@ -7,30 +7,32 @@ from functools import partial
 
 from bnncore import data, params
 from bnncore.cluster.cluster import Cluster
-from bnncore.training import schemes, train
+from bnncore.training import plans, schemes
+from bnncore.training.checkpoint import resumable
+from bnncore.training.ensembled import Ensembled
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
 
 def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
-        fp32 = schemes.Ensembled.read(MODELS / "fp32").state
-        bnn = schemes.Ensembled.read(MODELS / "bnn").state
+        fp32 = Ensembled.read(MODELS / "fp32").state
+        bnn = Ensembled.read(MODELS / "bnn").state
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
         out.mkdir(parents=True)  # the list may be empty
-        plans = [
-            schemes.plan(s.params, ensemble, images, fp32, bnn)
+        todo = [
+            plans.plan(s.params, ensemble, images, fp32, bnn)
             for ensemble in s.params.ensembles.train
         ]
         with (
             Cluster(s.params.ray) as cluster,
-            train.resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
+            resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
         ):
             train_many = partial(
                 cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
             )
-            for plan in plans:
+            for plan in todo:
                 schemes.train(plan, train_many).save(out / plan.params.name)
         params.save(s.params, out / "params.yaml")
 

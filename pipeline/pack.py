@@ -14,7 +14,7 @@ from bnncore.lowering import packing, parity
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import Program
-from bnncore.training import schemes
+from bnncore.training import ensembled
 from pipeline.stage import MODELS, PACKED, ROOT, run, stage
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         (PACKED / "torch").mkdir(parents=True)
         found = models()
         for name in ("fp32", "bnn", *order):
-            trained = schemes.Ensembled.read(found[name])
+            trained = ensembled.Ensembled.read(found[name])
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
             parts = ("val", "test")
             program, theirs = packing.packed(trained, s.params, images, name, section, parts)

@@ -1,7 +1,9 @@
 """Stage pretrain: train the FP32 backbone."""
 
 from bnncore import check, data, params
-from bnncore.training import schemes, train
+from bnncore.training import loop, plans
+from bnncore.training.checkpoint import resumable
+from bnncore.training.ensembled import Ensembled
 from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
 
 
@@ -9,13 +11,11 @@ def main() -> None:
     with stage() as s:
         images = data.load(s.params.data, ROOT)
         check.check(s.params, images.image, images.classes)  # stage inputs did, unless run by hand
-        job = schemes.first_job(s.params, images, None)
-        with train.resumable(CHECKPOINTS / "pretrain") as checkpoints:
+        job = plans.first_job(s.params, images, None)
+        with resumable(CHECKPOINTS / "pretrain") as checkpoints:
             threads = s.params.ray.cpus_per_actor
-            (trained,) = train.train_many([job], images, checkpoints, s.on_epoch, threads)
-            schemes.Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(
-                MODELS / "fp32"
-            )
+            (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, threads)
+            Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(MODELS / "fp32")
             params.save(s.params, MODELS / "fp32" / "params.yaml")
 
 

@@ -20,7 +20,7 @@ from bnncore.search import run as searching
 from bnncore.search.answer import Report
 from bnncore.search.run import Search
 from bnncore.tracking import Tracker
-from bnncore.training import train
+from bnncore.training.checkpoint import resumable
 from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
 
 OUT = REPORTS / "search"
@@ -74,7 +74,7 @@ def finish(report: Report, images: data.Dataset, cluster: Cluster, tracker: Trac
     """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
     winner = report.winner
     assert winner is not None
-    with train.resumable(CHECKPOINTS / "search-finish") as checkpoints:
+    with resumable(CHECKPOINTS / "search-finish") as checkpoints:
         trained, program = searching.finish(report.preset(winner), images, cluster, checkpoints)
     size = packfile.save(program, OUT / "best.bnn")
     if size > winner["bound_bytes"]:

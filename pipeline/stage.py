@@ -6,7 +6,7 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,16 +36,16 @@ class Stage:
     bars: dict[str, tqdm] = field(default_factory=dict)
     runs: dict[str, ModelRun] = field(default_factory=dict)
 
-    def on_epoch(self, job: Any, epoch: dict[str, Any]) -> None:
+    def on_epoch(self, job: Any, epoch: Mapping[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""
         self._show(job.name, epoch, job.recipe.epochs)
         run = self.runs.get(job.name)
         if run is None:
             run = self.tracker.model(job.name, {"recipe": parameters.plain(job.recipe)})
             self.runs[job.name] = run
-        run.epoch(epoch["epoch"], {k: v for k, v in epoch.items() if k != "epoch"})
+        run.epoch(epoch["epoch"], {k: v for k, v in epoch.items() if k not in ("epoch", "time")})
 
-    def _show(self, name: str, epoch: dict[str, Any], epochs: int) -> None:
+    def _show(self, name: str, epoch: Mapping[str, Any], epochs: int) -> None:
         state = f"loss {epoch['train_loss']:.3f}, validation {epoch['val_top1']:.1f} %"
         done = epoch["epoch"]
         if not sys.stderr.isatty():  # a log wants a few lines, not a bar drawn over and over

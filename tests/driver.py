@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.group import Group, GroupLost
 from bnncore.params import RayParams
-from bnncore.training import schemes, train
+from bnncore.training import checkpoint, schemes
 from tests import processes
 from tests.small import plan
 
@@ -35,7 +35,7 @@ def strike_at(epoch: int) -> None:
                 file.truncate(Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.save_file = half_written
+    checkpoint.save_file = half_written
 
 
 def strike_node(pid: int) -> None:

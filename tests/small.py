@@ -6,8 +6,29 @@ import torch
 
 from bnncore import data, params
 from bnncore.data import Dataset
-from bnncore.training import schemes
+from bnncore.training import plans
 from bnncore.training.schemes import Plan
+
+# (scheme, sharing, what else its section says): everything that is trained jointly, and voting.
+CUSTOM = {"own": ["binary_conv"], "frozen": False, "name": "trained"}
+GRID = [
+    ("tentaclenet", "tentaclenet", {"classifier": "logits"}),
+    ("tentaclenet", "tentaclenet", {"classifier": "features"}),
+    ("fusion", "no_shared", {}),
+    ("fusion", "shared_conv", {}),
+    ("fusion", "c1", {}),
+    ("fusion", "c2", {}),
+    ("fusion", "c3", {}),
+    ("fusion", "c3_blocks", {}),
+    ("fusion", "all_frozen", {}),
+    ("fusion", CUSTOM, {}),
+    ("voting", "shared_conv", {}),
+]
+SHARDED = [
+    ("tentaclenet", "tentaclenet", {"classifier": "logits"}),
+    ("fusion", "shared_conv", {"recipe": {"batch_size": 50}}),  # ends with a batch of 42 images
+    ("voting", "shared_conv", {}),
+]
 
 
 def plan(
@@ -19,6 +40,7 @@ def plan(
     width: int = 8,
     subset: float = 0.25,
     recipe: dict | None = None,
+    dropout: float = 0.0,
     **ensemble,
 ) -> tuple[Plan, Dataset]:
     """What `schemes.train` needs, from networks that were not trained at all."""
@@ -26,7 +48,7 @@ def plan(
     resolved = params.parse(
         {
             "data": {"name": "digits", "subset": subset},
-            "model": {"backbone": backbone, "width": width},
+            "model": {"backbone": backbone, "width": width, "dropout": dropout},
             "ensembles": {
                 "recipe": {"epochs": epochs, "batch_size": 64, **(recipe or {})},
                 "train": [section],
@@ -34,9 +56,9 @@ def plan(
         }
     )
     images = data.load(resolved.data)
-    fp32 = schemes.first_job(resolved, images, None).start
-    bnn = schemes.first_job(resolved, images, fp32).start
-    return schemes.plan(resolved, resolved.ensembles.train[0], images, fp32, bnn), images
+    fp32 = plans.first_job(resolved, images, None).start
+    bnn = plans.first_job(resolved, images, fp32).start
+    return plans.plan(resolved, resolved.ensembles.train[0], images, fp32, bnn), images
 
 
 def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:

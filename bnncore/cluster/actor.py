@@ -12,7 +12,8 @@ from torch import distributed as dist
 from bnncore.cluster import collective
 from bnncore.cluster.collective import Meeting
 from bnncore.data import Dataset
-from bnncore.training.train import Job, Trainer
+from bnncore.training.jobs import Job
+from bnncore.training.loop import Trainer
 
 
 class Actor:

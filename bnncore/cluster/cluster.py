@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from bnncore.cluster.connect import LOST, ClusterError, address, connect
 from bnncore.cluster.group import Group, GroupLost, actors_of_use
 from bnncore.data import Dataset
 from bnncore.params import RayParams
-from bnncore.training.train import Checkpoint, Job, State, Trained, drive
+from bnncore.training.checkpoint import Checkpoint
+from bnncore.training.jobs import Epoch, History, Job, State, Trained
+from bnncore.training.loop import OnEpoch, drive
 
 log = logging.getLogger(__name__)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
 START_S = 30.0  # what a process may take to start, beside `wait_s`
-Epochs = Callable[[Job, dict[str, Any]], None]
 
 
 class Gang:
@@ -258,7 +259,7 @@ class Cluster:
         jobs: list[Job],
         data: Dataset,
         checkpoints: Path | None = None,
-        on_epoch: Epochs | None = None,
+        on_epoch: OnEpoch | None = None,
     ) -> list[Trained]:
         """Train jobs, as many at once as there is room for, members of one job over actors.
 
@@ -297,12 +298,12 @@ class _Memory:
     """A checkpoint that lives as long as the driver."""
 
     def __init__(self) -> None:
-        self.saved: tuple[State, list[dict[str, Any]]] | None = None
+        self.saved: tuple[State, History] | None = None
 
-    def load(self) -> tuple[State, list[dict[str, Any]]] | None:
+    def load(self) -> tuple[State, History] | None:
         return self.saved and (self.saved[0], list(self.saved[1]))
 
-    def save(self, state: State, history: list[dict[str, Any]]) -> None:
+    def save(self, state: State, history: History) -> None:
         self.saved = (state, list(history))
 
     def close(self) -> None:
@@ -313,7 +314,7 @@ class _Run:
     """One call of `Cluster.train_many`: what its threads share."""
 
     def __init__(
-        self, cluster: Cluster, data: Dataset, checkpoints: Path | None, on_epoch: Epochs | None
+        self, cluster: Cluster, data: Dataset, checkpoints: Path | None, on_epoch: OnEpoch | None
     ):
         self.cluster, self.data, self.checkpoints = cluster, data, checkpoints
         self.on_epoch = on_epoch
@@ -337,7 +338,7 @@ class _Run:
             checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
         seen, lost = 0, 0
 
-        def finished(job: Job, epoch: dict[str, Any]) -> None:
+        def finished(job: Job, epoch: Epoch) -> None:
             nonlocal seen, lost
             if epoch["epoch"] <= seen:  # a new group tells the old epochs again
                 return
@@ -369,7 +370,7 @@ class _Run:
         finally:
             checkpoint.close()
 
-    def _attempt(self, job: Job, checkpoint: Any, finished: Epochs) -> Trained:
+    def _attempt(self, job: Job, checkpoint: Any, finished: OnEpoch) -> Trained:
         with self.cluster._gang(job) as gang:
             with self.lock:
                 if self.stopped:
@@ -387,7 +388,7 @@ class _Run:
         return trained
 
 
-def _tell(job: Job, epoch: dict[str, Any]) -> None:
+def _tell(job: Job, epoch: Epoch) -> None:
     """How fast the actors of a job were, and how much of it went into the exchange."""
     text = "{images_per_s:.0f} images/s"
     if "exchange_share" in epoch:

@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from bnncore.cluster.cluster import Cluster
 from bnncore.data import Dataset
-from bnncore.training.train import TrainingError
+from bnncore.training.jobs import TrainingError
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from torch import distributed as dist
 
 from bnncore.cluster.collective import Meeting
 from bnncore.cluster.connect import LOST
-from bnncore.training.train import Job, State, TrainingError
+from bnncore.training.jobs import History, Job, State, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Group:
             starting.append(actor.start.remote(sent, data, meeting, own))
         self._get(starting)
 
-    def epoch(self, history: list[dict[str, Any]]) -> tuple[dict[str, float], np.ndarray]:
+    def epoch(self, history: History) -> tuple[dict[str, float], np.ndarray]:
         """As `Trainer.epoch`; the sums also tell how many ``actors`` there were."""
         results = self._call("epoch", history)
         sums = results[0][0] | {"actors": len(self.actors)}

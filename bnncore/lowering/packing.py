@@ -18,9 +18,9 @@ from bnncore.lowering.lower import lower
 from bnncore.packed import votes
 from bnncore.packed.narrow import narrowed
 from bnncore.packed.program import Program
-from bnncore.params import EnsembleParams, Params, Recipe
-from bnncore.training.schemes import Ensembled
-from bnncore.training.train import Job, Trainer
+from bnncore.params import EnsembleParams, Params
+from bnncore.training.ensembled import Ensembled
+from bnncore.training.inference import member_outputs
 
 Facts = dict[str, str | int | float]
 
@@ -77,7 +77,5 @@ def packed(
 
 def torch_outputs(trained: Ensembled, data: Dataset, parts: Sequence[str]) -> dict[str, np.ndarray]:
     """Member outputs of torch on parts of the data, (M, N, C) float32 each."""
-    ids = tuple(range(trained.spec.members))
-    job = Job("outputs", trained.spec, ids, Recipe(epochs=0), 0, trained.state)
-    trainer = Trainer(job, data, device="cpu")
-    return {part: trainer.outputs(trainer.uploaded(getattr(data, part))) for part in parts}
+    ensemble = trained.ensemble()
+    return {part: member_outputs(ensemble, getattr(data, part).images, data) for part in parts}

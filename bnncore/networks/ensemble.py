@@ -268,11 +268,12 @@ class Ensemble(nn.Module):
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(canonical name, parameter), each once."""
-        for name, value in self._entries():
+        for name, value in self.entries():
             if isinstance(value, nn.Parameter):
                 yield name, value
 
-    def _entries(self) -> Iterator[tuple[str, Tensor]]:
+    def entries(self) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, parameter or buffer), shared ones once; not copied."""
         shared = tuple(f"{name}." for name in self.shared)
         for k, (i, member) in enumerate(zip(self.ids, self.members, strict=True)):
             for name, value in member.state_dict(keep_vars=True).items():
@@ -287,7 +288,7 @@ class Ensemble(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """Canonical name -> a detached CPU copy; shared tensors once."""
-        return {name: value.detach().cpu().clone() for name, value in self._entries()}
+        return {name: value.detach().cpu().clone() for name, value in self.entries()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -296,7 +297,7 @@ class Ensemble(nn.Module):
         Raises:
             ValueError: an entry is missing or has another shape.
         """
-        for name, value in self._entries():
+        for name, value in self.entries():
             if name not in state:
                 raise ValueError(f"state: expected an entry {name!r}, got none of that name")
             if state[name].shape != value.shape:

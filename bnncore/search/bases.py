@@ -15,8 +15,8 @@ from bnncore.networks.ensemble import SHARING
 from bnncore.params import Params
 from bnncore.search import trial
 from bnncore.search.journal import writing
-from bnncore.training import schemes
-from bnncore.training.schemes import Ensembled
+from bnncore.training import plans
+from bnncore.training.ensembled import Ensembled
 
 
 class Bases:
@@ -61,7 +61,7 @@ class Bases:
         """Changes with all that the two networks depend on, the code of training included."""
         key = f"{p.model.backbone}-{p.model.width}"
         if key not in self._keys:
-            job = schemes.first_job(p, self.data, None)
+            job = plans.first_job(p, self.data, None)
             digest = P.digest(job.digest(self.data), p.binarize, p.model.binarizer)
             self._keys[key] = f"{key}-{digest}"
         return self._keys[key]

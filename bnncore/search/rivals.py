@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from bnncore.networks.ensemble import EnsembleSpec
 from bnncore.params import PackParams, Params
 from bnncore.search.space import Config, Cost, Row, Space, cost, described, preset
-from bnncore.training import schemes
+from bnncore.training import plans
 
 # The papers' own rows: label -> scheme, sharing, start.
 PAPERS = {
@@ -76,7 +76,7 @@ def rivals(params: Params, space: Space, best: Row) -> Iterator[Rival]:
 
     def spec(label: str, config: Config, p: Params) -> EnsembleSpec:
         if label == INT8:
-            return schemes.single_spec(p, space.image, len(space.classes), binary=False)
+            return plans.single_spec(p, space.image, len(space.classes), binary=False)
         return space.spec(config)
 
     def size(label: str, config: Config) -> int:

@@ -33,8 +33,8 @@ from bnncore.search.answer import Report
 from bnncore.search.bases import Bases
 from bnncore.search.space import Cost, Row, Space, described, preset
 from bnncore.search.study import COUNTED, FAILED, REJECTED, STOPPED, Study, Trial
-from bnncore.training import schemes, train
-from bnncore.training.schemes import Ensembled
+from bnncore.training import checkpoint, plans, schemes
+from bnncore.training.ensembled import Ensembled
 
 if TYPE_CHECKING:
     from bnncore.tracking import Tracker
@@ -64,7 +64,7 @@ class Search:
 
     Raises:
         ParamsError: from `Space`.
-        train.TrainingError: another process holds the folder.
+        jobs.TrainingError: another process holds the folder.
         SearchError: the folder's journal cannot be read or written.
     """
 
@@ -82,7 +82,7 @@ class Search:
         self.wanted = self.search.trials
         self.ended: str | None = None
         self._stop = threading.Event()
-        self._lock = train.Checkpoint(folder.parent, folder.name)  # for its lock on the folder
+        self._lock = checkpoint.Checkpoint(folder.parent, folder.name)  # for its lock on the folder
         try:
             self.study = Study(self.space, study_name(self.params, data), folder, say)
         except BaseException:
@@ -303,12 +303,12 @@ def finish(
     """Train what `params` are about by its full recipes, members spread over the cluster."""
     train_many = partial(cluster.train_many, data=data, checkpoints=checkpoints, on_epoch=on_epoch)
     name, section = space.model(params)
-    (fp32,) = train_many([schemes.first_job(params, data, None)])
+    (fp32,) = train_many([plans.first_job(params, data, None)])
     if section is None:
         trained = Ensembled(fp32.job.spec, fp32.state, {fp32.job.name: fp32.history})
     else:
-        (bnn,) = train_many([schemes.first_job(params, data, fp32.state)])
-        plan = schemes.plan(params, section, data, fp32.state, bnn.state)
+        (bnn,) = train_many([plans.first_job(params, data, fp32.state)])
+        plan = plans.plan(params, section, data, fp32.state, bnn.state)
         trained = schemes.train(plan, train_many)
     program, _ = packing.packed(trained, params, data, name, section)
     return trained, program

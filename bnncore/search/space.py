@@ -30,7 +30,7 @@ from bnncore.packed import costs
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams
 from bnncore.storage import untrained
-from bnncore.training import schemes
+from bnncore.training import plans, schemes
 
 Config = dict[str, Any]
 Row = dict[str, Any]  # of a report
@@ -158,7 +158,7 @@ class Space:
                         f"search.space.{name}: expected some of {', '.join(known)}, got {value!r}"
                     )
         for backbone in self.values["backbone"]:
-            spec = schemes.model_spec(params, self.image, len(self.classes), binary=True)
+            spec = plans.model_spec(params, self.image, len(self.classes), binary=True)
             try:
                 with torch.device("meta"):
                     build(replace(spec, backbone=backbone, width=None))
@@ -192,7 +192,7 @@ class Space:
         key = tuple(config[k] for k in ("backbone", "width", "scheme", "sharing"))
         if key not in self._specs:  # finding it takes as long as all else
             p = preset(self.params, config)
-            spec = schemes.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
+            spec = plans.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
             self._specs[key] = spec
         return replace(self._specs[key], members=config["members"])
 

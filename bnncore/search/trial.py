@@ -18,20 +18,20 @@ from bnncore.lowering import packing
 from bnncore.packed import execute, packfile, votes
 from bnncore.params import PackParams, Params
 from bnncore.search import space
-from bnncore.training import schemes, train
-from bnncore.training.schemes import Ensembled
+from bnncore.training import loop, plans, schemes
+from bnncore.training.ensembled import Ensembled
+from bnncore.training.jobs import History
 
 Result = dict[str, Any]
 Rung = tuple[float, float | None]
-History = list[dict[str, Any]]
 
 
 def network(
     threads: int, data: Dataset, params: Params, fp32: Ensembled | None = None
 ) -> Ensembled:
     """The pretrained FP32 network or, from its weights, the BNN."""
-    job = schemes.first_job(params, data, fp32.state if fp32 else None)
-    (trained,) = train.train_many([job], data, threads=threads)
+    job = plans.first_job(params, data, fp32.state if fp32 else None)
+    (trained,) = loop.train_many([job], data, threads=threads)
     return Ensembled(job.spec, trained.state, {job.name: trained.history})
 
 
@@ -49,12 +49,12 @@ def ensemble(
         seconds of the processor.
     """
     started, found = time.process_time(), {}
-    train_many = partial(train.train_many, data=data, threads=threads)
+    train_many = partial(loop.train_many, data=data, threads=threads)
     values: list[float] = []
     for fraction, floor in rungs:
         p = space.at_rung(params, fraction)
         state = base.state if base else {}
-        plan = schemes.plan(p, p.ensembles.train[0], data, state, state)
+        plan = plans.plan(p, p.ensembles.train[0], data, state, state)
         found = assess(schemes.train(plan, train_many), p, data)
         values.append(found["val_top1"])
         if floor is not None and values[-1] < floor:
@@ -90,12 +90,12 @@ def assess(trained: Ensembled, params: Params, data: Dataset) -> Result:
     }
 
 
-def merged(histories: dict[str, History]) -> History:
+def merged(histories: dict[str, History]) -> list[dict[str, float]]:
     """One curve of several members' curves: means by epoch."""
-    found: dict[int, History] = {}
+    found: dict[int, list[dict[str, float]]] = {}
     for history in histories.values():
         for row in history:
-            found.setdefault(row["epoch"], []).append(row)
+            found.setdefault(row["epoch"], []).append(dict(row))  # type: ignore[arg-type]
     return [
         {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if all(k in r for r in rows)}
         for rows in found.values()

@@ -10,6 +10,7 @@ from pathlib import Path
 from bnncore import data, params, storage
 from bnncore.packed import packfile
 from bnncore.terminal import command, printable
+from bnncore.training import plans
 
 
 def of_file(path: Path) -> int:
@@ -28,7 +29,6 @@ def of_params(path: Path) -> int:
     """Print what everything that a parameter file asks for would take, without training."""
     from bnncore import check
     from bnncore.storage import untrained
-    from bnncore.training import schemes
 
     p = params.load(path)
     names = None
@@ -41,9 +41,9 @@ def of_params(path: Path) -> int:
         image, names, classes = images.image, images.classes, len(images.classes)
     check.check(p, image, classes)
     specs = {
-        "fp32": schemes.single_spec(p, image, classes, binary=False),
-        "bnn": schemes.single_spec(p, image, classes, binary=True),
-        **{e.name: schemes.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
+        "fp32": plans.single_spec(p, image, classes, binary=False),
+        "bnn": plans.single_spec(p, image, classes, binary=True),
+        **{e.name: plans.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
     }
     models = {name: untrained.count(spec, p.pack, names) for name, spec in specs.items()}
     for name, counts in models.items():

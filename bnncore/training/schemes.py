@@ -9,34 +9,23 @@ Legend: `M` members, `N` training images, `C` classes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from bnncore.data import Dataset
-from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryConv2d, drawn
-from bnncore.networks.ensemble import (
-    SHARING,
-    Ensemble,
-    EnsembleSpec,
-    Sharing,
-    generator,
-    single_state,
-    weight_layers,
-)
-from bnncore.networks.parts import ModelSpec
-from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
-from bnncore.training.train import Job, State, Trained, Trainer, TrainingError
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, generator
+from bnncore.params import EnsembleParams, Recipe
+from bnncore.training import inference
+from bnncore.training.ensembled import Ensembled
+from bnncore.training.feed import Feed, default_device
+from bnncore.training.jobs import Job, State, Trained, TrainingError
+from bnncore.training.watch import require_finite
 
 TrainMany = Callable[[list[Job]], list[Trained]]
 
@@ -77,51 +66,21 @@ class Plan:
         return SCHEMES[self.params.scheme].options[name] if value is None else value
 
     def training_outputs(self, trained: Trained) -> np.ndarray:
-        """A member's outputs on the training images, not augmented: (N, C) float32."""
-        trainer = Trainer(replace(trained.job, start=trained.state), self.data)
-        return trainer.outputs(trainer.images)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Ensembled:
-    """A trained ensemble.
-
-    Attributes:
-        spec: its structure.
-        state: canonical state of all members.
-        histories: job name -> a dict an epoch.
-    """
-
-    spec: EnsembleSpec
-    state: State
-    histories: dict[str, list[dict[str, Any]]]
-
-    def ensemble(self) -> Ensemble:
-        """The torch module, loaded."""
-        ensemble = Ensemble(self.spec)
-        ensemble.load(self.state)
-        return ensemble
-
-    def save(self, folder: Path) -> None:
-        """Write weights, structure and curves into `folder`; shared tensors once."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state, folder / "weights.safetensors")
-        (folder / "spec.json").write_text(json.dumps(asdict(self.spec), indent=1))
-        (folder / "histories.json").write_text(json.dumps(self.histories))
-
-    @classmethod
-    def read(cls, folder: Path) -> Ensembled:
-        """The inverse of `save`.
+        """A member's outputs on the training images, not augmented: (N, C) float32.
 
         Raises:
-            ValueError: a file is missing or broken; names it.
+            TrainingError: they are not finite; names the member.
         """
-        try:
-            spec = TypeAdapter(EnsembleSpec).validate_json((folder / "spec.json").read_text())
-            histories = json.loads((folder / "histories.json").read_text())
-            return cls(spec, load_file(folder / "weights.safetensors"), histories)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder}: expected a trained model, got: {error}") from error
+        member = Ensemble(trained.job.spec, trained.job.ids)
+        member.load(trained.state)
+        images = self.data.train.images
+        z = inference.member_outputs(member, images, self.data, default_device())[0]
+        if not np.isfinite(z).all():
+            raise TrainingError(
+                f"{trained.job.name}: on the training images: expected finite outputs, got others "
+                f"of member(s) {trained.job.ids[0]}"
+            )
+        return z
 
 
 @dataclass(frozen=True)
@@ -287,16 +246,18 @@ def stochastic_rounding(plan: Plan, train_many: TrainMany) -> Ensembled:
     assert binarizer is not None
     model = replace(spec.model, binarizer=replace(binarizer, stochastic=True))
     (trained,) = train_many([plan.member(0, spec=replace(spec, model=model))])
+    device = default_device()
     state: State = {}
     for i in range(spec.members):
-        trainer = Trainer(plan.member(i, start=handed_on(trained, i)), plan.data)
-        (member,) = trainer.ensemble.members
-        for name in sorted(trainer.ensemble.own):
-            layer = member.get_submodule(name)
+        drawn_member = Ensemble(spec, (i,)).to(device)
+        drawn_member.load(handed_on(trained, i))
+        for name in sorted(drawn_member.own):
+            layer = drawn_member.members[0].get_submodule(name)
             if isinstance(layer, BinaryConv2d):
                 rounded_(layer.weight, generator("draw", plan.seed, i, name))
-        trainer.estimate_norms()
-        state |= trainer.ensemble.state()
+        feed = Feed(plan.member(i), plan.data, device)
+        inference.estimate_norms(drawn_member, feed.plain(0))
+        state |= drawn_member.state()
     return Ensembled(spec, state, {trained.job.name: trained.history})
 
 
@@ -355,130 +316,12 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-# -- from parameters to structures and starts --------------------------------------------------
-
-
-def model_spec(params: Params, image, classes: int, binary: bool) -> ModelSpec:
-    """The network of one member, or its FP32 twin."""
-    model = params.model
-    return ModelSpec(
-        model.backbone,
-        tuple(image),
-        classes,
-        model.width,
-        model.dropout,
-        model.binarizer if binary else None,
-    )
-
-
-def single_spec(params: Params, image, classes: int, binary: bool) -> EnsembleSpec:
-    """A network by itself: an ensemble of one."""
-    return EnsembleSpec(model_spec(params, image, classes, binary), 1, SHARING["no_shared"])
-
-
-def ensemble_spec(params: Params, ensemble: EnsembleParams, image, classes: int) -> EnsembleSpec:
-    """The structure that a section of ``ensembles.train`` asks for.
+def train(plan: Plan, train_many: TrainMany) -> Ensembled:
+    """Train one ensemble by its scheme.
 
     Raises:
-        ParamsError: unknown scheme or sharing (lists those there are); a sharing that makes no
-            sense for the scheme.
+        TrainingError: training failed, or a member, a norm or a vote came out not finite.
     """
-    where = f"ensembles.train.{ensemble.name}"
-    if ensemble.scheme not in SCHEMES:
-        raise ParamsError(
-            f"{where}.scheme: expected one of {', '.join(SCHEMES)}, got {ensemble.scheme!r}"
-        )
-    scheme = SCHEMES[ensemble.scheme]
-    for name in sorted({name for row in SCHEMES.values() for name in row.options}):
-        if getattr(ensemble, name) is not None and name not in scheme.options:
-            owners = [key for key, row in SCHEMES.items() if name in row.options]
-            raise ParamsError(
-                f"{where}.{name}: expected only with scheme {' or '.join(owners)}, "
-                f"got it with {ensemble.scheme!r}"
-            )
-    if ensemble.classifier != "auto" and ensemble.scheme != "tentaclenet":
-        raise ParamsError(
-            f"{where}.classifier: expected only with scheme tentaclenet, got "
-            f"{ensemble.classifier!r} with {ensemble.scheme!r}"
-        )
-    if isinstance(ensemble.sharing, CustomSharing):
-        sharing = Sharing(**asdict(ensemble.sharing))
-    elif ensemble.sharing in SHARING:
-        sharing = SHARING[ensemble.sharing]
-    else:
-        raise ParamsError(
-            f"{where}.sharing: expected one of {', '.join(SHARING)} or a section with 'own', "
-            f"got {ensemble.sharing!r}"
-        )
-    shares = sharing.block or "*" not in sharing.own
-    if not scheme.joint and shares and not sharing.frozen and ensemble.members > 1:
-        raise ParamsError(
-            f"{where}.sharing: {sharing.name!r} shares layers that are trained, so its members "
-            f"must be trained together; expected a sharing that freezes what it shares for scheme "
-            f"{ensemble.scheme!r}"
-        )
-    if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
-        raise ParamsError(
-            f"{where}.sharing: {sharing.name!r} would share the rows of the classifier block; "
-            "expected 'mixing' among what members own, as in tentaclenet"
-        )
-    if ensemble.scheme != "tentaclenet" and "mixing" in sharing.own:
-        raise ParamsError(
-            f"{where}.sharing: {sharing.name!r} names 'mixing', a tentacle's rows of the "
-            f"classifier block, which only scheme tentaclenet has; got scheme {ensemble.scheme!r}"
-        )
-    model = model_spec(params, image, classes, binary=True)
-    classifier = None
-    if ensemble.scheme == "tentaclenet":
-        classifier = ensemble.classifier
-        with torch.device("meta"):
-            no_dense = not hasattr(build(model).head, "dense")
-        if classifier == "auto":
-            classifier = "logits" if no_dense else "features"
-        elif classifier == "features" and no_dense:
-            raise ParamsError(
-                f"{where}.classifier: {params.model.backbone} has no dense layer whose features "
-                "could be concatenated; expected 'logits' or 'auto'"
-            )
-    combine = scheme.combine
-    if combine == "vote":
-        combine = f"{ensemble.vote or scheme.options['vote']}_vote"
-    return EnsembleSpec(model, ensemble.members, sharing, combine, classifier)
-
-
-def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
-    """The job of the FP32 network, or of the BNN that starts from its weights."""
-    binary = fp32 is not None
-    spec = single_spec(params, data.image, len(data.classes), binary)
-    network = Ensemble(spec, seed=params.seed)
-    if fp32 is not None:
-        # Not the norms of the body: in the two twins they stand at different places.
-        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
-        network.start_from(single_state(fp32), kept)
-    name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
-    return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
-
-
-def plan(params: Params, ensemble: EnsembleParams, data: Dataset, fp32: State, bnn: State) -> Plan:
-    """Everything a scheme needs, with the members' start put together.
-
-    A TentacleNet's shared first block starts from the pretrained FP32 one. Members that start from
-    the trained BNN are made to differ (`Ensemble.diversify`).
-    """
-    spec = ensemble_spec(params, ensemble, data.image, len(data.classes))
-    index = [e.name for e in params.ensembles.train].index(ensemble.name)
-    seed = params.seed + 10_000 * (index + 1)
-    members = Ensemble(spec, seed=seed)
-    if ensemble.start == "bnn":
-        members.start_from(single_state(bnn))
-        members.diversify(seed, ensemble.jitter, ensemble.fresh_classifier)
-    elif ensemble.start == "hadamard":
-        members.hadamard(seed)
-    if spec.sharing.block and ensemble.start != "bnn":
-        members.start_from(single_state(fp32), ("stem.",))
-    return Plan(ensemble, spec, params.recipe(ensemble), seed, members.state(), data)
-
-
-def train(plan: Plan, train_many: TrainMany) -> Ensembled:
-    """Train one ensemble by its scheme."""
-    return SCHEMES[plan.params.scheme].run(plan, train_many)
+    trained = SCHEMES[plan.params.scheme].run(plan, train_many)
+    require_finite(trained.state, f"{plan.params.name}: the trained ensemble")
+    return trained

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import ray
-import torch
-from torch.nn import functional as F
 
 from bnncore.cluster import group
-from bnncore.networks.ensemble import Ensemble, TreeSum, tree_sum
+from bnncore.networks.ensemble import Ensemble
 from bnncore.params import RayParams
-from bnncore.training import schemes, train
+from bnncore.training import loop, schemes
 from tests.small import differences, plan
 
-CUSTOM = {"own": ["binary_conv"], "frozen": False, "name": "trained"}
-GRID = [
-    ("tentaclenet", "tentaclenet", {"classifier": "logits"}),
-    ("tentaclenet", "tentaclenet", {"classifier": "features"}),
-    ("fusion", "no_shared", {}),
-    ("fusion", "shared_conv", {}),
-    ("fusion", "c1", {}),
-    ("fusion", "c2", {}),
-    ("fusion", "c3", {}),
-    ("fusion", "c3_blocks", {}),
-    ("fusion", "all_frozen", {}),
-    ("fusion", CUSTOM, {}),
-    ("voting", "shared_conv", {}),
-]
 IN_SEQUENCE_OR_ALONE = [
     "bagging",
     "boosting",
@@ -38,9 +19,9 @@ IN_SEQUENCE_OR_ALONE = [
     "snapshot",
     "stochastic_rounding",
 ]
-# What a step computes is proved with threads, below, for all of GRID. These show what threads do
-# not: the sums of real collectives, of two and of four; states that are merged, and jobs that
-# arrive whole. By their numbers of actors, so that those are used again.
+# What a step computes is proved with threads, for all of `small.GRID`, in tests/training/test_step.
+# These show what threads do not: the sums of real collectives, of two and of four; states that are
+# merged, and jobs that arrive whole. By their numbers of actors, so that those are used again.
 SPREAD = [
     (1, "voting", "shared_conv", {}),
     (2, "tentaclenet", "tentaclenet", {"classifier": "features"}),
@@ -65,7 +46,7 @@ def named(cases) -> list[str]:
 @pytest.mark.parametrize(("count", "scheme", "sharing", "extra"), SPREAD, ids=named(SPREAD))
 def test_same_bits_over_actors(cluster, count, scheme, sharing, extra):
     p, images = plan(scheme, sharing, members=4, **extra)
-    alone = schemes.train(p, lambda jobs: train.train_many(jobs, images))
+    alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
     assert differences(alone.state, p.start)  # it has learned something
     cluster.params = RayParams(actors=count)
     spread = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
@@ -79,7 +60,7 @@ def test_same_bits_over_actors(cluster, count, scheme, sharing, extra):
 @pytest.mark.parametrize("scheme", IN_SEQUENCE_OR_ALONE)
 def test_same_bits_of_members_that_train_alone(cluster, scheme):
     p, images = plan(scheme, "no_shared", members=2)
-    alone = schemes.train(p, lambda jobs: train.train_many(jobs, images))
+    alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
     assert differences(alone.state, p.start)
     cluster.params = RayParams(actors=2)
     spread = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
@@ -91,9 +72,9 @@ def test_same_bits_of_members_that_train_alone(cluster, scheme):
 def test_same_bits_over_members_times_shards(cluster, count, scheme, sharing, extra):
     extra = {**extra, "recipe": {"shards": 2, **extra.get("recipe", {})}}
     p, images = plan(scheme, sharing, members=2, **extra)
-    alone = schemes.train(p, lambda jobs: train.train_many(jobs, images))
+    alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
     whole, _ = plan(scheme, sharing, members=2, **{**extra, "recipe": {"shards": 1}})
-    other = schemes.train(whole, lambda jobs: train.train_many(jobs, images))
+    other = schemes.train(whole, lambda jobs: loop.train_many(jobs, images))
     assert differences(alone.state, other.state), "batch norm sees other images"
     cluster.params = RayParams(actors=count)
     spread = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
@@ -105,7 +86,7 @@ def test_same_bits_over_members_times_shards(cluster, count, scheme, sharing, ex
 @pytest.mark.slow
 def test_blocks_that_are_no_power_of_two_agree_within_rounding(cluster):
     p, images = plan(members=6, epochs=1)
-    alone = schemes.train(p, lambda jobs: train.train_many(jobs, images))
+    alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
     cluster.params = RayParams(actors=2)
     spread = schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
     losses = [r.histories["e"][0]["train_loss"] for r in (alone, spread)]
@@ -135,123 +116,6 @@ def test_blocks(members, count):
     assert len(parts) <= count
     sizes = {len(part) for part in parts[:-1]}
     assert len(sizes) <= 1
-
-
-def test_a_tree_of_aligned_blocks_is_the_tree_of_all():
-    torch.manual_seed(0)
-    values = list(torch.randn(11, 50) * 10.0 ** torch.randint(-4, 5, (11, 1)))
-    for n in range(1, 12):
-        tree = TreeSum()
-        for value in values[:n]:
-            tree.add(value)
-        assert torch.equal(tree.value(), tree_sum(values[:n]))
-        for size in (2, 4, 8):
-            blocks = [tree_sum(values[k : min(k + size, n)]) for k in range(0, n, size)]
-            assert torch.equal(tree_sum(blocks), tree_sum(values[:n]))
-
-
-class _Threads:
-    """An exchange between trainers in threads of this process."""
-
-    def __init__(self, size: int):
-        self.slots: list = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
-
-    def rank(self, rank: int):
-        shared = self
-
-        class Rank(train.Alone):
-            size = len(shared.slots)
-
-            def sum(self, value):
-                shared.slots[rank] = value.clone()
-                shared.barrier.wait()
-                total = tree_sum(shared.slots)
-                shared.barrier.wait()
-                return total
-
-        exchange = Rank()
-        exchange.rank = rank
-        return exchange
-
-
-def _gradients(job, images, blocks, dtype, **options):
-    """Name -> gradient of one step, with the members spread over trainers."""
-    exchange = _Threads(len(blocks))
-
-    def one(rank: int) -> dict[str, torch.Tensor]:
-        torch.set_num_threads(1)
-        alone = len(blocks) == 1
-        try:
-            trainer = train.Trainer(
-                job, images, blocks[rank], None if alone else exchange.rank(rank), "cpu", **options
-            )
-            trainer.ensemble.to(dtype)
-            trainer.ensemble.train()
-            trainer._seed_dropout(0)
-            at = torch.arange(48)
-            x = trainer._normalized(trainer.images[at]).to(dtype)
-            trainer.step(x, trainer.labels[at], {})
-        except Exception:
-            exchange.barrier.abort()  # the others would wait for it
-            raise
-        return {n: p.grad.clone() for n, p in trainer.trained.items()}
-
-    found: dict[str, torch.Tensor] = {}
-    with ThreadPoolExecutor(len(blocks)) as pool:
-        running = [pool.submit(one, rank) for rank in range(len(blocks))]
-        errors = [e for e in (r.exception() for r in running) if e]
-        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-            raise error
-        for r in running:
-            found |= r.result()
-    assert found
-    return found
-
-
-def test_an_error_in_a_thread_is_not_lost():
-    p, images = plan("fusion", "no_shared", members=2)
-    job = p.job((0, 1), "e")
-    with pytest.raises(ValueError, match=r"entry '7\.stem\.conv"):
-        _gradients(job, images, [(0,), (7,)], torch.float32)
-
-
-STEPS = [*GRID[:-1], ("fusion", "shared_conv", {"recipe": {"prefixes": True}})]
-
-
-@pytest.mark.parametrize(
-    ("scheme", "sharing", "extra"), STEPS, ids=[str(k) for k in range(len(STEPS))]
-)
-def test_gradients_of_a_split_step(scheme, sharing, extra):
-    p, images = plan(scheme, sharing, members=4, **extra)
-    job = p.job(tuple(range(4)), "e")
-    alone = _gradients(job, images, [(0, 1, 2, 3)], torch.float32)
-    split = _gradients(job, images, [(0, 1), (2, 3)], torch.float32)
-    quarters = _gradients(job, images, [(0,), (1,), (2,), (3,)], torch.float32)
-    replayed = _gradients(job, images, [(0, 1, 2, 3)], torch.float32, replay=True)
-    assert differences(alone, split) == []
-    assert differences(alone, quarters) == []
-    assert differences(alone, replayed) == []
-
-
-@pytest.mark.parametrize(
-    ("scheme", "sharing", "extra"), STEPS[:-1], ids=[str(k) for k in range(len(STEPS) - 1)]
-)
-def test_gradients_in_float64_are_those_of_the_plain_loop(scheme, sharing, extra):
-    p, images = plan(scheme, sharing, members=4, **extra)
-    job = p.job(tuple(range(4)), "e")
-    split = _gradients(job, images, [(0, 1, 2), (3,)], torch.float64)
-    plain = Ensemble(job.spec)
-    plain.load(job.start)
-    plain.double().train()
-    trainer = train.Trainer(job, images, device="cpu")
-    x = trainer._normalized(trainer.images[:48]).double()
-    F.cross_entropy(plain(x), trainer.labels[:48]).backward()
-    for name, parameter in plain.parameters_by_name():
-        if parameter.requires_grad:
-            reference = parameter.grad
-            error = (split[name] - reference).abs().max()
-            assert error <= 1e-9 * reference.abs().max(), name
 
 
 def test_the_members_share_one_copy_of_the_data(local_ray):

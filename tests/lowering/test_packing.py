@@ -13,7 +13,7 @@ from bnncore.lowering.packing import facts, packed
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.params import PackParams
-from bnncore.training import schemes
+from bnncore.training import ensembled, plans
 from tests import tiny
 
 DATA = tiny.dataset()
@@ -31,12 +31,12 @@ def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
     p = parse(pack)
     section = p.ensembles.train[0] if name == "one" else None
     if section:
-        spec = schemes.ensemble_spec(p, section, DATA.image, len(DATA.classes))
+        spec = plans.ensemble_spec(p, section, DATA.image, len(DATA.classes))
     else:
-        spec = schemes.single_spec(p, DATA.image, len(DATA.classes), binary=name == "bnn")
+        spec = plans.single_spec(p, DATA.image, len(DATA.classes), binary=name == "bnn")
     ensemble = Ensemble(spec, seed=1)
     tiny.scramble(ensemble)
-    trained = schemes.Ensembled(spec, ensemble.state(), {})
+    trained = ensembled.Ensembled(spec, ensemble.state(), {})
     program, outputs = packed(trained, p, DATA, name, section, ("val", "test"))
     told = facts(p, name, section)
     assert list(program.info) == list(told)

@@ -19,8 +19,8 @@ from bnncore.networks.parts import Dropout, ModelSpec
 from bnncore.networks.template import TemplateError, binarized
 from bnncore.packed import execute
 from bnncore.params import Binarizer, ParamsError, RayParams
-from bnncore.training import schemes
-from bnncore.training.train import train_many
+from bnncore.training import plans, schemes
+from bnncore.training.loop import train_many
 from tests import tiny
 
 RGB = tiny.dataset((32, 32, 3), 5, train=12)
@@ -199,9 +199,9 @@ def test_from_fp32_to_an_ensemble(sharing):
         },
     )
     check.check(p, GRAY.image, 4)
-    (fp32,) = train_many([schemes.first_job(p, GRAY, None)], GRAY)
-    (bnn,) = train_many([schemes.first_job(p, GRAY, fp32.state)], GRAY)
-    plan = schemes.plan(p, p.ensembles.train[0], GRAY, fp32.state, bnn.state)
+    (fp32,) = train_many([plans.first_job(p, GRAY, None)], GRAY)
+    (bnn,) = train_many([plans.first_job(p, GRAY, fp32.state)], GRAY)
+    plan = plans.plan(p, p.ensembles.train[0], GRAY, fp32.state, bnn.state)
     result = schemes.train(plan, lambda jobs: train_many(jobs, GRAY))
     z = result.ensemble().eval().outputs(tiny.normalized(GRAY, GRAY.val.images))
     assert not torch.allclose(z[0], z[1])
@@ -316,11 +316,11 @@ def test_a_users_network_trains_over_actors_to_the_same_bits():
         ensembles={"train": sections, "recipe": {"epochs": 6, "batch_size": 8, "lr": 0.01}},
     )
     check.check(p, data.image, 4)
-    (fp32,) = train_many([schemes.first_job(p, data, None)], data)
-    (bnn,) = train_many([schemes.first_job(p, data, fp32.state)], data)
+    (fp32,) = train_many([plans.first_job(p, data, None)], data)
+    (bnn,) = train_many([plans.first_job(p, data, fp32.state)], data)
     with cluster.Cluster(RayParams(actors=2)) as spread:
         for section in p.ensembles.train:
-            plan = schemes.plan(p, section, data, fp32.state, bnn.state)
+            plan = plans.plan(p, section, data, fp32.state, bnn.state)
             here = schemes.train(plan, lambda jobs: train_many(jobs, data)).state
             there = schemes.train(plan, lambda jobs: spread.train_many(jobs, data)).state
             assert here.keys() == there.keys()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from bnncore import modules
+from bnncore.training import jobs
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate", "search")
@@ -78,7 +79,6 @@ def test_editing_what_people_read_trains_nothing():
 
 
 def test_checkpoints_depend_on_the_code_that_stages_depend_on():
-    from bnncore.training import train  # torch, which the processes of the last test do without
 
     rooms = {
         dep.removeprefix("bnncore/")
@@ -86,8 +86,8 @@ def test_checkpoints_depend_on_the_code_that_stages_depend_on():
         for dep in declared(stage, ROOT)
         if dep.startswith("bnncore/")
     }
-    assert rooms == set(train.ROOMS)
-    for room in train.ROOMS:
+    assert rooms == set(jobs.ROOMS)
+    for room in jobs.ROOMS:
         assert list((ROOT / "bnncore" / room).glob("*.py"))
 
 

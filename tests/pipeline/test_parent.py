@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from bnncore.training.schemes import Ensembled
+from bnncore.training.ensembled import Ensembled
 from tests import processes
 from tests.pipeline import test_pipeline
 

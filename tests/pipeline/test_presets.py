@@ -17,7 +17,7 @@ from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.packed import execute, packfile
 from bnncore.paper import figures
 from bnncore.storage import untrained
-from bnncore.training import schemes
+from bnncore.training import plans
 from pipeline import preset
 from tests.storage.test_storage import random_statistics
 
@@ -37,9 +37,9 @@ def specs(p: params.Params) -> dict[str, EnsembleSpec]:
     image = (height, width, channels)
     check.check(p, image, classes)
     return {
-        "fp32": schemes.single_spec(p, image, classes, binary=False),
-        "bnn": schemes.single_spec(p, image, classes, binary=True),
-        **{e.name: schemes.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
+        "fp32": plans.single_spec(p, image, classes, binary=False),
+        "bnn": plans.single_spec(p, image, classes, binary=True),
+        **{e.name: plans.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
     }
 
 

@@ -24,7 +24,7 @@ from bnncore.packed import packfile
 from bnncore.params import RayParams
 from bnncore.search import answer, space
 from bnncore.search import study as S
-from bnncore.training.train import TrainingError
+from bnncore.training.jobs import TrainingError
 from tests import processes
 from tests.pipeline.test_pipeline import copy, dvc, environment
 from tests.search.studies import DATA, comparable, parse, search

@@ -16,7 +16,7 @@ from bnncore.packed import costs
 from bnncore.params import PackParams, ParamsError
 from bnncore.search import rivals, space, trial
 from bnncore.storage import untrained
-from bnncore.training import schemes
+from bnncore.training import ensembled, plans
 from tests import tiny
 from tests.search.studies import DATA, SHORT, configuration, parse
 
@@ -66,7 +66,7 @@ def test_no_file_is_larger_than_its_cost(backbone, scheme):
     found = space.Space(p, DATA)
     ensemble = Ensemble(found.spec(config), seed=1)
     tiny.scramble(ensemble)
-    trained = schemes.Ensembled(ensemble.spec, ensemble.state(), {"x": []})
+    trained = ensembled.Ensembled(ensemble.spec, ensemble.state(), {"x": []})
     result = trial.assess(trained, space.preset(p, config), DATA)
     most = found.cost(config).file_bytes
     assert 0.7 * most < result["file_bytes"] <= most
@@ -136,7 +136,7 @@ def test_rivals_use_the_budget_and_no_more():
         config = rival.config | {grown: rival.config[grown] + 1}
         more = rivals.rival_preset(p, rival.label, config)
         if rival.label == rivals.INT8:
-            spec = schemes.single_spec(more, DATA.image, 4, binary=False)
+            spec = plans.single_spec(more, DATA.image, 4, binary=False)
             assert more.pack.weights == "int8"
             assert not more.ensembles.train
         else:
@@ -161,7 +161,7 @@ def test_an_int8_rival_is_judged_with_its_rounded_weights():
     """Its size is the file's, its accuracy the narrowed Program's, both as stage pack does it."""
     p = rivals.rival_preset(parse(), rivals.INT8, {"backbone": "resnet8", "width": 8})
     found = trial.fp32(1, DATA, p)
-    spec = schemes.single_spec(p, DATA.image, 4, binary=False)
+    spec = plans.single_spec(p, DATA.image, 4, binary=False)
     plain = storage.file_bound(spec, PackParams(), DATA.classes)
     assert found["file_bytes"] <= space.cost(spec, p, DATA.classes).file_bytes < plain / 2.5
     (history,) = found["history"].values()

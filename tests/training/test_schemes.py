@@ -13,11 +13,14 @@ from torch import nn
 
 from bnncore import check
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
 from bnncore.params import ParamsError
-from bnncore.training import schemes
+from bnncore.training import plans, schemes
+from bnncore.training.ensembled import Ensembled
+from bnncore.training.feed import Feed
+from bnncore.training.jobs import Trained, TrainingError
+from bnncore.training.loop import learning_rate, train_many
 from bnncore.training.schemes import SCHEMES, samme_vote
-from bnncore.training.train import Trained, Trainer, TrainingError, learning_rate, train_many
 from tests import tiny
 
 DATA = tiny.dataset(classes=3, train=60)
@@ -31,8 +34,8 @@ def params(**ensemble):
 @cache
 def pretrained():
     plain = tiny.parse()
-    (fp32,) = train_many([schemes.first_job(plain, DATA, None)], DATA)
-    (bnn,) = train_many([schemes.first_job(plain, DATA, fp32.state)], DATA)
+    (fp32,) = train_many([plans.first_job(plain, DATA, None)], DATA)
+    (bnn,) = train_many([plans.first_job(plain, DATA, fp32.state)], DATA)
     return fp32.state, bnn.state
 
 
@@ -57,7 +60,7 @@ class Watched:
 def run(**ensemble):
     p = params(**ensemble)
     check.check(p, IMAGE, CLASSES)
-    plan = schemes.plan(p, p.ensembles.train[0], DATA, *pretrained())
+    plan = plans.plan(p, p.ensembles.train[0], DATA, *pretrained())
     watched = Watched()
     return schemes.train(plan, watched), watched, plan
 
@@ -82,7 +85,7 @@ def test_every_scheme_gives_members_that_differ_and_can_be_read_back(scheme, tmp
     assert np.isfinite(z).all()
     assert not np.allclose(z[0], z[1])
     result.save(tmp_path)
-    again = schemes.Ensembled.read(tmp_path)
+    again = Ensembled.read(tmp_path)
     assert again.spec == result.spec
     assert np.array_equal(outputs(again, DATA.val), z)
     repeated, _, _ = run(scheme=scheme, **options)
@@ -175,7 +178,7 @@ def test_boosting_follows_samme(boost, chain):
 def test_resampling_prefers_heavy_images():
     """Members that are wrong on one class only: the next draws it far more often."""
     p = params(scheme="boosting", boost="resample", members=2, recipe={"epochs": 0})
-    plan = schemes.plan(p, p.ensembles.train[0], DATA, *pretrained())
+    plan = plans.plan(p, p.ensembles.train[0], DATA, *pretrained())
     watched = Watched()
     plan = plan_with_outputs(plan, lambda labels: np.where(labels == 0, 1, labels))
     schemes.train(plan, watched)
@@ -199,7 +202,7 @@ def plan_with_outputs(plan, *predictions):
 
 def boosted(*predictions):
     p = params(scheme="boosting", members=len(predictions), recipe={"epochs": 0})
-    plan = schemes.plan(p, p.ensembles.train[0], DATA, *pretrained())
+    plan = plans.plan(p, p.ensembles.train[0], DATA, *pretrained())
     watched = Watched()
     return schemes.train(plan_with_outputs(plan, *predictions), watched), watched.jobs
 
@@ -366,8 +369,8 @@ def test_batch_norm_statistics_of_a_draw_by_hand():
     result, _, plan = run(
         scheme="stochastic_rounding", sharing="no_shared", members=2, recipe={"epochs": 0}
     )
-    trainer = Trainer(plan.member(1), DATA)
-    batches = [tiny.normalized(DATA, DATA.train.images[at]) for at in trainer._batches(0)]
+    feed = Feed(plan.member(1), DATA, torch.device("cpu"))
+    batches = [tiny.normalized(DATA, DATA.train.images[at]) for at in feed.order(0)]
     member = result.ensemble().members[1].eval()
     block = member.body.layer1.block1
     means, variances = [], []
@@ -477,7 +480,7 @@ def test_benn_shares_nothing():
 
 
 def test_spec_of_one_member_is_an_ensemble_too():
-    spec = EnsembleSpec(tiny.model(data=DATA), 1, schemes.SHARING["shared_conv"])
+    spec = EnsembleSpec(tiny.model(data=DATA), 1, SHARING["shared_conv"])
     assert len(Ensemble(spec).members) == 1
     result, _, _ = run(scheme="fusion", members=1)
     assert outputs(result, DATA.val).shape == (1, 16, CLASSES)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks import training
 from benchmarks.rows import Bench
 from bnncore.networks.ensemble import Ensemble
-from bnncore.training.train import Trainer
+from bnncore.training.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
 ABSENT = ("ray", "mlflow", "optuna", "dvc", "torchensemble", "numba")

@@ -1,28 +1,27 @@
-"""What a training step costs, and how to have it cheaper: kernels, compilation, memory.
+"""Layers that compute what torch's compute, in less time or more exactly, and compilation.
 
-**Kernels**, for CPUs: batch norm and one-slope PReLU, torch's functions in far less time. In a
+**Cheap layers**, for CPUs: batch norm and one-slope PReLU, torch's functions in far less time. In a
 binarized network element-wise work takes half of a training step. torch's batch norm sums in
 double precision, one thread a channel, and its PReLU gradient is not vectorised; the kernels of
 evaluation-mode batch norm and of leaky ReLU compute the same, vectorised. Results differ from
 torch's by rounding only.
 
-**Compilation**: `torch.compile` of a member's forward pass, one compilation for all members.
+**Exact convolutions**: sums of +-1 are integers, on which a sign depends.
 
-**Memory**: what autograd keeps for the backward pass, measured on a few images; and what becomes of
-freed memory.
+**Compilation**: `torch.compile` of a member's forward pass, one compilation for all members.
 
 Legend: `B C H W` activations, `N = B * H * W` values of a channel.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,42 @@ from torch.utils.flop_counter import FlopCounterMode
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, sign
 from bnncore.networks.parts import Backbone, ModelSpec
+from bnncore.params import Recipe
 
 # Operations of all forward passes of a job from which on a compilation of a minute or two pays.
 # Assumed: it saves a third of the time, and a CPU does 5e10, a GPU 2e12 of them in a second.
 WORTH_COMPILING = {"cpu": 5e13, "cuda": 2e15}
+
+Tentacle = Callable[[Backbone, Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def exact_convolutions(network: nn.Module) -> Iterator[None]:
+    """Within, torch's convolutions on a CPU are safe for `network`, and sums of +-1 exact in them.
+
+    - NNPACK, which torch takes where oneDNN is off, convolves by way of transforms: sums that
+      should be integers come out beside them, and what should be 0 gets a sign by chance.
+    - oneDNN's AVX2 convolutions (torch 2.13) write past a buffer's end when they are trained with
+      fewer than 8 filters: the heap is corrupted some steps later. For such networks it is off.
+
+    Both switches are the process's, not the thread's.
+    """
+    narrow = any(m.out_channels < 8 for m in network.modules() if isinstance(m, nn.Conv2d))
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    with torch.backends.nnpack.flags(enabled=False):
+        onednn.enabled = before and not narrow
+        try:
+            yield
+        finally:
+            onednn.enabled = before
 
 
 class _Norm(torch.autograd.Function):
     """``(x - mean) / sqrt(var + eps) * gamma + beta``; also gives mean and var (biased), (C,)."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, eps):
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:
         rows = x.flatten(2)
         count = x.numel() // x.shape[1]
         mean = rows.sum(2).sum(0).div_(count)
@@ -55,7 +79,7 @@ class _Norm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps), mean, var
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         x, gamma, mean, inverse = ctx.saved_tensors
         grads = torch.ops.aten.native_batch_norm_backward(
             grad, x, gamma, None, None, mean, inverse, True, ctx.eps, ctx.needs_input_grad[:3]
@@ -85,7 +109,7 @@ class _LeakyReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, slope):
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
         ctx.slope = slope.item()
         y = F.leaky_relu(x, ctx.slope)
         ctx.of_output = ctx.slope > 0
@@ -93,7 +117,7 @@ class _LeakyReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         (kept,) = ctx.saved_tensors
         below = None
         if ctx.needs_input_grad[1]:
@@ -111,13 +135,13 @@ class _ClippedSign(torch.autograd.Function):
     """`binarize.clipped_sign`; keeps a byte a value."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         # By way of floats: torch's comparisons into bytes take several times longer.
         ctx.save_for_backward(x.detach().abs().le_(1).to(torch.int8))
         return sign(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inside,) = ctx.saved_tensors
         return inside.to(grad.dtype).mul_(grad)
 
@@ -130,14 +154,16 @@ class _FrozenConv(torch.autograd.Function):
     """Convolution by filters that ask for no gradient, times alpha; keeps no activations."""
 
     @staticmethod
-    def forward(ctx, x, filters, alpha, *geometry):
+    def forward(
+        ctx: Any, x: Tensor, filters: Tensor, alpha: Tensor | None, *geometry: Any
+    ) -> Tensor:
         ctx.save_for_backward(filters, alpha)
         ctx.shape, ctx.geometry = x.shape, geometry
         y = torch.conv2d(x, filters, None, *geometry)
         return y if alpha is None else y.mul_(alpha[:, None, None])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         filters, alpha = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         if alpha is not None:
@@ -159,23 +185,30 @@ def _conv(self: BinaryConv2d, x: Tensor) -> Tensor:
     return y if self.bias is None else y + self.bias[:, None, None]
 
 
-def make(network: nn.Module) -> None:
+def make_cheap(network: nn.Module) -> None:
     """Let the layers of a network on a CPU compute in the cheap way.
 
     Only their `forward` changes: types, parameters and states stay what they are.
     """
     for module in network.modules():
-        cheap: Callable | None = None
-        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            cheap = _norm
-        elif type(module) is nn.PReLU and module.num_parameters == 1:
-            cheap = _prelu
-        elif type(module) is BinaryActivation and module.kind == "clipped":
-            cheap = _sign
-        elif type(module) is BinaryConv2d and module.padding_mode == "zeros":
-            cheap = _conv
-        if cheap is not None:
-            module.forward = MethodType(cheap, module)
+        forward = _cheap_forward(module)
+        if forward is not None:
+            module.forward = MethodType(forward, module)
+
+
+def _cheap_forward(module: nn.Module) -> Callable | None:
+    if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
+        return _norm
+    if type(module) is nn.PReLU and module.num_parameters == 1:
+        return _prelu
+    if type(module) is BinaryActivation and module.kind == "clipped":
+        return _sign
+    if type(module) is BinaryConv2d and module.padding_mode == "zeros":
+        return _conv
+    return None
+
+
+# -- compilation -----------------------------------------------------------------------------
 
 
 def operations(spec: ModelSpec) -> int:
@@ -184,9 +217,6 @@ def operations(spec: ModelSpec) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build(spec).eval()(torch.zeros(1, channels, height, width))
     return counter.get_total_flops()
-
-
-Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
 def binarize_frozen(network: nn.Module) -> None:
@@ -210,59 +240,10 @@ def can_compile(device: torch.device) -> bool:
     return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
 
 
-class Saved:
-    """Bytes that autograd keeps for the backward pass of what runs inside, each buffer once."""
-
-    def __init__(self, known: nn.Module):
-        self._seen = {p.untyped_storage().data_ptr() for p in known.parameters()}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-        self.bytes = 0
-
-    def _pack(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return x
-
-    def __enter__(self) -> Saved:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._hooks.__exit__(*error)
-
-
-# glibc's mallopt: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX, in the order of need.
-_KEEP = ((-1, -1), (-4, 0))  # never trim the heap, map nothing beside it
-_GIVE_BACK = ((-4, 1 << 16), (-3, 1 << 20), (-1, 1 << 20))  # what is above 1 MiB, at once
-
-
-def freed_memory(keep: bool) -> None:
-    """Whether this process keeps what it frees or gives it back at once, where it runs on glibc.
-
-    glibc's own way lies between: it maps large activations anew, page by page, in every step,
-    which took a fifth of a step's time; and it leaves holes, which made a step with replay take
-    0.25 GiB more for every member (ResNet-18, batch 256).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in _KEEP if keep else _GIVE_BACK:
-            mallopt(*option)
-
-
-def memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device; for a CPU also within the control group's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = 1024 * int(line.split()[1])
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+def worth_compiling(recipe: Recipe, spec: ModelSpec, passes: int, device: torch.device) -> bool:
+    """Whether to compile for so many `passes` of one image through one member; see
+    `Recipe.compile`."""
+    if recipe.compile != "auto":
+        return recipe.compile == "always"
+    worth = operations(spec) * passes >= WORTH_COMPILING[device.type]
+    return worth and can_compile(device)

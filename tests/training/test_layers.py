@@ -15,14 +15,14 @@ from benchmarks import training
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, sign
 from bnncore.networks.parts import Backbone
-from bnncore.training import cheap
-from bnncore.training.train import Trainer
+from bnncore.training import layers, memory
+from bnncore.training.loop import Trainer
 from tests import tiny
 
 
 def _pair(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     other = copy.deepcopy(layer)
-    cheap.make(other)
+    layers.make_cheap(other)
     return layer, other
 
 
@@ -70,7 +70,7 @@ def test_prelu(slope):
 
 def test_one_value_a_channel_is_refused_as_by_torch():
     layer = nn.BatchNorm2d(3)
-    cheap.make(layer)
+    layers.make_cheap(layer)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.zeros(1, 3, 1, 1))
 
@@ -85,7 +85,7 @@ def test_binary_layer_has_the_bits_of_the_plain_one(frozen, bias):
     plain = nn.Sequential(BinaryActivation(), BinaryConv2d(6, 9, 3, 2, 1, bias=bias))
     plain[1].weight.requires_grad_(not frozen)
     quick = copy.deepcopy(plain)
-    cheap.make(quick)
+    layers.make_cheap(quick)
     x = 1.5 * torch.randn(4, 6, 7, 5)
     x[0, 0, 0] = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0])
     upstream = torch.randn(4, 9, 4, 3)
@@ -101,10 +101,10 @@ def test_less_is_kept_for_the_backward_pass():
         nn.BatchNorm2d(8), BinaryActivation(), BinaryConv2d(8, 8, 3, padding=1), nn.PReLU()
     )
     layer[2].requires_grad_(False)
-    cheap.make(layer)
+    layers.make_cheap(layer)
     x = torch.randn(16, 8, 32, 32, requires_grad=True)
     layer(x)  # filters are binarized and kept
-    with cheap.Saved(layer) as saved:
+    with memory.Saved(layer) as saved:
         layer(x)
     floats = 4 * x.numel()
     small = 4 * 8 * 8 * 9 + 1000  # filters, statistics
@@ -171,7 +171,7 @@ def test_compiled_gradients_are_those_of_plain_autograd_in_float64(dtype, tolera
     assert _margin(copy.deepcopy(theirs), x.double()) > 2e-5
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    tentacle = cheap.compiled(network)
+    tentacle = layers.compiled(network)
     with torch._inductor.config.patch(compile_threads=1):
         for member, wanted in both:
             got = _gradients(member, x.to(number), y, tentacle)
@@ -188,7 +188,64 @@ def test_loaded_frozen_filters_reach_a_compiled_graph():
     trainer = Trainer(work, training.dataset(4), device="cpu")
     negative = {name: -value for name, value in work.start.items()}
     trainer.load(negative)
-    layer = trainer.members[0].body.layer1.block1.conv1
+    layer = trainer.ensemble.members[0].body.layer1.block1.conv1
     assert layer._frozen is not None
     signs, _ = layer._frozen[1]
     assert torch.equal(signs, sign(negative["shared.body.layer1.block1.conv1.weight"]))
+
+
+# -- exact sums ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", range(1, 10))
+def test_sums_of_signs_are_integers(width):
+    """In convolutions of 1 to 9 filters over batches of 1 to 33 images, and in their gradients:
+    where the sum is 0, the sign behind must not be left to chance."""
+    rng = torch.Generator().manual_seed(width)
+
+    def signs(*shape: int) -> torch.Tensor:
+        return sign(torch.randn(shape, generator=rng))
+
+    for kernel, stride in ((3, 1), (3, 2), (1, 1), (5, 1)):
+        conv = nn.Conv2d(width, width, kernel, stride, kernel // 2, bias=False)
+        conv.weight.data = signs(*conv.weight.shape)
+        exact = copy.deepcopy(conv).double()
+        for batch in range(1, 34):
+            x = signs(batch, width, 8, 8)
+            upstream = signs(*exact(x.double()).shape)
+            conv.zero_grad()
+            exact.zero_grad()
+            with layers.exact_convolutions(conv):
+                ours = _run(conv, x, upstream)
+            theirs = _run(exact, x.double(), upstream.double())
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.double(), b), f"kernel {kernel}, stride {stride}, {batch}"
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_gradients_at_ties_are_exact(width):
+    """A binary layer behind a binary layer: whether a sum is 0 decides about its sign."""
+    torch.manual_seed(0)
+    shape = (width, width, 3, 1, 1)
+    convs = [BinaryConv2d(*shape, bias=False, binarizer="sign") for _ in range(2)]
+    network = nn.Sequential(BinaryActivation(), convs[0], BinaryActivation(), convs[1])
+    exact = copy.deepcopy(network).double()
+    x, upstream = torch.randn(33, width, 8, 8), torch.randint(-3, 4, (33, width, 8, 8))
+    sums = exact[:2](x.double())
+    assert (sums == 0).double().mean() > 0.05
+    with layers.exact_convolutions(network):
+        ours = _run(network, x, upstream.float())
+    for a, b in zip(ours, _run(exact, x.double(), upstream.double()), strict=True):
+        assert torch.equal(a.double(), b)
+
+
+@pytest.mark.parametrize(("width", "onednn"), [(7, False), (8, True)])
+def test_the_switches_are_back_where_they_were(width, onednn):
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, width, 3))
+    nnpack = torch._C._get_nnpack_enabled()
+    with pytest.raises(KeyError), layers.exact_convolutions(network):  # noqa: PT012
+        assert torch.backends.mkldnn.enabled == onednn
+        assert not torch._C._get_nnpack_enabled()
+        raise KeyError
+    assert torch.backends.mkldnn.enabled
+    assert torch._C._get_nnpack_enabled() == nnpack

@@ -1,0 +1,150 @@
+"""From parameters to structures, starts and plans: what a stage hands to a scheme.
+
+Legend: `M` members.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from bnncore.data import Dataset
+from bnncore.networks.backbones import build
+from bnncore.networks.ensemble import (
+    SHARING,
+    Ensemble,
+    EnsembleSpec,
+    Sharing,
+    single_state,
+    weight_layers,
+)
+from bnncore.networks.parts import ModelSpec
+from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError
+from bnncore.training.jobs import Job, State
+from bnncore.training.schemes import SCHEMES, Plan
+
+Image = tuple[int, int, int]  # H, W, C
+
+
+def model_spec(params: Params, image: Image, classes: int, binary: bool) -> ModelSpec:
+    """The network of one member, or its FP32 twin."""
+    model = params.model
+    return ModelSpec(
+        model.backbone,
+        image,
+        classes,
+        model.width,
+        model.dropout,
+        model.binarizer if binary else None,
+    )
+
+
+def single_spec(params: Params, image: Image, classes: int, binary: bool) -> EnsembleSpec:
+    """A network by itself: an ensemble of one."""
+    return EnsembleSpec(model_spec(params, image, classes, binary), 1, SHARING["no_shared"])
+
+
+def ensemble_spec(
+    params: Params, ensemble: EnsembleParams, image: Image, classes: int
+) -> EnsembleSpec:
+    """The structure that a section of ``ensembles.train`` asks for.
+
+    Raises:
+        ParamsError: unknown scheme or sharing (lists those there are); a sharing that makes no
+            sense for the scheme.
+    """
+    where = f"ensembles.train.{ensemble.name}"
+    if ensemble.scheme not in SCHEMES:
+        raise ParamsError(
+            f"{where}.scheme: expected one of {', '.join(SCHEMES)}, got {ensemble.scheme!r}"
+        )
+    scheme = SCHEMES[ensemble.scheme]
+    for name in sorted({name for row in SCHEMES.values() for name in row.options}):
+        if getattr(ensemble, name) is not None and name not in scheme.options:
+            owners = [key for key, row in SCHEMES.items() if name in row.options]
+            raise ParamsError(
+                f"{where}.{name}: expected only with scheme {' or '.join(owners)}, "
+                f"got it with {ensemble.scheme!r}"
+            )
+    if ensemble.classifier != "auto" and ensemble.scheme != "tentaclenet":
+        raise ParamsError(
+            f"{where}.classifier: expected only with scheme tentaclenet, got "
+            f"{ensemble.classifier!r} with {ensemble.scheme!r}"
+        )
+    if isinstance(ensemble.sharing, CustomSharing):
+        sharing = Sharing(**asdict(ensemble.sharing))
+    elif ensemble.sharing in SHARING:
+        sharing = SHARING[ensemble.sharing]
+    else:
+        raise ParamsError(
+            f"{where}.sharing: expected one of {', '.join(SHARING)} or a section with 'own', "
+            f"got {ensemble.sharing!r}"
+        )
+    shares = sharing.block or "*" not in sharing.own
+    if not scheme.joint and shares and not sharing.frozen and ensemble.members > 1:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} shares layers that are trained, so its members "
+            f"must be trained together; expected a sharing that freezes what it shares for scheme "
+            f"{ensemble.scheme!r}"
+        )
+    if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} would share the rows of the classifier block; "
+            "expected 'mixing' among what members own, as in tentaclenet"
+        )
+    if ensemble.scheme != "tentaclenet" and "mixing" in sharing.own:
+        raise ParamsError(
+            f"{where}.sharing: {sharing.name!r} names 'mixing', a tentacle's rows of the "
+            f"classifier block, which only scheme tentaclenet has; got scheme {ensemble.scheme!r}"
+        )
+    model = model_spec(params, image, classes, binary=True)
+    classifier = None
+    if ensemble.scheme == "tentaclenet":
+        classifier = ensemble.classifier
+        with torch.device("meta"):
+            no_dense = not hasattr(build(model).head, "dense")
+        if classifier == "auto":
+            classifier = "logits" if no_dense else "features"
+        elif classifier == "features" and no_dense:
+            raise ParamsError(
+                f"{where}.classifier: {params.model.backbone} has no dense layer whose features "
+                "could be concatenated; expected 'logits' or 'auto'"
+            )
+    combine = scheme.combine
+    if combine == "vote":
+        combine = f"{ensemble.vote or scheme.options['vote']}_vote"
+    return EnsembleSpec(model, ensemble.members, sharing, combine, classifier)
+
+
+def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
+    """The job of the FP32 network, or of the BNN that starts from its weights."""
+    binary = fp32 is not None
+    spec = single_spec(params, data.image, len(data.classes), binary)
+    network = Ensemble(spec, seed=params.seed)
+    if fp32 is not None:
+        # Not the norms of the body: in the two twins they stand at different places.
+        kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
+        network.start_from(single_state(fp32), kept)
+    name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
+    return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
+
+
+def plan(params: Params, ensemble: EnsembleParams, data: Dataset, fp32: State, bnn: State) -> Plan:
+    """Everything a scheme needs, with the members' start put together.
+
+    A TentacleNet's shared first block starts from the pretrained FP32 one. Members that start from
+    the trained BNN are made to differ (`Ensemble.diversify`).
+    """
+    spec = ensemble_spec(params, ensemble, data.image, len(data.classes))
+    index = [e.name for e in params.ensembles.train].index(ensemble.name)
+    seed = params.seed + 10_000 * (index + 1)
+    members = Ensemble(spec, seed=seed)
+    if ensemble.start == "bnn":
+        members.start_from(single_state(bnn))
+        members.diversify(seed, ensemble.jitter, ensemble.fresh_classifier)
+    elif ensemble.start == "hadamard":
+        members.hadamard(seed)
+    if spec.sharing.block and ensemble.start != "bnn":
+        members.start_from(single_state(fp32), ("stem.",))
+    return Plan(ensemble, spec, params.recipe(ensemble), seed, members.state(), data)

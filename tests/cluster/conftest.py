@@ -1,31 +1,29 @@
-"""One cluster of this machine, and one handle on it, for all tests of the room.
-
-Ray is imported by the room first, which tells it to stay on loopback.
-"""
+"""One cluster of this machine, and one handle on it, for all tests of the room."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import ray
 import torch
 
-from bnncore.cluster import connect
 from bnncore.cluster.cluster import Cluster
+from bnncore.cluster.connect import connect
 from bnncore.params import RayParams
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
     """A cluster of four CPUs and no GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        connect.connect(RayParams(), num_cpus=4, num_gpus=0)
+        connect(RayParams(), num_cpus=4, num_gpus=0)
         yield
-        connect.ray.shutdown()
+        ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def handle(local_ray) -> Iterator[Cluster]:
     with Cluster(RayParams(actors=4)) as cluster:
         yield cluster

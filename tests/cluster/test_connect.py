@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import stat
 import subprocess
@@ -148,31 +149,40 @@ def test_a_cluster_that_dies_while_it_starts_is_told_within_seconds(server):
     assert "Traceback" not in said
 
 
-def listening(pids) -> dict[str, set[str]]:
-    """Name of a process -> addresses that it and its like listen on for TCP."""
-    found: dict[str, set[str]] = {}
-    for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            for connection in process.net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN:
-                    found.setdefault(process.name(), set()).add(connection.laddr.ip)
-        except psutil.Error:
-            continue
-    return found
+LISTENS = """
+from bnncore.cluster import collective
+from bnncore.cluster.connect import connect
+from bnncore.params import RayParams
+import json, psutil, ray
+connect(RayParams(), num_cpus=1)
+store = collective.open_store(ray.util.get_node_ip_address())
+@ray.remote
+class Waits:
+    def begun(self): return True
+actor = Waits.remote()
+ray.get(actor.begun.remote())
+here = psutil.Process()
+found = {}
+for process in [here, *here.children(recursive=True)]:
+    for connection in process.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN:
+            found.setdefault(process.name(), []).append(connection.laddr.ip)
+print(json.dumps(found))
+"""
 
 
 @pytest.mark.slow
-def test_a_cluster_of_this_machine_listens_on_loopback_alone(local_ray):
+def test_a_cluster_of_this_machine_listens_on_loopback_alone():
     """Its servers, its actors, and where a group of actors meets."""
-    from bnncore.cluster import collective
-
-    store = collective.open_store(ray.util.get_node_ip_address())
-    found = listening([os.getpid(), *processes.descendants()])
-    assert {"gcs_server", "raylet"} <= found.keys()
-    assert store.port
-    addresses = {ip.removeprefix("::ffff:") for those in found.values() for ip in those}
-    assert addresses == {"127.0.0.1"}, found
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENS], env=processes.environment(),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"gcs_server", "raylet", "python"} <= found.keys()
+    assert any(name.startswith("ray::Waits") for name in found)
+    assert {ip.removeprefix("::ffff:") for those in found.values() for ip in those} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("mode", ["none", "readable", "guarded", "elsewhere", "variable"])

@@ -10,7 +10,8 @@ import torch
 from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
-from bnncore.networks.ensemble import Ensemble, weight_layers
+from bnncore.networks.ensemble import Ensemble
+from bnncore.networks.sharing import weight_layers
 from bnncore.packed.program import validate
 from bnncore.params import Params, ParamsError
 from bnncore.training import schemes

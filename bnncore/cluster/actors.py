@@ -43,7 +43,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bnncore.data import Dataset
-from bnncore.networks.ensemble import tree_sum
+from bnncore.networks.combine import tree_sum
 from bnncore.params import RayParams
 from bnncore.training.train import Checkpoint, Job, State, Trained, Trainer, TrainingError, drive
 

@@ -88,8 +88,9 @@ def spec(
         kind: ``fp32``, ``bnn``, ``benn`` (nothing shared), ``tentaclenet`` or ``fusion`` (with
             `sharing`).
     """
-    from bnncore.networks.ensemble import SHARING, EnsembleSpec
+    from bnncore.networks.ensemble import EnsembleSpec
     from bnncore.networks.parts import ModelSpec
+    from bnncore.networks.sharing import SHARING
     from bnncore.params import Binarizer
 
     image, classes = SHAPES[dataset]

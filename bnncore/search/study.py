@@ -50,7 +50,7 @@ from bnncore import params as P
 from bnncore.cluster.actors import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.data import Dataset
-from bnncore.networks.ensemble import SHARING
+from bnncore.networks.sharing import SHARING
 from bnncore.params import Params
 from bnncore.search import space
 from bnncore.search import trial as tasks

@@ -25,16 +25,9 @@ from safetensors.torch import load_file, save_file
 from bnncore.data import Dataset
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryConv2d, drawn
-from bnncore.networks.ensemble import (
-    SHARING,
-    Ensemble,
-    EnsembleSpec,
-    Sharing,
-    generator,
-    single_state,
-    weight_layers,
-)
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, generator, single_state
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING, Sharing, weight_layers
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
 from bnncore.training.train import Job, State, Trained, Trainer, TrainingError
 

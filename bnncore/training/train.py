@@ -42,8 +42,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnncore.data import Dataset, Split, normalization
-from bnncore.networks.binarize import imported
-from bnncore.networks.ensemble import Ensemble, EnsembleSpec, TreeSum, draws, generator, tree_sum
+from bnncore.networks.combine import TreeSum, tree_sum
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, draws, generator
+from bnncore.networks.imports import imported
 from bnncore.networks.parts import Backbone
 from bnncore.params import Recipe, digest
 from bnncore.training import cheap

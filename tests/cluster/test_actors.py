@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from bnncore.cluster import actors
-from bnncore.networks.ensemble import Ensemble, TreeSum, tree_sum
+from bnncore.networks.combine import TreeSum, tree_sum
+from bnncore.networks.ensemble import Ensemble
 from bnncore.params import RayParams
 from bnncore.training import schemes, train
 from tests.small import differences, plan

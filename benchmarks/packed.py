@@ -70,8 +70,9 @@ def network(backbone: str, members: int = 1, sharing: str = "no_shared") -> tupl
     import torch
 
     from bnncore.lowering.lower import lower
-    from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+    from bnncore.networks.ensemble import Ensemble, EnsembleSpec
     from bnncore.networks.parts import ModelSpec
+    from bnncore.networks.sharing import SHARING
     from bnncore.params import Binarizer
 
     block = sharing == "tentaclenet"

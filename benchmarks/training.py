@@ -42,8 +42,9 @@ from torch import nn
 from benchmarks.rows import Bench, machine, table
 from bnncore.data import Dataset, Split
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.params import Binarizer, Recipe
 from bnncore.training.feed import Feed
 from bnncore.training.jobs import Job

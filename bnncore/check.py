@@ -16,7 +16,8 @@ from bnncore.errors import UserError
 from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
-from bnncore.networks.ensemble import Ensemble, EnsembleSpec, weight_layers
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.sharing import weight_layers
 from bnncore.packed.packfile import MAX_GRAPH
 from bnncore.packed.rules import MAX_MEMBERS, validate
 from bnncore.params import EnsembleParams, Params, ParamsError

@@ -59,8 +59,9 @@ def main() -> None:
 
     from bnncore.lowering.lower import lower
     from bnncore.networks.binarize import BinaryConv2d
-    from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+    from bnncore.networks.ensemble import Ensemble, EnsembleSpec
     from bnncore.networks.parts import ModelSpec
+    from bnncore.networks.sharing import SHARING
     from bnncore.packed import execute
     from bnncore.params import Binarizer
 

@@ -9,8 +9,9 @@ from torch import nn
 from bnncore import params as P
 from bnncore.data import Dataset, Split, moments
 from bnncore.networks.binarize import Shift
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec, Sharing
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING, Sharing
 
 
 def dataset(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from bnncore.networks.ensemble import tree_sum
+from bnncore.networks.combine import tree_sum
 
 
 class Collective:

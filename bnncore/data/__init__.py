@@ -113,4 +113,3 @@ READERS: dict[str, Callable[[DataParams, Path], Source]] = {
     "fer2013": fer2013,
     "folder": _folder,
 }
-_torchvision_datasets = torchvision_datasets  # the name it had

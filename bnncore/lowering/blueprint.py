@@ -11,6 +11,7 @@ Legend: `M` members, `O` filters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -18,22 +19,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from bnncore.lowering import lower
-from bnncore.lowering.lower import _Value as Value
+from bnncore.lowering import fold
+from bnncore.lowering.draft import IMAGE, Arrays, Draft, assemble
+from bnncore.lowering.lower import Walk
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.ensemble import (
-    SHARING,
-    Ensemble,
-    EnsembleSpec,
-    Sharing,
-    own_layers,
-    weight_layers,
-)
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import Backbone, ModelSpec
-from bnncore.packed import costs, packfile
+from bnncore.networks.sharing import SHARING, Sharing, own_layers, weight_layers
+from bnncore.packed import costs, packfile, rules
 from bnncore.packed import program as P
 from bnncore.packed.narrow import narrowed
 from bnncore.packed.rules import validate
@@ -100,40 +96,38 @@ def draw(spec: EnsembleSpec) -> Drawing:
 
 @lru_cache(maxsize=4096)
 def _draw(model: ModelSpec, sharing: Sharing, combine: str, classifier: str | None) -> Drawing:
-    member, values, output = _walk(model, classifier)
+    member, drafts, output = _walk(model, classifier)
     own = own_layers(member, sharing, classifier)
     shared = tuple(f"{name}." for name in weight_layers(member) if name not in own)
     if sharing.block:
         shared = ("stem.", *shared)
+    spec = EnsembleSpec(model, 1, sharing, combine, classifier)
+    combined = {} if classifier is None else {"bias": _zeros((model.classes,))}
+    classes = tuple(map(str, range(model.classes)))
 
     def make(end: _End) -> P.Program:
-        copies = _copies(values, shared)
-        last = copies[values.index(output)]
-        lower.fold(copies, partial(_folded, most=end == "most"))
-        return _program(model, copies, last, combine, classifier is not None)
+        copies = _copies(drafts, shared)
+        last = copies[drafts.index(output)]
+        fold.fold(copies, partial(_folded, most=end == "most"))
+        return assemble(copies, last, _tensor, spec, 1, combined, classes, {})
 
     return Drawing(make)
 
 
 @lru_cache(maxsize=256)
-def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Value], Value]:
+def _walk(model: ModelSpec, classifier: str | None) -> tuple[Backbone, list[Draft], Draft]:
     """A member without memory, and what `lower` makes of it before anything is folded."""
     combine = "mean" if classifier is None else "sum"
-    spec = EnsembleSpec(model, 1, SHARING["no_shared"], combine, classifier)
     with _Meta("meta"):
+        spec = EnsembleSpec(model, 1, SHARING["no_shared"], combine, classifier)
         ensemble = Ensemble(spec).eval()
-    for module in ensemble.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            blank = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
-            module.register_parameter(name, blank)
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
-        if isinstance(module, BinaryConv2d):
-            _blank_binary(module)
+        for module in ensemble.modules():
+            if isinstance(module, BinaryConv2d):
+                _blank_binary(module)
     channels = model.image[2]
     with torch.no_grad():
-        values, output = _Blank(ensemble, (0.0,) * channels, (1.0,) * channels).run()
-    return ensemble.members[0], values, output
+        drafts, output = _Blank(ensemble, (0.0,) * channels, (1.0,) * channels).run()
+    return ensemble.members[0], drafts, output
 
 
 class _Meta(DeviceContext):
@@ -141,82 +135,73 @@ class _Meta(DeviceContext):
     third of the time.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
             return (kwargs or {}).get("tensor", args[0] if args else None)
         return super().__torch_function__(func, types, args, kwargs)
 
 
-class _Blank(lower._Lowering):
-    """`lower`'s walk over a member whose parameters are zeros without memory."""
+class _Blank(Walk):
+    """`lower`'s walk over a member whose parameters have shapes and no values."""
 
-    def arrays(self, name, get) -> list[np.ndarray]:
-        return [_zeros(get(self.members[0].get_submodule(name)).shape)]
+    def arrays(
+        self, role: str, name: str, get: Callable[..., Tensor], kind: str = "float32"
+    ) -> Arrays:
+        return role, kind, [_zeros(get(self.members[0].get_submodule(name)).shape)]
+
+
+def _blank_binary(module: BinaryConv2d) -> None:
+    """Let `binary` give signs without values, and a scale where the binarizer has one; a user's
+    function need not work without values."""
+    tiny = torch.zeros(module.out_channels, 1, 1, 1, device="cpu")
+    scale = None if module.scale is None else tiny.flatten()
+    alpha = module._binarize(tiny, scale)[1]
+    result = (module.weight.detach(), None if alpha is None else alpha.to("meta"))
+    module.binary = lambda: result  # type: ignore[method-assign]
 
 
 def _zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), tuple(shape))
 
 
-def _copies(values: list[Value], shared: tuple[str, ...]) -> list[Value]:
-    copies: dict[int, Value] = {id(lower._IMAGE): lower._IMAGE}
-    for value in values:
-        copy = replace(value, inputs=[copies[id(v)] for v in value.inputs])
-        copy.shared = value.op == "normalize" or f"{value.name}.".startswith(shared or ("\0",))
-        copies[id(value)] = copy
+def _copies(drafts: list[Draft], shared: tuple[str, ...]) -> list[Draft]:
+    copies: dict[int, Draft] = {id(IMAGE): IMAGE}
+    for draft in drafts:
+        copy = replace(draft, inputs=[copies[id(source)] for source in draft.inputs])
+        copy.shared = draft.op == "normalize" or f"{draft.name}.".startswith(shared or ("\0",))
+        copies[id(draft)] = copy
     return list(copies.values())[1:]
 
 
-def _folded(source: Value, chain: list[Value], most: bool):
-    """(op, tensors) of a chain in front of a sign, or None where it stays as it is."""
+def _folded(source: Draft, chain: list[Draft], most: bool) -> fold.Folded | None:
+    """What `fold.thresholds` may give for a chain whose values are not known yet."""
     slopes = sum(link.op == "prelu" for link in chain)
     falls = slopes > 0 or any("scale" in link.tensors for link in chain)
     names: tuple[str, ...] = ("threshold",)
+    count = fold.channels(chain)
     if source.op == "bconv":
-        weight = source.tensors["weight"][2][0]
-        channels, k = weight.shape[0], int(weight[0].size)
-        kind = "int16" if k + 1 < 2**15 else "int32"
+        count = source.tensors["weight"][2][0].shape[0]
+        kind = fold.level_kind(source)
         if most and slopes > 1:
             return None  # may change sign more than twice
         if most and slopes:
             names = ("low", "high")
     else:
-        channels, kind = lower._channels(chain), "float32"
+        kind = "float32"
         if most and slopes:
             return None  # a negative slope
-    tensors = {n: ("threshold", kind, [_zeros((channels,))]) for n in names}
+    if count is None:
+        return None
+    tensors: dict[str, Arrays] = {n: ("threshold", kind, [_zeros((count,))]) for n in names}
     op = "interval" if len(names) == 2 else "threshold"
     if most and falls:
         slot = "inside" if op == "interval" else "direction"
-        tensors[slot] = ("direction", "binary", [_zeros((channels,))])
+        tensors[slot] = ("direction", "binary", [_zeros((count,))])
     return op, tensors
 
 
-def _program(model, values: list[Value], output: Value, combine: str, bias: bool) -> P.Program:
-    """As `lower._assemble`, without values."""
-    tensors: dict[str, P.Tensor] = {}
-    nodes: list[P.Node] = []
-    numbers = {id(lower._IMAGE): 0}
-    for value in values:
-        if value is not output and value.uses == 0:
-            continue
-        slots = {}
-        for slot, (role, kind, arrays) in value.tensors.items():
-            slots[slot] = f"{len(nodes)}.{slot}"
-            tensors[slots[slot]] = _blank(kind, role, arrays[0].shape, not value.shared)
-        inputs = tuple(numbers[id(v)] for v in value.inputs)
-        nodes.append(P.Node(value.op, value.name, inputs, slots, value.attrs))
-        numbers[id(value)] = len(nodes)
-    extra = {}
-    if bias:
-        tensors["c.bias"] = _blank("float32", "combine", (model.classes,), False)
-        extra["bias"] = "c.bias"
-    classes = tuple(str(i) for i in range(model.classes))
-    return P.Program(tuple(nodes), tensors, 1, combine, model.image, classes, extra)
-
-
-def _blank(kind: str, role: str, shape: tuple[int, ...], own: bool) -> P.Tensor:
-    tensor = P.Tensor(kind, role, tuple(shape), own, _zeros(()))
+def _tensor(role: str, kind: str, arrays: list[np.ndarray], shared: bool) -> P.Tensor:
+    tensor = P.Tensor(kind, role, tuple(arrays[0].shape), not shared, _zeros(()))
     return replace(tensor, data=_zeros(P.stored_shape(tensor, 1), P.KINDS[kind]))
 
 
@@ -224,15 +209,6 @@ def forget() -> None:
     """Drop all drawings, for when what a backbone's name means has changed."""
     for kept in (_operations, _draw, _walk, _sizes):
         kept.cache_clear()
-
-
-def _blank_binary(module: BinaryConv2d) -> None:
-    """Let `binary` give blank signs, and a scale where the binarizer has one."""
-    outputs = module.out_channels
-    tiny = torch.zeros(outputs, 1, 1, 1)
-    _, alpha = module._binarize(tiny, None if module.scale is None else torch.zeros(outputs))
-    result = (module.weight.to("meta"), alpha)  # compared there, signs take no memory either
-    module.binary = lambda: result  # type: ignore[method-assign]
 
 
 # -- bytes -------------------------------------------------------------------------------------
@@ -265,41 +241,66 @@ def file_bound(
     return _file_size(spec, pack, classes, info, "most")
 
 
-def _file_size(spec: EnsembleSpec, pack, classes, info, end: _End) -> int:
+def _file_size(
+    spec: EnsembleSpec,
+    pack: PackParams | None,
+    classes: Sequence[str] | None,
+    info: dict[str, Any] | None,
+    end: _End,
+) -> int:
     program = getattr(draw(spec), end)
     known = tuple(classes) if classes is not None else None
     facts = tuple(info.items()) if info is not None else None
-    shared, own, overhead = _sizes(program, pack or PackParams(), known, facts, end)
-    votes = end == "most" and _votes(spec.combine, spec.classifier is not None)
-    return shared + spec.members * own + overhead + (4 * spec.members if votes else 0)
+    shared, own, graph = _sizes(program, pack or PackParams(), known, facts, end)
+    sizes = {kind: shared[kind] + spec.members * own[kind] for kind in P.KINDS}
+    digits = len(str(spec.members)) - 1
+    if end == "most":
+        if _votes(spec.combine, spec.classifier is not None):
+            sizes["float32"] += 4 * spec.members
+        graph += 2 * digits  # the number of members, and of their weights
+    return packfile.file_size({**sizes, "graph": graph})
+
+
+_Sizes = dict[str, int]  # kind -> bytes
 
 
 @lru_cache(maxsize=8192)
-def _sizes(program, pack, classes, facts, end: _End) -> tuple[int, int, int]:
-    """(bytes of shared tensors, of one member's own, of everything else)."""
+def _sizes(
+    program: P.Program,
+    pack: PackParams,
+    classes: tuple[str, ...] | None,
+    facts: tuple[tuple[str, Any], ...] | None,
+    end: _End,
+) -> tuple[_Sizes, _Sizes, int]:
+    """(bytes of shared tensors, of one member's own, of the graph)."""
     if classes is None:
         length = CLASS_NAME if end == "most" else 1
         classes = tuple(_unlike(i, length) for i in range(len(program.classes)))
     if facts is None:
         facts = tuple(INFO.items()) if end == "most" else ()
     labelled = replace(program, classes=classes, info=dict(facts))
+    rules.validate(labelled)
+    # One value stands for all of a tensor, so that nothing large is narrowed.
+    tensors = {
+        name: replace(t, data=t.data[(slice(1),) * t.data.ndim])
+        for name, t in program.tensors.items()
+    }
+    narrow = narrowed(replace(labelled, tensors=tensors), pack)
+    sizes: tuple[_Sizes, _Sizes] = (dict.fromkeys(P.KINDS, 0), dict.fromkeys(P.KINDS, 0))
+    for tensor in narrow.tensors.values():
+        count = math.prod(P.stored_shape(tensor, 1))
+        sizes[tensor.own][tensor.kind] += count * P.KINDS[tensor.kind].itemsize
     if end == "most" and _votes(program.combine, bool(program.combine_tensors)):
-        tensors = dict(program.tensors)
-        tensors["c.weight"] = P.Tensor("float32", "combine", (1,), False, np.ones(1, np.float32))
-        extra = {"weight": "c.weight", **program.combine_tensors}
-        labelled = replace(labelled, tensors=tensors, combine_tensors=extra)
-    labelled = narrowed(labelled, pack)
-    everything = sum(t.data.nbytes for t in labelled.tensors.values())
-    overhead = len(packfile.encode(labelled)) - everything
-    if end == "most":
-        factor, more = GRAPH_SLACK
-        overhead = round(overhead * factor) + more
-    else:
-        overhead = round(overhead / GRAPH_SLACK[0]) - GRAPH_SLACK[1]
-    counted = [t for n, t in labelled.tensors.items() if n != "c.weight"]
-    shared = sum(t.data.nbytes for t in counted if not t.own)
-    own = sum(t.data.nbytes for t in counted if t.own)
-    return shared, own, overhead
+        weight = P.Tensor("float32", "combine", (1,), False, np.ones(1, np.float32))
+        narrow = replace(
+            narrow,
+            tensors={**narrow.tensors, "c.weight": weight},
+            combine_tensors={"weight": "c.weight", **narrow.combine_tensors},
+        )
+    graph = len(packfile.graph(narrow))
+    factor, more = GRAPH_SLACK
+    graph = round(graph * factor) + more if end == "most" else round(graph / factor) - more
+    return *sizes, graph
 
 
 def _votes(combine: str, classifier: bool) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,9 @@ def first_flips(
     return flips
 
 
-def _keep(found: dict[str, torch.Tensor], name: str, _module, inputs, _output) -> None:
+def _keep(
+    found: dict[str, torch.Tensor], name: str, _module: Any, inputs: Any, _output: Any
+) -> None:
     found[name] = inputs[0]
 
 

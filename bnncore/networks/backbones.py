@@ -10,19 +10,16 @@ shapes in both, so that a BNN starts from the FP32 weights by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.networks.binarize import (
-    BinaryActivation,
-    BinaryConv2d,
-    Shift,
-    despite_torchvision,
-    imported,
-)
-from bnncore.networks.parts import Backbone, ConvHead, DenseHead, ModelSpec
+from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, Shift
+from bnncore.networks.imports import despite_torchvision, imported
+from bnncore.networks.parts import Backbone, ConvHead, DenseHead, ModelSpec, NetworkError
 from bnncore.networks.template import binarized
 from bnncore.params import Binarizer
 
@@ -33,7 +30,7 @@ def _activation(binarizer: Binarizer) -> nn.Module:
     )
 
 
-def _binary_conv(binarizer: Binarizer, *args, **kwargs) -> BinaryConv2d:
+def _binary_conv(binarizer: Binarizer, *args: Any, **kwargs: Any) -> BinaryConv2d:
     return BinaryConv2d(
         *args, binarizer=binarizer.weight, stochastic=binarizer.stochastic, **kwargs
     )
@@ -68,7 +65,16 @@ class Unit(nn.Sequential):
             self.add_module("act", nn.PReLU())
 
 
-def _plain(stem, layers, head, cin, binarizer) -> Backbone:
+Layer = nn.Module | tuple[int, int]  # a pooling module, or (channels, kernel) of a `Unit`
+
+
+def _plain(
+    stem: nn.Module,
+    layers: Sequence[Layer],
+    head: Callable[[int], nn.Module],
+    cin: int,
+    binarizer: Binarizer | None,
+) -> Backbone:
     """A chain of `Unit`s (cout, kernel) and pooling modules between stem and head."""
     body = nn.Sequential()
     count = 0
@@ -85,7 +91,9 @@ def _plain(stem, layers, head, cin, binarizer) -> Backbone:
     return Backbone(stem, body, head(cin))
 
 
-def nin(channels, classes, width, dropout, binarizer) -> Backbone:
+def nin(
+    channels: int, classes: int, width: int, dropout: float, binarizer: Binarizer | None
+) -> Backbone:
     """Network in Network: no dense layer, no shortcuts, every convolution with a bias.
 
     Layer shapes as the sizes of TentacleNet's Tables 1 and 2 require. The batch norm behind the
@@ -93,7 +101,7 @@ def nin(channels, classes, width, dropout, binarizer) -> Backbone:
     is no dense layer to drop in front of.
     """
     a, b = round(width * 160 / 192), round(width * 96 / 192)
-    layers = [
+    layers: list[Layer] = [
         (a, 1), (b, 1), nn.MaxPool2d(3, 2, 1),
         (width, 5), (width, 1), (width, 1), nn.AvgPool2d(3, 2, 1),
         (width, 3), (width, 1),
@@ -102,14 +110,16 @@ def nin(channels, classes, width, dropout, binarizer) -> Backbone:
     return _plain(stem, layers, lambda k: ConvHead(k, classes), width, binarizer)
 
 
-def fernet(channels, classes, width, dropout, binarizer) -> Backbone:
+def fernet(
+    channels: int, classes: int, width: int, dropout: float, binarizer: Binarizer | None
+) -> Backbone:
     """FerNet: nine 3x3 convolutions with biases and a dense layer of 4 * width features.
 
     The paper gives no drawing; the shapes follow from its sizes. Max pooling 2x2 behind the last
     layer of width 1 and of width 2 is assumed.
     """
     w1, w2, w4 = width, 2 * width, 4 * width
-    layers = [
+    layers: list[Layer] = [
         (w1, 3), (w1, 3), nn.MaxPool2d(2, 2),
         (w2, 3), (w2, 3), (w2, 3), nn.MaxPool2d(2, 2),
         (w4, 3), (w4, 3), (w4, 3),
@@ -215,9 +225,14 @@ def _stages(
     return body, cin
 
 
-def _residual(blocks, shortcut=_conv_shortcut):
-    def build(channels, classes, width, dropout, binarizer) -> Backbone:
-        def block(cin, cout, stride):
+def _residual(
+    blocks: tuple[int, ...],
+    shortcut: Callable[[int, int, int, Binarizer | None], nn.Module] = _conv_shortcut,
+) -> Callable[..., Backbone]:
+    def build(
+        channels: int, classes: int, width: int, dropout: float, binarizer: Binarizer | None
+    ) -> Backbone:
+        def block(cin: int, cout: int, stride: int) -> nn.Module:
             return ResidualBlock(
                 cin, cout, stride, shortcut(cin, cout, stride, binarizer), binarizer
             )
@@ -268,8 +283,10 @@ class ShortcutLayer(nn.Module):
         return self.act(self.norm(self.conv(self.sign(x))) + self.shortcut(x))
 
 
-def _shortcut_each(blocks: tuple[int, ...], react: bool):
-    def build(channels, classes, width, dropout, binarizer) -> Backbone:
+def _shortcut_each(blocks: tuple[int, ...], react: bool) -> Callable[..., Backbone]:
+    def build(
+        channels: int, classes: int, width: int, dropout: float, binarizer: Binarizer | None
+    ) -> Backbone:
         body, features = _stages(
             lambda cin, cout, stride: ShortcutLayer(cin, cout, stride, binarizer, react),
             width,
@@ -298,17 +315,24 @@ def build(spec: ModelSpec) -> Backbone:
     """The network that `spec` describes, freshly initialised from torch's global generator.
 
     Raises:
-        ValueError: an unknown backbone; lists the known ones.
+        NetworkError: an unknown backbone (lists the known ones), or a user's that does not fit.
     """
     if spec.backbone in BACKBONES:
         builder, paper_width = BACKBONES[spec.backbone]
         width = spec.width or paper_width
         return builder(spec.image[2], spec.classes, width, spec.dropout, spec.binarizer)
     if ":" not in spec.backbone:
-        raise ValueError(
+        raise NetworkError(
             f"model.backbone: expected one of {', '.join(BACKBONES)} or 'module:function', "
             f"got {spec.backbone!r}"
         )
     function = imported(spec.backbone, "model.backbone")
+    try:
+        inspect.signature(function).bind(spec.image[2], spec.classes)
+    except (TypeError, ValueError) as error:
+        raise NetworkError(
+            f"model.backbone: expected {spec.backbone} to be a function of (channels, classes): "
+            f"{error}"
+        ) from None
     model = despite_torchvision(function, spec.image[2], spec.classes)
     return binarized(model, spec)

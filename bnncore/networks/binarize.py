@@ -8,13 +8,16 @@ Legend: `B C H W` activations, `O` filters, `K = C * kh * kw` weights of one fil
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bnncore.networks.imports import imported
+from bnncore.networks.parts import NetworkError
 
 
 def sign(x: Tensor) -> Tensor:
@@ -26,39 +29,42 @@ def sign(x: Tensor) -> Tensor:
     return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)
 
 
-class _ClippedSign(torch.autograd.Function):
-    """sign with the straight-through gradient 1 on [-1, 1] (Kim et al. 2022, Eq. 5)."""
+class ClippedSign(torch.autograd.Function):
+    """sign with the straight-through gradient 1 on [-1, 1] (Kim et al. 2022, Eq. 5).
+
+    Keeps a byte a value for the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # By way of floats: torch's comparisons into bytes take several times longer.
+        ctx.save_for_backward(x.detach().abs().le_(1).to(torch.int8))
         return sign(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        # One pass: hardtanh's gradient is 0 from its bounds on, and these lie just outside [-1, 1].
-        bound = 1 + torch.finfo(x.dtype).eps
-        return torch.ops.aten.hardtanh_backward(grad, x, -bound, bound)
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inside,) = ctx.saved_tensors
+        # 0 outside whatever the gradient is there, where a product would give -0 and NaN.
+        return torch.ops.aten.threshold_backward(grad, inside.to(grad.dtype), 0)
 
 
 class _BiRealSign(torch.autograd.Function):
     """sign with the gradient ``2 - 2|x|`` on [-1, 1] (Liu et al. 2018, Bi-Real Net, Eq. 8)."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return sign(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return x.abs().mul_(-2).add_(2).clamp_(min=0).mul_(grad)
 
 
 def clipped_sign(x: Tensor) -> Tensor:
     """`sign` of `x` (any shape) with the clipped straight-through gradient."""
-    return _ClippedSign.apply(x)
+    return ClippedSign.apply(x)
 
 
 def bireal_sign(x: Tensor) -> Tensor:
@@ -102,41 +108,69 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
 }
 
 
-def named(table: dict, name: str, key: str):
-    """Look `name` up in `table`, or import it if it reads ``module:function``.
+def named(table: dict[str, Any], name: str, key: str) -> Any:
+    """Look `name` up in `table` (`WEIGHTS` or `ACTIVATIONS`), or import ``module:function``.
 
     Raises:
-        ValueError: unknown name (lists the known ones), or nothing to import there.
+        NetworkError: an unknown name (lists the known ones), nothing to import there, or a function
+            that does not binarize; names the parameter `key`.
     """
     if name in table:
         return table[name]
-    if ":" in name:
-        return imported(name, key)
-    raise ValueError(
-        f"{key}: expected one of {', '.join(table)} or 'module:function', got {name!r}"
-    )
+    if ":" not in name:
+        raise NetworkError(
+            f"{key}: expected one of {', '.join(table)} or 'module:function', got {name!r}"
+        )
+    function = imported(name, key)
+    (_try_weights if table is WEIGHTS else _try_activation)(function, f"{key}: {name}")
+    return function
 
 
-def imported(name: str, key: str):
-    """The object that ``module:function`` names; ValueError naming `key` where there is none."""
-    module, _, attribute = name.partition(":")
+@lru_cache
+def _try_weights(function: WeightBinarizer, where: str) -> None:
+    weight = torch.linspace(-2, 2, 2 * 3 * 3 * 3, device="cpu").view(2, 3, 3, 3)
+    result = _tried(function, where, "(weights, None)", weight.requires_grad_(), None)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise NetworkError(f"{where}: expected (signs, scale or None), got {type(result).__name__}")
+    signs, scale = result
+    _expect_signs(signs, weight, where)
+    good = scale is None or (isinstance(scale, Tensor) and scale.shape == (2,))
+    if not good or (scale is not None and not scale.isfinite().all()):
+        got = scale.tolist() if isinstance(scale, Tensor) else repr(scale)
+        raise NetworkError(f"{where}: expected None or a finite scale a filter, (2,), got {got}")
+
+
+@lru_cache
+def _try_activation(function: Callable[[Tensor], Tensor], where: str) -> None:
+    x = torch.tensor([-2.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, 2.0], device="cpu")
+    x = x.view(1, 2, 2, 2)
+    result = _tried(function, where, "(activations)", x.clone().requires_grad_())
+    _expect_signs(result, x, where)
+    if not torch.equal(result.detach(), sign(x)):
+        raise NetworkError(
+            f"{where}: expected +1 where x >= 0 and -1 elsewhere, got "
+            f"{result.flatten().tolist()} for {x.flatten().tolist()}"
+        )
+
+
+def _tried(function: Callable[..., Any], where: str, arguments: str, *values: Any) -> Any:
     try:
-        return getattr(despite_torchvision(importlib.import_module, module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}: cannot import {name!r}: {error}") from error
+        with torch.device("cpu"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            return function(*values)
+    except (Exception, SystemExit) as error:  # of the user's function: any kind
+        raise NetworkError(
+            f"{where}: expected a function of {arguments}, got {type(error).__name__}: {error}"
+        ) from error
 
 
-def despite_torchvision(call: Callable, *args: Any) -> Any:
-    """``call(*args)``, also where it imports a torchvision of another build than torch."""
-    try:
-        return call(*args)
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    from bnncore.data import torchvision_datasets
-
-    torchvision_datasets()
-    return call(*args)
+def _expect_signs(signs: Any, of: Tensor, where: str) -> None:
+    if not isinstance(signs, Tensor) or signs.shape != of.shape or signs.dtype != of.dtype:
+        got = f"{signs.dtype} {tuple(signs.shape)}" if isinstance(signs, Tensor) else repr(signs)
+        raise NetworkError(
+            f"{where}: expected signs of {of.dtype} {tuple(of.shape)}, got {got:.60}"
+        )
+    if not (signs.detach().abs() == 1).all():
+        raise NetworkError(f"{where}: expected values of +1 and -1, got {signs.unique().tolist()}")
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -153,7 +187,9 @@ class BinaryConv2d(nn.Conv2d):
             gradient and alpha stay those of `binarizer`.
     """
 
-    def __init__(self, *args, binarizer: str = "xnor", stochastic: bool = False, **kwargs):
+    def __init__(
+        self, *args: Any, binarizer: str = "xnor", stochastic: bool = False, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
         self.binarizer = binarizer
         self.stochastic = stochastic

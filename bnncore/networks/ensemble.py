@@ -1,8 +1,8 @@
 """An ensemble is a table of who owns what: M members made from one backbone, layers shared or own.
 
-`SHARING` holds the rows of both papers. Sharing is structure, never state: a shared layer is the
-same module object in every member, so that counting, freezing and deduplication need no further
-bookkeeping; a state dict or a pickled copy would forget it. States therefore use canonical names,
+Sharing (`sharing.SHARING`) is structure, never state: a shared layer is the same module object in
+every member, so that counting, freezing and deduplication need no further bookkeeping; a state dict
+or a pickled copy would forget it. States therefore use canonical names,
 ``shared.<layer>.<parameter>`` and ``<member>.<layer>.<parameter>``, and any process that holds any
 subset of the members can load what concerns it from the whole.
 
@@ -12,65 +12,20 @@ Legend: `M` members, `B` images, `C` classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.networks.backbones import ResidualBlock, ShortcutLayer, build
-from bnncore.networks.binarize import BinaryConv2d, Shift, pseudo_hadamard_
-from bnncore.networks.parts import Backbone, Dropout, ModelSpec
+from bnncore.networks.backbones import build
+from bnncore.networks.binarize import BinaryConv2d, pseudo_hadamard_
+from bnncore.networks.combine import combine, winners
+from bnncore.networks.parts import Backbone, Dropout, ModelSpec, NetworkError
+from bnncore.networks.sharing import Sharing, layer_groups, own_layers, weight_layers
 
-# Layers are named by pattern over their dotted names, or by one of these groups.
-GROUPS = {
-    "first_conv": "the first convolution",
-    "binary_conv": "the binary convolutions of the body, shortcuts left out",
-    "shortcut": "the convolutions on shortcuts",
-    "last_conv": "the last convolution of the body",
-    "block_last_conv": "the last convolution of every basic block",
-    "classifier": "the last layer: the dense layer, or the last convolution where there is none",
-    "mixing": "a tentacle's rows of the shared classifier block's dense layer",
-}
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """Which layers are a member's own; all others are shared.
-
-    Normalisation and activation parameters are always the member's own, but for those inside a
-    block that is shared as a whole.
-
-    Attributes:
-        name: for people.
-        own: groups of `GROUPS` or patterns over layer names (``body.layer*.conv2``).
-        frozen: whether what is shared keeps its values while the rest is trained.
-        block: whether the stem is shared as a whole block: convolution, norm, activation.
-    """
-
-    name: str
-    own: tuple[str, ...]
-    frozen: bool
-    block: bool = False
-
-
-SHARING = {
-    row.name: row
-    for row in (
-        Sharing("tentaclenet", ("binary_conv", "shortcut", "mixing"), frozen=False, block=True),
-        Sharing("no_shared", ("*",), frozen=False),
-        Sharing("shared_conv", ("classifier",), frozen=True),
-        Sharing("all_frozen", (), frozen=True),
-        Sharing("c1", ("first_conv",), frozen=True),
-        Sharing("c2", ("shortcut", "classifier"), frozen=True),
-        Sharing("c3", ("last_conv", "classifier"), frozen=True),
-        Sharing("c3_blocks", ("block_last_conv", "classifier"), frozen=True),
-    )
-}
-# How the classifier block of a TentacleNet reads its tentacles (TentacleNet, Fig. 2).
-CLASSIFIERS = ("auto", "logits", "features")
+Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,73 +48,11 @@ class EnsembleSpec:
     combine: str = "mean"
     classifier: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.members < 1:
-            raise ValueError(f"members: expected at least 1, got {self.members}")
+            raise NetworkError(f"members: expected at least 1, got {self.members}")
         if self.classifier is not None and self.combine != "sum":
-            raise ValueError(f"combine: a shared classifier block adds up, got {self.combine!r}")
-
-
-def weight_layers(member: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can be shared, by dotted name, in forward order: convolutions and dense."""
-    return {n: m for n, m in member.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-
-
-def layer_groups(member: Backbone, classifier: str | None = None) -> dict[str, set[str]]:
-    """Layer name -> the groups of `GROUPS` it belongs to."""
-    layers = weight_layers(member)
-    groups: dict[str, set[str]] = {name: set() for name in layers}
-    body = []
-    for name, module in layers.items():
-        if name.startswith("mix"):
-            groups[name].add("mixing")
-        elif name.startswith("head."):
-            groups[name].add("mixing" if classifier == "features" else "classifier")
-        elif name.startswith("stem."):
-            groups[name].add("first_conv")
-        elif ".shortcut." in name or name in member.shortcuts:
-            groups[name].add("shortcut")
-        elif isinstance(module, nn.Conv2d):
-            body.append(name)
-            if isinstance(module, BinaryConv2d):
-                groups[name].add("binary_conv")
-    if body:
-        groups[body[-1]].add("last_conv")
-    for name, module in member.named_modules():
-        if isinstance(module, ResidualBlock):
-            groups[f"{name}.conv2"].add("block_last_conv")
-        elif isinstance(module, ShortcutLayer) and name.endswith(("2", "4", "6", "8")):
-            groups[f"{name}.conv"].add("block_last_conv")  # a basic block is two such layers
-    return groups
-
-
-def own_layers(member: Backbone, sharing: Sharing, classifier: str | None = None) -> set[str]:
-    """Names of the layers that `sharing` makes each member's own.
-
-    Raises:
-        ValueError: a group or pattern that matches no layer of this backbone.
-    """
-    groups = layer_groups(member, classifier)
-    own = {name for name, module in weight_layers(member).items() if _always_own(member, name)}
-    for pattern in sharing.own:
-        matched = {name for name in groups if pattern in groups[name] or fnmatchcase(name, pattern)}
-        optional = sharing.name == "tentaclenet" and pattern == "shortcut"
-        if not matched and not optional:
-            raise ValueError(
-                f"sharing {sharing.name!r}: {pattern!r} matches no layer of this backbone; "
-                f"expected a group ({', '.join(GROUPS)}) or a pattern over {', '.join(groups)}"
-            )
-        own |= matched
-    return own
-
-
-def _always_own(member: nn.Module, layer: str) -> bool:
-    # Kim et al. 2022: "Weights of downsampling layers were not shared" in ReActNet-10.
-    parent, _, _ = layer.rpartition(".shortcut.")
-    if not parent:
-        return False
-    block = member.get_submodule(parent)
-    return isinstance(block, ShortcutLayer) and any(isinstance(m, Shift) for m in block.modules())
+            raise NetworkError(f"combine: a shared classifier block adds up, got {self.combine!r}")
 
 
 def draws(module: nn.Module) -> bool:
@@ -242,7 +135,7 @@ class Ensemble(nn.Module):
             shared.append(modules[0])
         return shared
 
-    def rest(self, member: Backbone, h: Tensor, tentacle=Backbone.tentacle) -> Tensor:
+    def rest(self, member: Backbone, h: Tensor, tentacle: Tentacle = Backbone.tentacle) -> Tensor:
         """A member's logits from the output of `prefix`; `tentacle` may be a compiled one."""
         prefix = self.prefix()
         if not (prefix and prefix[0] is member.stem):
@@ -299,9 +192,9 @@ class Ensemble(nn.Module):
         """
         for name, value in self.entries():
             if name not in state:
-                raise ValueError(f"state: expected an entry {name!r}, got none of that name")
+                raise NetworkError(f"state: expected an entry {name!r}, got none of that name")
             if state[name].shape != value.shape:
-                raise ValueError(
+                raise NetworkError(
                     f"state: {name!r}: expected shape {tuple(value.shape)}, "
                     f"got {tuple(state[name].shape)}"
                 )
@@ -376,63 +269,3 @@ class Ensemble(nn.Module):
 def single_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state of a one-member ensemble under plain layer names."""
     return {name.partition(".")[2]: value for name, value in state.items()}
-
-
-def tree_sum(values: list[Tensor]) -> Tensor:
-    """Sum in the order of a balanced binary tree, the same for every equal list.
-
-    An aligned block of 2^k members sums to the same bits wherever it is summed, so that members
-    spread over actors in such blocks give bitwise what one process gives.
-    """
-    while len(values) > 1:
-        pairs = [a + b for a, b in zip(values[::2], values[1::2], strict=False)]
-        values = pairs + values[len(pairs) * 2 :]
-    return values[0]
-
-
-class TreeSum:
-    """`tree_sum` of values that come one by one: the same bits, log2 of them kept."""
-
-    def __init__(self):
-        self._blocks: list[tuple[int, Tensor]] = []  # (number of values, their sum)
-
-    def add(self, value: Tensor) -> None:
-        count = 1
-        while self._blocks and self._blocks[-1][0] == count:
-            value = self._blocks.pop()[1] + value
-            count *= 2
-        self._blocks.append((count, value))
-
-    def value(self) -> Tensor:
-        total = self._blocks[-1][1]
-        for _, block in reversed(self._blocks[:-1]):
-            total = block + total
-        return total
-
-
-def combine(how: str, outputs: list[Tensor], weights: Tensor, bias: Tensor | None) -> Tensor:
-    """Join member outputs z_i (B, C) to scores (B, C), as `program` defines; differentiable for
-    ``mean``, ``sum`` and ``soft_vote``."""
-    if how == "mean":
-        return tree_sum(outputs) / len(outputs)
-    if how == "sum":
-        total = tree_sum([w * z for w, z in zip(weights, outputs, strict=True)])
-        return total if bias is None else total + bias
-    if how == "soft_vote":
-        votes = [w * z.softmax(1) for w, z in zip(weights, outputs, strict=True)]
-        return tree_sum(votes) / weights.sum()
-    votes = [
-        w * nn.functional.one_hot(z.argmax(1), z.shape[1]).to(z.dtype)
-        for w, z in zip(weights, outputs, strict=True)
-    ]
-    return tree_sum(votes)
-
-
-def winners(how: str, outputs: list[Tensor], scores: Tensor) -> Tensor:
-    """Predicted classes (B,): the largest score; a hard vote's ties go to the larger sum of
-    probabilities, then to the lower class."""
-    if how != "hard_vote":
-        return scores.argmax(1)
-    best = scores == scores.max(1, keepdim=True).values
-    doubt = tree_sum([z.double().softmax(1) for z in outputs])
-    return doubt.masked_fill(~best, -1).argmax(1)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bnncore.errors import UserError
 from bnncore.params import Binarizer
+
+
+class NetworkError(UserError, ValueError):
+    """A network that cannot be built as it was asked for; names the parameter or the layer."""
 
 
 class Backbone(nn.Module):

@@ -7,7 +7,8 @@ as ``module:function``. It is traced with torch.fx and split into the three part
 ====== ============================================================================================
 stem   the first convolution, with the batch norm and the activation that follow it; full precision
 body   everything in between. Each convolution becomes batch norm, sign, binary convolution; all
-       else is kept, dense layers and convolutions in groups in full precision among it
+       else is kept, dense layers in full precision among it, and 1x1 convolutions behind global
+       pooling, which are dense layers
 head   the last layer with weights, full precision, and what follows it
 ====== ============================================================================================
 
@@ -15,29 +16,31 @@ The FP32 twin is the same network, split alike, so that layers have the same nam
 starts from its weights. With float activations (BinaryConnect) a convolution becomes a binary one
 and nothing is put in front of it.
 
-Pooling, flattening and dropout are rewritten in the form that can be packed, by the image size that
-the model is built for. Convolutions on the shorter branch of an addition count as shortcuts.
+Flattening, adaptive pooling and dropout are rewritten in the form that can be packed, by the image
+size that the model is built for; what cannot be packed (`operations`) is refused. The rewritten
+network is compared with the user's on random images. Convolutions on the shorter branch of an
+addition count as shortcuts.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
-from bnncore.networks.parts import Backbone, Dropout, ModelSpec
+from bnncore.networks.operations import Operation, OperationError, read
+from bnncore.networks.parts import Backbone, Dropout, ModelSpec, NetworkError
 from bnncore.params import Binarizer
 
-ACTIVATIONS = (nn.ReLU, nn.PReLU, nn.Hardtanh)  # ReLU6 is a Hardtanh
-BATCH = 2  # images in the run that finds shapes
+BATCH = 2  # images in the runs that find shapes and compare
 
 
-class TemplateError(ValueError):
+class TemplateError(NetworkError):
     """A network that the template cannot be applied to; names the layer or operation."""
 
 
@@ -57,21 +60,27 @@ def binarized(model: nn.Module, spec: ModelSpec) -> Backbone:
         raise TemplateError(
             f"model.width: expected none for {spec.backbone}, which sets its own, got {spec.width}"
         )
-    traced = _traced(model, spec)
-    _canonical(traced, spec)
-    layers = [n for n in traced.graph.nodes if _weighted(traced, n)]
+    traced, images = _traced(model, spec)
+    expected = _run(model, images)
+    traced.graph.eliminate_dead_code()
+    layers = [node for node in traced.graph.nodes if _weighted(traced, node)]
     _check_layers(traced, layers, spec)
-    stem, cut = _stem(traced, layers[0])
+    _reshape(traced, spec)
+    _rewrite(traced, _operations(traced, spec))
+    _check_same(_run(traced, images), expected, spec)
+    operations = _operations(traced, spec)
+    stem, cut = _stem(traced, layers[0], operations)
     last = layers[-1]
     (source,) = last.all_input_nodes
     (end,) = _output(traced).all_input_nodes
-    shortcuts = {f"body.{name}" for name in _shortcuts(traced)}
+    shortcuts = {f"body.{name}" for name in _shortcuts(traced, operations)}
     if spec.binarizer is not None:
         for node in layers[1:-1]:
-            _binarize(traced, node, spec.binarizer)
+            if operations[node].op == "conv" and operations[node].form == "map":
+                _binarize(traced, node, spec.binarizer)
     body = _part(traced, cut, source, "Body")
     head = _part(traced, source, end, "Head")
-    kind = "dense" if isinstance(traced.get_submodule(str(last.target)), nn.Linear) else "conv"
+    kind = "dense" if operations[last].op == "dense" else "conv"
     _rename(head, str(last.target), kind, spec.dropout)
     backbone = Backbone(stem, body, head)
     backbone.shortcuts = frozenset(shortcuts)
@@ -89,12 +98,22 @@ class _Measure(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         self.at = str(node.target)
         result = super().run_node(node)
-        key = "shape" if isinstance(result, torch.Tensor) else "value"
-        node.meta[key] = tuple(result.shape) if key == "shape" else result
+        if isinstance(result, Tensor):
+            node.meta["shape"] = tuple(result.shape)
+        elif _is_plain(result):
+            node.meta["value"] = result
         return result
 
 
-def _traced(model: nn.Module, spec: ModelSpec) -> fx.GraphModule:
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of numbers and their like: read off a size, not computed."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, int | float | str | torch.dtype | torch.device | None)
+
+
+def _traced(model: nn.Module, spec: ModelSpec) -> tuple[fx.GraphModule, Tensor]:
+    """The traced network, measured, and the random images that it was measured with."""
     try:
         traced = fx.symbolic_trace(model.eval())
     except Exception as error:  # fx raises many kinds; all mean the same to the user
@@ -104,21 +123,43 @@ def _traced(model: nn.Module, spec: ModelSpec) -> fx.GraphModule:
         ) from error
     height, width, channels = spec.image
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    noise = torch.Generator().manual_seed(0)
+    shape = (BATCH, channels, height, width)
+    images = torch.randn(shape, generator=noise, device="cpu").to(device)
     run = _Measure(traced)
     try:
         with torch.no_grad():
-            run.run(torch.zeros(BATCH, channels, height, width, device=device))
+            run.run(images.clone())
     except Exception as error:
         raise TemplateError(
             f"{spec.backbone}: {run.at!r} cannot run on images of {height} x {width} x {channels}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    shape = _output(traced).args[0].meta.get("shape")  # type: ignore[union-attr]
-    if shape != (BATCH, spec.classes):
+    logits = getattr(_output(traced).args[0], "meta", {}).get("shape")
+    if logits != (BATCH, spec.classes):
         raise TemplateError(
-            f"{spec.backbone}: expected logits of shape (B, {spec.classes}), got {shape}"
+            f"{spec.backbone}: expected logits of shape (B, {spec.classes}), got {logits}"
         )
-    return traced
+    return traced, images
+
+
+@torch.no_grad()
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):  # what is drawn here must not change training
+        return images if images.is_meta else network.eval()(images.clone())
+
+
+def _check_same(found: Tensor, expected: Tensor, spec: ModelSpec) -> None:
+    """What a trace does not see (changes in place, random numbers) shows in the results."""
+    if found.is_meta:
+        return
+    scale, apart = float(expected.abs().max()), float((found - expected).abs().max())
+    if not apart <= 1e-3 * scale + 1e-6:
+        raise TemplateError(
+            f"{spec.backbone}: expected a network that computes what its trace says, got logits of "
+            f"up to {scale:.2g} that differ by {apart:.2g}; are values changed in place (+=), or "
+            "drawn at random?"
+        )
 
 
 def _output(traced: fx.GraphModule) -> fx.Node:
@@ -129,6 +170,13 @@ def _weighted(traced: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(
         traced.get_submodule(str(node.target)), nn.Conv2d | nn.Linear
     )
+
+
+def _operations(traced: fx.GraphModule, spec: ModelSpec) -> dict[fx.Node, Operation]:
+    try:
+        return dict(read(traced.graph, traced))
+    except OperationError as error:
+        raise TemplateError(f"{spec.backbone}: {error}") from None
 
 
 def _check_layers(traced: fx.GraphModule, layers: list[fx.Node], spec: ModelSpec) -> None:
@@ -156,88 +204,48 @@ def _check_layers(traced: fx.GraphModule, layers: list[fx.Node], spec: ModelSpec
 # -- one form for each operation ---------------------------------------------------------------
 
 
-def _canonical(traced: fx.GraphModule, spec: ModelSpec) -> None:
-    """Rewrite pooling, flattening, dropout and in-place operations in the form that is packed."""
+def _reshape(traced: fx.GraphModule, spec: ModelSpec) -> None:
+    """Put flattening and adaptive pooling, whatever they are written as, in the form for which they
+    need no sizes; and sizes that were read off a tensor as the constants they are.
+    """
     graph = traced.graph
     for node in list(graph.nodes):
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        # Sizes that were read off a tensor are constants for one image size.
-        values = fx.map_arg(node.args, lambda n: n.meta.get("value", n))
-        named = fx.map_arg(node.kwargs, lambda n: n.meta.get("value", n))
-        node.args, node.kwargs = values, named
-        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        for attribute in ("inplace",):
-            if getattr(module, attribute, False):
-                setattr(module, attribute, False)
-        if "inplace" in node.kwargs:
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.target is operator.iadd:
-            node.target = operator.add
-        replacement = _replacement(node, module, spec)
-        if replacement is _KEEP:
+        node.args, node.kwargs = (
+            fx.map_arg(given, lambda n: n.meta.get("value", n))
+            for given in (node.args, node.kwargs)
+        )
+        sources, after = node.all_input_nodes, node.meta.get("shape")
+        if after is None or len(sources) != 1 or "shape" not in sources[0].meta:
             continue
-        source = node.args[0]
-        if replacement is None:
-            node.replace_all_uses_with(source)
-        else:
-            with graph.inserting_after(node):
-                new = _insert(traced, f"{node.name}_packed", replacement, source)
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        (source,) = sources
+        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        before = source.meta["shape"]
+        if type(module) is nn.AdaptiveAvgPool2d or node.target is F.adaptive_avg_pool2d:
+            _replace(traced, node, source, _pooled(node, before, after, spec))
+        elif type(module) is nn.Flatten or node.target in _RESHAPES:
+            if len(after) == 2 < len(before) and after[1] == math.prod(before[1:]):
+                _replace(traced, node, source, nn.Flatten(1))
+            elif len(after) > 1 and after in (before, before[:2] + (1,) * (len(after) - 2)):
+                _replace(traced, node, source, None)
+            else:
+                raise TemplateError(
+                    f"{spec.backbone}: {str(node.target)!r}: expected to flatten all but the "
+                    f"batch, got {before} to {after}"
+                )
     graph.eliminate_dead_code()
     traced.recompile()
 
 
-_KEEP = object()
+_RESHAPES = (
+    "flatten", "view", "reshape", "squeeze", torch.flatten, torch.reshape, torch.squeeze,
+)  # fmt: skip
 
 
-def _replacement(node: fx.Node, module: nn.Module | None, spec: ModelSpec) -> Any:
-    """The module to put in the place of `node`; None to leave it out, `_KEEP` to leave it be."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return _KEEP
-    before, after = node.args[0].meta.get("shape"), node.meta.get("shape")
-    target, arguments = node.target, _arguments(node)
-    if isinstance(module, nn.Dropout):
-        return Dropout(module.p)
-    if target is F.dropout:
-        return Dropout(arguments(("p", 0.5)))
-    if isinstance(module, nn.AdaptiveAvgPool2d) or target is F.adaptive_avg_pool2d:
-        return _pooled(node, before, after, spec)
-    if target is F.max_pool2d:
-        k, s, p, d, c, _ = arguments(
-            ("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1),
-            ("ceil_mode", False), ("return_indices", False),
-        )  # fmt: skip
-        return nn.MaxPool2d(k, s, p, d, ceil_mode=c)
-    if target is F.avg_pool2d:
-        k, s, p, c, i = arguments(
-            ("kernel_size", None), ("stride", None), ("padding", 0), ("ceil_mode", False),
-            ("count_include_pad", True),
-        )  # fmt: skip
-        return nn.AvgPool2d(k, s, p, c, i)
-    names = ("flatten", "view", "reshape", "squeeze")
-    reshapes = isinstance(module, nn.Flatten) or target in names or target is torch.flatten
-    if reshapes and after is not None and before is not None and len(after) == 2:
-        return None if len(before) == 2 else nn.Flatten(1)
-    return _KEEP
-
-
-def _arguments(node: fx.Node) -> Callable[..., Any]:
-    """Look up the arguments behind the first, given by place or by name."""
-
-    def look(*wanted: tuple[str, Any]) -> Any:
-        found = [
-            node.args[k + 1] if len(node.args) > k + 1 else node.kwargs.get(name, default)
-            for k, (name, default) in enumerate(wanted)
-        ]
-        return found[0] if len(found) == 1 else found
-
-    return look
-
-
-def _pooled(node: fx.Node, before, after, spec: ModelSpec) -> nn.Module | None:
+def _pooled(
+    node: fx.Node, before: tuple[int, ...], after: tuple[int, ...], spec: ModelSpec
+) -> nn.Module | None:
     """Adaptive average pooling from one known size to another."""
     (h, w), (oh, ow) = before[2:], after[2:]
     if (oh, ow) == (1, 1):
@@ -252,44 +260,80 @@ def _pooled(node: fx.Node, before, after, spec: ModelSpec) -> nn.Module | None:
     )
 
 
+_NOT_IN_PLACE: dict[Any, Any] = {
+    "relu_": "relu", "add_": "add", torch.relu_: torch.relu, operator.iadd: operator.add,
+}  # fmt: skip
+
+
+def _rewrite(traced: fx.GraphModule, operations: dict[fx.Node, Operation]) -> None:
+    """Dropout with masks that can be replayed, and nothing in place."""
+    for node, operation in operations.items():
+        if operation.op == "dropout":
+            _replace(traced, node, node.all_input_nodes[0], Dropout(operation.attrs["p"]))
+        elif operation.layer is not None and operation.inplace:
+            operation.layer.inplace = False  # type: ignore[assignment]
+        elif operation.inplace:
+            node.target = _NOT_IN_PLACE.get(node.target, node.target)
+            if "inplace" in node.kwargs:
+                node.kwargs = {**node.kwargs, "inplace": False}
+    traced.recompile()
+
+
+def _replace(
+    traced: fx.GraphModule, node: fx.Node, source: fx.Node, module: nn.Module | None
+) -> None:
+    """Put a module in the place of a node, or nothing."""
+    new = source
+    if module is not None:
+        with traced.graph.inserting_after(node):
+            new = _insert(traced, f"{node.name}_packed", module, source)
+        new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    traced.graph.erase_node(node)
+
+
 # -- splitting ---------------------------------------------------------------------------------
 
 
 def _insert(traced: fx.GraphModule, name: str, module: nn.Module, source: fx.Node) -> fx.Node:
-    while hasattr(traced, name):
-        name += "_"
+    """A call of `module` on `source`, under a name like `name` that nothing has yet."""
+    parent, _, last = name.rpartition(".")
+    while hasattr(traced.get_submodule(parent), last):
+        last += "_"
+    name = f"{parent}.{last}" if parent else last
     traced.add_submodule(name, module)
     return traced.graph.call_module(name, (source,))
 
 
-def _stem(traced: fx.GraphModule, first: fx.Node) -> tuple[nn.Sequential, fx.Node]:
+def _stem(
+    traced: fx.GraphModule, first: fx.Node, operations: dict[fx.Node, Operation]
+) -> tuple[nn.Sequential, fx.Node]:
     """The first convolution with its norm and activation, and the node that ends them."""
     stem = nn.Sequential()
     stem.add_module("conv", traced.get_submodule(str(first.target)))
     end = first
-    for name, kinds in (("norm", nn.BatchNorm2d), ("act", ACTIVATIONS)):
+    for name, kinds in (("norm", ("norm",)), ("act", ("relu", "prelu", "clip"))):
         if len(end.users) != 1:
             break
         (follower,) = end.users
-        module: nn.Module | None = None
-        if follower.op == "call_module":
-            module = traced.get_submodule(str(follower.target))
-        elif follower.target in (F.relu, torch.relu, "relu", "relu_"):
-            module = nn.ReLU()
-        if isinstance(module, kinds):
-            stem.add_module(name, module)
+        operation = operations.get(follower)
+        if operation is not None and operation.op in kinds:
+            layer = operation.layer
+            if layer is None and operation.op == "clip":
+                layer = nn.Hardtanh(operation.attrs["low"], operation.attrs["high"])
+            stem.add_module(name, layer or nn.ReLU())
             end = follower
     return stem, end
 
 
-def _shortcuts(traced: fx.GraphModule) -> set[str]:
+def _shortcuts(traced: fx.GraphModule, operations: dict[fx.Node, Operation]) -> set[str]:
     """Names of the convolutions on the shorter branch of an addition of two."""
     above: dict[fx.Node, set[fx.Node]] = {}
     found: set[str] = set()
     for node in traced.graph.nodes:
         above[node] = {node}.union(*(above[n] for n in node.all_input_nodes))
-        if node.target in (operator.add, torch.add, "add") and len(node.all_input_nodes) == 2:
-            a, b = (above[n] for n in node.all_input_nodes)
+        if node in operations and operations[node].op == "add":
+            a, b = (above[value.node] for value in operations[node].inputs)
             branches = [
                 {str(n.target) for n in only if _weighted(traced, n)} for only in (a - b, b - a)
             ]
@@ -303,8 +347,7 @@ def _binarize(traced: fx.GraphModule, node: fx.Node, binarizer: Binarizer) -> No
     """Put batch norm, sign and a binary convolution in the place of a plain one, under its name."""
     name = str(node.target)
     layer = traced.get_submodule(name)
-    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
-        return
+    assert isinstance(layer, nn.Conv2d)
     binary = BinaryConv2d(
         layer.in_channels, layer.out_channels, layer.kernel_size,
         layer.stride, layer.padding, layer.dilation, bias=layer.bias is not None,

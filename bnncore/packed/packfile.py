@@ -86,9 +86,28 @@ def load(path: str | os.PathLike[str]) -> Program:
 def encode(program: Program) -> bytes:
     """The bytes of a packed file."""
     validate(program)
+    parts = {
+        kind: b"".join(t.data.tobytes() for t in program.tensors.values() if t.kind == kind)
+        for kind in _DTYPES
+        if kind != "graph"
+    }
+    parts["graph"] = graph(program)
+    data = b"".join(parts.values())
+    return _head(parts, data) + data
+
+
+def file_size(sizes: dict[str, int]) -> int:
+    """The size of a file whose entries (kinds of tensors, and ``graph``) take these bytes."""
+    # Of the parts the header tells the lengths only.
+    parts = {kind: range(sizes[kind]) for kind in _DTYPES if kind in sizes}
+    return len(_head(parts, b"")) + sum(sizes.values())
+
+
+def graph(program: Program) -> bytes:
+    """The entry ``graph``: all of a Program but its tensors' values."""
     names = list(program.tensors)
     number = {name: index for index, name in enumerate(names)}
-    graph = {
+    content = {
         "image": [int(size) for size in program.image],
         "classes": list(program.classes),
         "members": int(program.members),
@@ -114,22 +133,20 @@ def encode(program: Program) -> bytes:
             for index, node in enumerate(program.nodes)
         ],
     }
-    text = json.dumps(graph, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     require(len(text) <= MAX_GRAPH, "graph", f"at most {MAX_GRAPH} bytes of JSON", len(text))
-    parts = {
-        kind: b"".join(t.data.tobytes() for t in program.tensors.values() if t.kind == kind)
-        for kind in _DTYPES
-        if kind != "graph"
-    }
-    parts["graph"] = zlib.compress(text, 9)
-    data = b"".join(parts.values())
-    header = json.dumps(_header(parts, data), separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data
+    return zlib.compress(text, 9)
 
 
 def _number(value: int | float) -> int | float:
     return float(value) if isinstance(value, float | np.floating) else int(value)
+
+
+def _head(parts: dict[str, Any], data: Any) -> bytes:
+    """What stands in front of the data: the header's length, and the header."""
+    header = json.dumps(_header(parts, data), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header
 
 
 def _header(parts: dict[str, Any], data: Any) -> dict[str, Any]:

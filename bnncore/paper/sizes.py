@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from bnncore import storage
 from bnncore.networks.backbones import BACKBONES
-from bnncore.networks.ensemble import SHARING, EnsembleSpec
+from bnncore.networks.ensemble import EnsembleSpec
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.paper.figures import FiguresError, Published, Size
 from bnncore.params import Binarizer
 from bnncore.storage import untrained

@@ -11,7 +11,7 @@ from pathlib import Path
 from bnncore import params as P
 from bnncore.cluster.crew import Crew, Work
 from bnncore.data import Dataset
-from bnncore.networks.ensemble import SHARING
+from bnncore.networks.sharing import SHARING
 from bnncore.params import Params
 from bnncore.search import trial
 from bnncore.search.journal import writing

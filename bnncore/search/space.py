@@ -25,7 +25,8 @@ from bnncore.data import Dataset
 from bnncore.lowering import blueprint
 from bnncore.lowering.packing import facts
 from bnncore.networks.backbones import build
-from bnncore.networks.ensemble import SHARING, EnsembleSpec
+from bnncore.networks.ensemble import EnsembleSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.packed import costs
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bnncore.data import Dataset
 from bnncore.errors import UserError
-from bnncore.networks.binarize import imported
 from bnncore.networks.ensemble import EnsembleSpec
+from bnncore.networks.imports import imported
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]

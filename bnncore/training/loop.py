@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnncore.data import Dataset
-from bnncore.networks.ensemble import Ensemble, tree_sum
+from bnncore.networks.combine import tree_sum
+from bnncore.networks.ensemble import Ensemble
 from bnncore.params import Recipe
 from bnncore.training import inference, layers, memory
 from bnncore.training.checkpoint import Checkpoint

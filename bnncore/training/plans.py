@@ -11,15 +11,9 @@ import torch
 
 from bnncore.data import Dataset
 from bnncore.networks.backbones import build
-from bnncore.networks.ensemble import (
-    SHARING,
-    Ensemble,
-    EnsembleSpec,
-    Sharing,
-    single_state,
-    weight_layers,
-)
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, single_state
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING, Sharing, weight_layers
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError
 from bnncore.training.jobs import Job, State
 from bnncore.training.schemes import SCHEMES, Plan

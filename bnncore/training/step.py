@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnncore.networks.ensemble import Ensemble, TreeSum, draws, generator, tree_sum
+from bnncore.networks.combine import TreeSum, tree_sum
+from bnncore.networks.ensemble import Ensemble, draws, generator
 from bnncore.networks.parts import Backbone
 from bnncore.training.jobs import Job
 from bnncore.training.layers import Tentacle, exact_convolutions

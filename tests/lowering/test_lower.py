@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from bnncore.lowering.lower import LowerError, lower
-from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, Shift
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
-from bnncore.networks.parts import Backbone
+from bnncore.networks.binarize import BinaryConv2d
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.packed import execute
 from bnncore.packed.program import unpack_bits
 from bnncore.packed.rules import validate
@@ -123,142 +125,6 @@ def test_weights_are_packed_as_their_signs():
     assert tensor.data.nbytes == 8 * 8 * 9 / 8
 
 
-# -- folding -----------------------------------------------------------------------------------
-
-
-class Chain(nn.Module):
-    """Bits (B, C, H, W) through a binary convolution and per-channel functions to bits."""
-
-    def __init__(self, channels: int, kernel: int, links: list[nn.Module], bias: bool):
-        super().__init__()
-        self.first = BinaryActivation()
-        self.conv = BinaryConv2d(channels, channels, kernel, padding=kernel // 2, bias=bias)
-        for k, link in enumerate(links):
-            self.add_module(f"link{k}", link)
-        self.count = len(links)
-        self.last = BinaryActivation()
-
-    def forward(self, x):
-        x = self.conv(self.first(x))
-        for k in range(self.count):
-            x = getattr(self, f"link{k}")(x)
-        return self.last(x)
-
-
-def chain_ensemble(links, channels=8, kernel=3, bias=True) -> Ensemble:
-    """One such chain as the body of a one-member ensemble; the head gives out the bits."""
-    ensemble = tiny.ensemble(1, spec=EnsembleSpec(tiny.model("nin"), 1, SHARING["no_shared"]))
-    stem = nn.Sequential()
-    stem.add_module("conv", nn.Conv2d(3, channels, 1))
-    body = nn.Sequential()
-    body.add_module("chain", Chain(channels, kernel, links, bias))
-    head = nn.Sequential()
-    head.add_module("pool", nn.AdaptiveAvgPool2d(1))
-    head.add_module("flat", nn.Flatten(1))
-    head.add_module("dense", nn.Linear(channels, 5))
-    member = Backbone(stem, body, head)
-    spec = EnsembleSpec(tiny.model("nin", 8, DATA), 1, SHARING["no_shared"])
-    ensemble.spec, ensemble.shared, ensemble.bias = spec, [], None
-    ensemble.members[0] = member
-    torch.manual_seed(0)
-    for p in member.parameters():
-        nn.init.normal_(p, std=0.5)
-    tiny.scramble(member, seed=11)
-    return ensemble.eval()
-
-
-@pytest.mark.parametrize(
-    ("links", "op"),
-    [
-        (lambda: [nn.BatchNorm2d(8)], "threshold"),
-        (lambda: [nn.PReLU(8), nn.BatchNorm2d(8)], "interval"),
-        (lambda: [nn.BatchNorm2d(8), nn.PReLU()], "threshold"),
-        (lambda: [Shift(8), nn.PReLU(8), Shift(8)], "interval"),
-        (lambda: [nn.ReLU(), nn.BatchNorm2d(8)], "threshold"),
-        (lambda: [nn.ReLU6(), nn.BatchNorm2d(8), Shift(8)], "threshold"),
-        (list, "threshold"),
-    ],
-)
-@pytest.mark.parametrize("bias", [True, False])
-def test_thresholds_over_popcounts_are_exact(links, op, bias):
-    """Bits behind the fold equal torch's at every integer that can occur, for every channel."""
-    ensemble = chain_ensemble(links(), bias=bias)
-    chain = ensemble.members[0].body.chain
-    program = lower(ensemble, DATA.mean, DATA.std, DATA.classes)
-    nodes = [n for n in program.nodes if n.op in ("threshold", "interval")]
-    assert [n.op for n in nodes] == [op]
-    assert not by_op(program).get("affine")
-    tensors = {slot: program.tensors[name] for slot, name in nodes[0].tensors.items()}
-    k = 8 * 9
-    sums = np.arange(-k, k + 1)
-    alpha = chain.conv.binary()[1]
-    with torch.no_grad():
-        y = torch.arange(-k, k + 1.0).view(1, 1, -1, 1).expand(1, 8, -1, 1) * alpha[:, None, None]
-        y = y if chain.conv.bias is None else y + chain.conv.bias[:, None, None]
-        for index in range(chain.count):
-            y = getattr(chain, f"link{index}")(y)
-    expected = (y[0, :, :, 0] >= 0).numpy()
-
-    def per_channel(slot):
-        tensor = tensors[slot]
-        data = unpack_bits(tensor) if tensor.kind == "binary" else tensor.data
-        return data.reshape(8, 1)
-
-    if op == "threshold":
-        limit = per_channel("threshold").astype(np.int64)
-        bits = sums >= limit
-        if "direction" in tensors:
-            bits = np.where(per_channel("direction"), bits, sums <= limit)
-    else:
-        low, high = (per_channel(s).astype(np.int64) for s in ("low", "high"))
-        bits = (low <= sums) & (sums <= high)
-        if "inside" in tensors:
-            bits = bits ^ ~per_channel("inside")
-    assert np.array_equal(bits, expected)
-
-
-def test_negative_scales_flip_directions_and_positive_ones_need_none():
-    ensemble = chain_ensemble([nn.BatchNorm2d(8)])
-    norm = ensemble.members[0].body.chain.link0
-    program = lower(ensemble, DATA.mean, DATA.std, DATA.classes)
-    (node,) = by_op(program)["threshold"]
-    direction = unpack_bits(program.tensors[node.tensors["direction"]])
-    assert np.array_equal(direction, (norm.weight > 0).numpy())
-    norm.weight.data.abs_()
-    program = lower(ensemble, DATA.mean, DATA.std, DATA.classes)
-    (node,) = by_op(program)["threshold"]
-    assert set(node.tensors) == {"threshold"}
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_thresholds_over_floats_are_the_very_float(seed):
-    """Norm and sign behind a float: torch changes sign at the threshold and not one ulp before."""
-    ensemble = scrambled("resnet8", "no_shared", members=1)
-    tiny.scramble(ensemble, seed=seed)
-    program = lower(ensemble, DATA.mean, DATA.std, DATA.classes)
-    node = next(
-        n
-        for n in by_op(program)["threshold"]
-        if "float" in program.tensors[n.tensors["threshold"]].kind
-    )
-    limit = program.tensors[node.tensors["threshold"]].data.reshape(-1)
-    rising = np.ones(len(limit), bool)
-    if "direction" in node.tensors:
-        rising = unpack_bits(program.tensors[node.tensors["direction"]]).reshape(-1)
-    block = ensemble.members[0].body.layer1.block1
-
-    def bits(values):
-        x = torch.from_numpy(values.astype(np.float32)).view(1, -1, 1, 1).expand(1, -1, 8, 8)
-        with torch.no_grad():
-            return (block.norm1(x.contiguous())[0, :, 0, 0] >= 0).numpy()
-
-    inner = np.abs(limit) < 1e30  # the others never change
-    assert inner.any()
-    toward = np.where(rising, -np.inf, np.inf).astype(np.float32)
-    assert bits(limit)[inner].all()
-    assert not bits(np.nextafter(limit, toward))[inner].any()
-
-
 # -- refusals ------------------------------------------------------------------------------------
 
 
@@ -268,10 +134,52 @@ def broken(change) -> Ensemble:
     return ensemble
 
 
-def test_statistics_that_are_not_finite_are_named():
+NAN, INF = torch.nan, torch.inf
+NORM = "body.layer2.block1.norm1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *((f"1.{NORM}.{part}", value, "finite values, got NaN or infinity")
+          for part in ("weight", "bias", "running_mean", "running_var")
+          for value in (NAN, INF, -INF)),
+        ("1.body.layer1.block1.act1.weight", NAN, "finite values"),
+        ("1.body.layer1.block1.conv1.weight", INF, "finite values"),
+        ("1.head.dense.bias", NAN, "finite values"),
+        ("0.stem.conv.weight", NAN, "finite values"),
+        ("shared.weights", NAN, "finite values"),
+        (f"1.{NORM}.running_var", -0.5, "variances of at least 0, got -0.5"),
+        (f"1.{NORM}", ("running_var", 0.0, "eps", 0.0), "a finite scale, got NaN or infinity"),
+        (f"1.{NORM}", ("weight", 3e38), "a finite scale, got NaN or infinity"),
+        (f"1.{NORM}", ("weight", 1e20, "running_mean", 1e20), "a finite shift, got"),
+        ("1.body.layer1.block1.conv1", ("weight", 3e38), "a finite scale, got NaN or infinity"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_are_no_numbers_are_named_with_their_member(name, value, expected):
+    """Of parameters and statistics, and of what they fold to: sign(NaN) would be a quiet -1."""
     ensemble = scrambled("resnet8", "no_shared", members=2)
-    ensemble.members[1].body.layer2.block1.norm1.running_mean[3] = torch.nan
-    with pytest.raises(ValueError, match=r"1\.body\.layer2\.block1\.norm1\.running_mean: .*finite"):
+    if isinstance(value, tuple):
+        member, _, layer = name.partition(".")
+        module = ensemble.members[int(member)].get_submodule(layer)
+        for attribute, number in zip(value[::2], value[1::2], strict=True):
+            if attribute == "eps":
+                module.eps = number
+            else:
+                getattr(module, attribute).data.fill_(number)
+    else:
+        state = ensemble.state()
+        state[name].view(-1)[-1] = value
+        ensemble.load(state)
+    with pytest.raises(LowerError, match=rf"^{re.escape(name)}: expected {expected}"):
+        lower(ensemble, DATA.mean, DATA.std, DATA.classes)
+
+
+def test_values_of_another_precision_are_named():
+    ensemble = scrambled("resnet8", "no_shared", members=2)
+    ensemble.members[1].head.half()
+    with pytest.raises(LowerError, match=r"^1\.head\.dense\.weight: expected float32 values"):
         lower(ensemble, DATA.mean, DATA.std, DATA.classes)
 
 
@@ -282,17 +190,17 @@ def test_statistics_that_are_not_finite_are_named():
         (
             "conv2",
             BinaryConv2d(8, 8, 3, padding=1, groups=2),
-            r"'body\.layer1\.block1\.conv2': expected .*got groups 2",
+            r"'body\.layer1\.block1\.conv2': groups: expected 1, got 2",
         ),
         (
             "shortcut",
             nn.Conv2d(8, 8, 3, padding=(1, 1), padding_mode="reflect"),
-            r"'body\.layer1\.block1\.shortcut': .*'reflect'",
+            r"'body\.layer1\.block1\.shortcut': padding_mode: expected 'zeros', got 'reflect'",
         ),
         (
             "shortcut",
             nn.Conv2d(8, 8, (3, 1), padding=(1, 0)),
-            r"'body\.layer1\.block1\.shortcut': expected equal .* padding \(1, 0\)",
+            r"shortcut': padding: expected the same integer for H and W, got \(1, 0\)",
         ),
     ],
 )

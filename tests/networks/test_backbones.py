@@ -8,8 +8,8 @@ from torch import nn
 
 from bnncore.networks.backbones import BACKBONES, build
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.ensemble import weight_layers
 from bnncore.networks.parts import Dropout, ModelSpec
+from bnncore.networks.sharing import weight_layers
 from bnncore.params import Binarizer
 from tests import tiny
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bnncore.networks.backbones import build
 from bnncore.networks.binarize import (
     ACTIVATIONS,
     WEIGHTS,
@@ -19,6 +20,8 @@ from bnncore.networks.binarize import (
     pseudo_hadamard_,
     sign,
 )
+from bnncore.networks.parts import ModelSpec, NetworkError
+from bnncore.params import Binarizer
 
 
 @pytest.mark.parametrize("name", ["clipped", "bireal"])
@@ -27,6 +30,23 @@ def test_sign_of_zero_is_plus_one(name):
     expected = [-1.0, -1.0, 1.0, 1.0, 1.0, 1.0]
     assert sign(x).tolist() == expected
     assert BinaryActivation(name)(x).tolist() == expected
+
+
+def test_the_clipped_sign_keeps_a_byte_a_value_and_gives_zero_outside():
+    """Whatever comes from above: no -0, no NaN; the gradient of hardtanh to the bit."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.cat([3 * torch.randn(500, generator=rng), torch.tensor([1.0, -1.0, 0.0, -0.0])])
+    x.requires_grad_()
+    grad = torch.randn(504, generator=rng)
+    grad[:2], x.data[:2] = torch.tensor([torch.inf, torch.nan]), torch.tensor([-2.0, 2.0])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = clipped_sign(x)
+    assert sum(t.nbytes for t in kept) == x.numel()
+    y.backward(grad)
+    bound = 1 + torch.finfo(x.dtype).eps
+    expected = torch.ops.aten.hardtanh_backward(grad, x.detach(), -bound, bound)
+    assert torch.equal(x.grad.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +145,80 @@ def test_unknown_names_list_those_there_are():
         ValueError, match=r"key: cannot import 'tests.networks.test_binarize:nothing'"
     ):
         named(WEIGHTS, "tests.networks.test_binarize:nothing", "key")
+
+
+def no_pair(weight, scale):
+    return clipped_sign(weight)
+
+
+def torch_sign(weight, scale):
+    return torch.sign(weight - weight.flatten()[0]), None
+
+
+def one_scale(weight, scale):
+    return clipped_sign(weight), weight.abs().mean()
+
+
+def transposed(weight, scale):
+    return clipped_sign(weight).transpose(0, 1), None
+
+
+def booleans(weight, scale):
+    return weight >= 0, None
+
+
+def not_finite(weight, scale):
+    return clipped_sign(weight), weight.abs().mean((1, 2, 3)) / 0
+
+
+def above_zero(x):
+    return torch.where(x > 0, 1.0, -1.0)
+
+
+def shifted(x):
+    return clipped_sign(x - 0.25)
+
+
+a_number = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("os:system", WEIGHTS, r"expected a function of \(weights, None\), got TypeError"),
+        ("os:system", ACTIVATIONS, r"expected a function of \(activations\), got TypeError"),
+        ("sys:exit", ACTIVATIONS, r"expected a function of \(activations\), got SystemExit"),
+        ("{here}:no_pair", WEIGHTS, r"expected \(signs, scale or None\), got Tensor"),
+        ("{here}:torch_sign", WEIGHTS, r"expected values of \+1 and -1, got \[0.0, 1.0\]"),
+        ("{here}:one_scale", WEIGHTS, r"expected None or a finite scale a filter, \(2,\), got 1\."),
+        ("{here}:not_finite", WEIGHTS, r"finite scale a filter, \(2,\), got \[inf, inf\]"),
+        ("{here}:transposed", WEIGHTS, r"expected signs of torch.float32 \(2, 3, 3, 3\), got"),
+        ("{here}:booleans", WEIGHTS, r"expected signs of torch.float32 .*, got torch.bool"),
+        ("{here}:clipped_sign", WEIGHTS, r"expected a function of \(weights, None\)"),
+        ("{here}:half", ACTIVATIONS, r"expected a function of \(activations\), got TypeError"),
+        ("{here}:above_zero", ACTIVATIONS, r"expected \+1 where x >= 0 and -1 elsewhere"),
+        ("{here}:shifted", ACTIVATIONS, r"expected \+1 where x >= 0 and -1 elsewhere"),
+        ("torch:abs", ACTIVATIONS, r"expected values of \+1 and -1"),
+        ("{here}:a_number", WEIGHTS, r"expected '.*' to be a function, got 3"),
+        ("{here}:nothing", WEIGHTS, r"cannot import"),
+        ("no.such:module", WEIGHTS, r"cannot import"),
+        (":", WEIGHTS, r"cannot import"),
+    ],
+)
+def test_a_users_function_that_does_not_binarize_is_refused_with_its_key(name, table, message):
+    name = name.format(here="tests.networks.test_binarize")
+    with pytest.raises(NetworkError, match=rf"^model\.key: .*{message}"):
+        named(table, name, "model.key")
+    with torch.device("meta"), pytest.raises(NetworkError, match=message):
+        named(table, name, "model.key")
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "torch:abs", "tests.networks.test_binarize:above_zero"]
+)
+def test_a_users_network_that_is_none_is_refused_with_its_key(name):
+    with pytest.raises(NetworkError, match=r"^model\.backbone: expected .* a function of"):
+        build(ModelSpec(name, (8, 8, 1), 4, binarizer=Binarizer()))
 
 
 def test_frozen_filters_are_binarized_once_and_again_when_they_change():

@@ -10,19 +10,9 @@ import torch
 
 from bnncore.lowering import lower
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.ensemble import (
-    SHARING,
-    Ensemble,
-    EnsembleSpec,
-    Sharing,
-    combine,
-    layer_groups,
-    own_layers,
-    single_state,
-    tree_sum,
-    weight_layers,
-    winners,
-)
+from bnncore.networks.combine import combine, tree_sum, winners
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, single_state
+from bnncore.networks.sharing import SHARING, Sharing, layer_groups, own_layers, weight_layers
 from bnncore.packed import votes
 from tests import tiny
 

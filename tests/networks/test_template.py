@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,9 @@ from bnncore import check
 from bnncore.lowering.lower import lower
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec, layer_groups, single_state
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec, single_state
 from bnncore.networks.parts import Dropout, ModelSpec
+from bnncore.networks.sharing import SHARING, layer_groups
 from bnncore.networks.template import TemplateError, binarized
 from bnncore.packed import execute
 from bnncore.params import Binarizer, ParamsError, RayParams
@@ -215,6 +217,96 @@ def test_dropout_of_parameters_goes_in_front_of_the_last_layer():
     assert not torch.equal(net(torch.ones(2, 1, 12, 12))[0], net(torch.ones(2, 1, 12, 12))[1])
 
 
+class Named(nn.Module):
+    """Layers of the user's that have the very names that the template would give its own."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.one = nn.Conv2d(channels, 4, 3, padding=1)
+        self.block = nn.Sequential()
+        self.block.add_module("conv_norm", nn.BatchNorm2d(4))
+        self.block.add_module("conv_sign", nn.PReLU(4))
+        self.block.add_module("conv", nn.Conv2d(4, 4, 3, padding=1))
+        self.dropout = nn.Dropout(0.5)
+        self.dropout_packed = nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, classes)
+
+    def forward(self, x):
+        x = self.block(F.relu(self.one(x)))
+        x = self.dropout_packed(self.dropout(x))
+        return self.last(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def named(channels, classes):
+    return Named(channels, classes)
+
+
+def test_layers_that_are_put_in_replace_none_of_the_users():
+    torch.manual_seed(0)
+    theirs = Named(1, 4)
+    with torch.no_grad():
+        for index, p in enumerate(theirs.parameters()):
+            p.fill_(index + 1)
+    kept = {n: p.detach().clone() for n, p in theirs.named_parameters()}
+    for binarizer in (None, Binarizer()):
+        ours = binarized(copy.deepcopy(theirs), spec("named", binarizer=binarizer))
+        left = [p.detach() for p in ours.parameters()]
+        for name, value in kept.items():
+            assert any(p.shape == value.shape and torch.equal(p, value) for p in left), name
+        assert torch.equal(ours.body.block.conv_norm.weight, kept["block.conv_norm.weight"])
+        assert isinstance(ours.body.block.conv_sign, nn.PReLU)
+        assert isinstance(ours.body.dropout_packed, nn.BatchNorm2d)
+        assert sum(type(m) is nn.BatchNorm2d for m in ours.modules()) == 2 + (binarizer is not None)
+
+
+# Heads as people write them, behind a body that gives (B, 8, 6, 6).
+HEADS = {
+    "linear": lambda k: [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, k)],
+    "relu flatten linear": lambda k: [
+        nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.Flatten(), nn.Linear(8, k)],
+    "conv flatten": lambda k: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, k, 1), nn.Flatten()],
+    "conv relu conv": lambda k: [
+        nn.AdaptiveAvgPool2d((1, 1)), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, k, 1),
+        nn.Flatten()],
+    "norm linear": lambda k: [
+        nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.ReLU6(), nn.Linear(8, k)],
+    "flatten relu": lambda k: [
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.PReLU(8), nn.Dropout(0.1), nn.Linear(8, k)],
+    "conv pool": lambda k: [nn.Conv2d(8, k, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+    "conv squeeze": lambda k: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, k, 1), Squeeze()],
+    "whole window": lambda k: [nn.AvgPool2d(6), nn.Conv2d(8, k, 1), nn.Flatten()],
+    "twice": lambda k: [
+        nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Flatten(),
+        nn.Linear(8, k)],
+}  # fmt: skip
+
+
+class Squeeze(nn.Module):
+    def forward(self, x):
+        return x.squeeze(-1).squeeze(2)
+
+
+def headed(channels, classes, head):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding="same"), nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding="valid"), nn.MaxPool2d(2, padding=1), *HEADS[head](classes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_as_people_write_them(head, monkeypatch):
+    monkeypatch.setitem(globals(), "plain", lambda c, k: headed(c, k, head))
+    torch.manual_seed(0)
+    expected = headed(1, 4, head).eval()
+    torch.manual_seed(0)
+    twin = build(spec("plain", binarizer=None)).eval()
+    x = torch.randn(3, 1, 12, 12)
+    assert torch.allclose(twin(x), expected(x), atol=1e-6)
+    for sharing in ("no_shared", "shared_conv"):
+        row = EnsembleSpec(spec("plain"), 2, SHARING[sharing])
+        packed_equals_torch(Ensemble(row, seed=0), GRAY)
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
@@ -244,11 +336,103 @@ class Dense(nn.Module):
         return self.fc2(self.fc1(x.flatten(1)))
 
 
-class Skipping(Plain):
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.last = nn.Linear(4, 4)
+
     def forward(self, x):
         h = F.relu(self.one(x))
-        y = self.two(h).mean((2, 3))
-        return self.last(F.pad(y, (0, 4))) + h.mean((2, 3))[:, :4]
+        return self.last(self.two(h).mean((2, 3))) + h.mean((2, 3))
+
+
+class Calls(nn.Module):
+    """Whatever `call` makes of the map behind the first layer, in front of the last."""
+
+    def __init__(self, call, layer: nn.Module | None = None):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.layer = layer
+        self.last = nn.LazyLinear(4)
+        self.call = call
+
+    def forward(self, x):
+        h = self.two(F.relu(self.one(x)))
+        h = self.layer(h) if self.layer is not None else self.call(h)
+        return self.last(h.flatten(1))
+
+
+def test_what_leads_nowhere_is_left_out():
+    net = Calls(lambda h: h)
+    net.aside = nn.Conv2d(4, 4, 3)
+    net.call = lambda h: (net.aside(h).sigmoid(), h)[1]
+    net(torch.zeros(1, 1, 12, 12))
+    names = [n for n, _ in binarized(net, spec("plain")).named_modules()]
+    assert "body.two" in names
+    assert "body.aside" not in names
+
+
+def _changed_in_place(h):
+    before = h
+    h += h.relu()
+    return before.add(h)
+
+
+def _hooked():
+    layer = nn.ReLU()
+    layer.register_forward_hook(lambda m, a, y: y * 2)
+    return layer
+
+
+class Doubling(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+Doubling.__module__ = "torch.nn.modules.activation"  # a leaf to torch.fx
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: torch.add(h, h.relu(), alpha=3), r"operation 'add': alpha: expected 1, got 3"),
+        (lambda h: h.add(h.relu(), alpha=-2), r"operation 'add': alpha: expected 1, got -2"),
+        (lambda h: h + 1, r"operation 'add': expected a value of the network as input, got 1"),
+        (lambda h: h.chunk(2, 1)[0], r"operation 'chunk': chunk cannot be packed"),
+        (lambda h: torch.cat([h, h], 2), r"operation 'cat': dim: expected 1, got 2"),
+        (lambda h: torch.cat([h, h], dim=-1), r"operation 'cat': dim: expected 1, got -1"),
+        (lambda h: F.max_pool2d(h, (2, 3)), r"'max_pool2d': kernel_size: expected the same int"),
+        (lambda h: F.max_pool2d(h, 2, return_indices=True)[0], r"max_pool2d"),
+        (lambda h: F.avg_pool2d(h, 2, divisor_override=3), r"divisor_override: expected None"),
+        (lambda h: h.mean((2, 3), dtype=torch.float32), r"'mean': dtype: expected None"),
+        (lambda h: h.mean(1), r"'mean': dim: expected \(2, 3\), got 1"),
+        (lambda h: F.dropout(h, 0.5), r"'dropout': training: expected False, got True"),
+        (lambda h: h.relu_() + h, r"reads 'conv2d|two', which .*'relu_' has written over"),
+        (lambda h: h.view(-1, 36, 16), r"'view': expected to flatten all"),
+        (lambda h: h.permute(0, 2, 3, 1), r"operation 'permute': permute cannot be packed"),
+        (lambda h: (h.relu_(), h)[1], r"computes what its trace says"),
+        (_changed_in_place, r"computes what its trace says"),
+        (_hooked(), r"layer 'layer': hooks cannot be packed"),
+        (Doubling(), r"layer 'layer': Doubling cannot be packed"),
+        (nn.AvgPool2d(2, divisor_override=3), r"layer 'layer': divisor_override: expected None"),
+        (nn.MaxPool2d((2, 3)), r"layer 'layer': kernel_size: expected the same integer"),
+        (nn.BatchNorm2d(4, track_running_stats=False), r"track_running_stats: expected True"),
+        (nn.BatchNorm2d(4, device="cpu").requires_grad_(False).eval(), None),
+        (nn.Hardtanh(-1, float("inf")), r"layer 'layer': expected finite min_val <= max_val"),
+        (nn.Conv2d(4, 4, 3, dilation=2), r"layer 'layer': dilation: expected 1, got 2"),
+        (nn.Conv2d(4, 4, 2, padding="same"), r"layer 'layer': kernel_size: expected odd sizes"),
+        (nn.Unflatten(1, (2, 2)), r"layer 'layer': Unflatten cannot be packed"),
+    ],
+)  # fmt: skip
+def test_what_torch_does_and_a_packed_network_cannot_is_named(call, message):
+    net = Calls(None, call) if isinstance(call, nn.Module) else Calls(call)
+    net(torch.zeros(1, 1, 12, 12))
+    if message is None:
+        binarized(net, spec("plain"))
+        return
+    with pytest.raises(TemplateError, match=message):
+        binarized(net, spec("plain"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +442,7 @@ class Skipping(Plain):
         (lambda: Twice(1, 4), r"layer 'two': expected to be used once"),
         (lambda: Around(1, 4), r"'mean' reads the images; expected only .*'one'"),
         (Dense, r"layer 'fc1': expected a convolution first"),
-        (lambda: Skipping(1, 4), r"head: expected all paths to pass through"),
+        (Skipping, r"head: expected all paths to pass through"),
         (lambda: Plain(1, 7), r"expected logits of shape \(B, 4\), got \(2, 7\)"),
         (lambda: nn.Sequential(nn.Conv2d(1, 4, 12), nn.Flatten()), r"at least two .* got 0"),
         (
@@ -287,8 +471,8 @@ def test_width_is_the_users_own():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("in_groups", r"'body\.2': expected a convolution with groups 1.* got groups 4"),
-        ("gelu", r"'body\.3': GELU cannot be packed"),
+        ("in_groups", r"layer '2': groups: expected 1, got 4"),
+        ("gelu", r"layer '3': GELU cannot be packed"),
         ("nothing", r"cannot import 'tests\.networks\.test_template:nothing'"),
     ],
 )

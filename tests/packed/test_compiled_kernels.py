@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bnncore.lowering.lower import lower
 from bnncore.networks import backbones, ensemble
+from bnncore.networks.sharing import SHARING
 from bnncore.packed import (
     arena,
     compiled_kernels,
@@ -320,7 +321,7 @@ def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
     spec = ensemble.EnsembleSpec(
         backbones.ModelSpec("resnet20", (32, 32, 3), 10, width=32, binarizer=Binarizer()),
         1,
-        ensemble.SHARING["no_shared"],
+        SHARING["no_shared"],
     )
     network = ensemble.Ensemble(spec).eval()
     program = lower(network, (0.5,) * 3, (0.25,) * 3, tuple("0123456789"))
@@ -356,7 +357,7 @@ def test_backbones(backbone: str) -> None:
     torch.manual_seed(0)
     for members, sharing in ((1, "no_shared"), (2, "shared_conv")):
         model = backbones.ModelSpec(backbone, (32, 32, 3), 10, 24, binarizer=Binarizer())
-        whole = ensemble.Ensemble(ensemble.EnsembleSpec(model, members, ensemble.SHARING[sharing]))
+        whole = ensemble.Ensemble(ensemble.EnsembleSpec(model, members, SHARING[sharing]))
         for module in whole.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.normal_(module.weight)  # negative scales among them

@@ -9,8 +9,9 @@ import torch
 from bnncore.data import normalization
 from bnncore.lowering.lower import lower
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.packed import execute, narrow, packfile
 from bnncore.packed.program import Node, Program, Tensor, unpack_bits
 from bnncore.params import Binarizer, PackParams

@@ -11,8 +11,9 @@ from torch import nn
 from bnncore import storage
 from bnncore.lowering import blueprint, lower
 from bnncore.networks import backbones
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.packed import narrow, packfile
 from bnncore.paper import figures as published
 from bnncore.paper import sizes

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.params import Recipe
 from bnncore.training import checkpoint as checkpoints
 from bnncore.training import ensembled

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.params import Recipe
 from bnncore.training import plans, schemes
 from bnncore.training.checkpoint import Checkpoint

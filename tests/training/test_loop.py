@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.params import Recipe
 from bnncore.training.checkpoint import Checkpoint
 from bnncore.training.feed import augmented

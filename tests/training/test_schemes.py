@@ -13,7 +13,8 @@ from torch import nn
 
 from bnncore import check
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.ensemble import SHARING, Ensemble, EnsembleSpec
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.sharing import SHARING
 from bnncore.params import ParamsError
 from bnncore.training import plans, schemes
 from bnncore.training.ensembled import Ensembled

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bnncore.networks.ensemble import Ensemble, TreeSum, tree_sum
+from bnncore.networks.combine import TreeSum, tree_sum
+from bnncore.networks.ensemble import Ensemble
 from bnncore.training.jobs import TrainingError
 from bnncore.training.loop import Trainer, drive
 from bnncore.training.step import Alone

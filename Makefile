@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+SPREAD := -n 2 --dist loadgroup  # over two processes, a file or a room that shares a cluster to one
 
 .PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is
@@ -26,13 +27,13 @@ search: $(STAMP)  ## the best ensemble under search.budget_kib; SEARCH='--trials
 	$(BIN)/python -m pipeline.search $(SEARCH)
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 check: $(STAMP)  ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow and not soak' -q
+	$(BIN)/python -m pytest -m 'not slow and not soak' -q $(SPREAD)
 
 soak: $(STAMP)  ## the long versions of the kill and fuzz tests
 	$(BIN)/python -m pytest -m soak

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-SPREAD := -n 2 --dist loadgroup  # over two processes, a file or a room that shares a cluster to one
+# Over two processes; a file, or a room that shares a cluster, stays in one.
+SPREAD := -n 2 --dist loadgroup
 
 .PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is

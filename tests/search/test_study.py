@@ -34,6 +34,7 @@ from bnncore.search import study as S
 from bnncore.search import trial as tasks
 from bnncore.training import plans
 from bnncore.training.ensembled import Ensembled
+from bnncore.training.jobs import TrainingError
 from tests import processes, tiny
 from tests.pipeline.test_pipeline import closure, copy, dvc, environment
 
@@ -536,7 +537,7 @@ def _die(threads, data) -> None:
 
 
 def _diverge(threads, data) -> None:
-    raise S.train.TrainingError("the loss is nan")
+    raise TrainingError("the loss is nan")
 
 
 def _say(threads, data, *needs) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from bnncore.params.search import SearchParams, SpaceParams
 from bnncore.params.sections import (
     Binarizer,
     CustomSharing,
@@ -30,8 +31,6 @@ from bnncore.params.sections import (
     RayParams,
     Recipe,
     Scale,
-    SearchParams,
-    SpaceParams,
 )
 from bnncore.params.strict_yaml import parse_yaml, read_yaml
 from bnncore.params.validation import ParamsError, validated

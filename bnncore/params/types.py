@@ -5,8 +5,9 @@ from __future__ import annotations
 import unicodedata
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, ConfigDict, Field, Strict
 
+SECTION = ConfigDict(extra="forbid")
 MANY = 1_000_000  # of anything that is counted, but for what says otherwise
 EXACT = 2**53  # whole numbers up to here are exact in JSON, YAML and the packed file
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnncore.networks.backbones import build
-from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, sign
+from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.parts import Backbone, ModelSpec
 from bnncore.params import Recipe
 
@@ -131,25 +131,6 @@ def _prelu(self: nn.PReLU, x: Tensor) -> Tensor:
     return _LeakyReLU.apply(x, self.weight)
 
 
-class _ClippedSign(torch.autograd.Function):
-    """`binarize.clipped_sign`; keeps a byte a value."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        # By way of floats: torch's comparisons into bytes take several times longer.
-        ctx.save_for_backward(x.detach().abs().le_(1).to(torch.int8))
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (inside,) = ctx.saved_tensors
-        return inside.to(grad.dtype).mul_(grad)
-
-
-def _sign(self: BinaryActivation, x: Tensor) -> Tensor:
-    return _ClippedSign.apply(x)
-
-
 class _FrozenConv(torch.autograd.Function):
     """Convolution by filters that ask for no gradient, times alpha; keeps no activations."""
 
@@ -201,8 +182,6 @@ def _cheap_forward(module: nn.Module) -> Callable | None:
         return _norm
     if type(module) is nn.PReLU and module.num_parameters == 1:
         return _prelu
-    if type(module) is BinaryActivation and module.kind == "clipped":
-        return _sign
     if type(module) is BinaryConv2d and module.padding_mode == "zeros":
         return _conv
     return None

@@ -41,7 +41,7 @@ SHORTCUTS = {f"body.layer{s}.block1.shortcut.conv" for s in (2, 3)}
         # one of the two convolutions of each block shared, the other own (Kim et al. 2022, Fig. 3)
         (Sharing("half", ("body.*.conv1",), True), {n for n in CONVS if n.endswith("1")}),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, set) else str(value),
 )
 def test_sharing_is_identity_and_survives_state_and_load(sharing, own):
     ensemble = tiny.ensemble(3, sharing)

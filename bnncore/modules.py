@@ -18,7 +18,10 @@ def find(name: str) -> Path | None:
     for i in range(len(parts)):  # one by one: importlib's own function would run the packages
         part = ".".join(parts[: i + 1])
         specs = (finder.find_spec(part, path) for finder in sys.meta_path)
-        spec = next((found for found in specs if found), None)
+        try:
+            spec = next((found for found in specs if found), None)
+        except (ImportError, KeyError, ValueError, AttributeError):  # a text that is no module
+            return None
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or [])

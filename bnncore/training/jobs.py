@@ -6,7 +6,6 @@ Legend: `C` classes, `N` images of the training part.
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -14,14 +13,15 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from torch import Tensor
 
+from bnncore import modules
 from bnncore.data import Dataset
 from bnncore.errors import UserError
 from bnncore.networks.ensemble import EnsembleSpec
-from bnncore.networks.imports import imported
 from bnncore.params import Recipe, digest
 
 State = dict[str, Tensor]
-ROOMS = ("networks", "training")  # what their code computes, a checkpoint depends on
+# What their code computes, a checkpoint depends on; dvc.yaml names the same for the stages.
+ROOMS = ("cluster", "data", "networks", "params", "training")
 
 
 class TrainingError(UserError, RuntimeError):
@@ -131,9 +131,9 @@ def _code() -> str:
 
 
 def _users_code(spec: EnsembleSpec) -> list[str]:
-    """The modules behind what parameters name as ``module:function``."""
+    """The modules behind what parameters name as ``module:function``, and the user's own that these
+    import."""
     binarizer = spec.model.binarizer
     names = [spec.model.backbone]
     names += [binarizer.weight, binarizer.activation] if binarizer else []
-    functions = [imported(name, "model") for name in names if ":" in name]
-    return [Path(inspect.getfile(function)).read_text() for function in functions]
+    return [path.read_text() for _, path in sorted(modules.users_files(names).items())]

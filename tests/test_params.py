@@ -12,7 +12,7 @@ import pytest
 from bnncore import check
 from bnncore import params as P
 from bnncore.packed import program
-from bnncore.params import types
+from bnncore.params import search, sections, types
 
 IMAGE, CLASSES = (8, 8, 1), 10
 
@@ -126,7 +126,12 @@ PLACES: dict[str, list[Any]] = {
     "Params": [],
 }
 REQUIRED = {"EnsembleParams": {"name": "x"}, "CustomSharing": {"own": ["classifier"]}}
-SECTIONS = {name: cls for name, cls in vars(P).items() if dataclasses.is_dataclass(cls)}
+SECTIONS = {
+    name: cls
+    for module in (sections, search)
+    for name, cls in vars(module).items()
+    if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
+}
 FIELDS = [(n, f.name) for n, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 
 

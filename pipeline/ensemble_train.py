@@ -34,7 +34,7 @@ def main() -> None:
             )
             for plan in todo:
                 schemes.train(plan, train_many).save(out / plan.params.name)
-        params.save(s.params, out / "params.yaml")
+            params.save(s.params, out / "params.yaml")
 
 
 if __name__ == "__main__":

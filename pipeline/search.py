@@ -76,15 +76,17 @@ def finish(report: Report, images: data.Dataset, cluster: Cluster, tracker: Trac
     assert winner is not None
     with resumable(CHECKPOINTS / "search-finish") as checkpoints:
         trained, program = searching.finish(report.preset(winner), images, cluster, checkpoints)
-    size = packfile.save(program, OUT / "best.bnn")
-    if size > winner["bound_bytes"]:
-        raise RuntimeError(f"best.bnn: expected at most {winner['bound_bytes']} bytes, got {size}")
-    model = execute.Model(packfile.load(OUT / "best.bnn"), report.params.evaluate.ops)
-    scores: dict[str, float] = {"file_bytes": size}
-    for part, split in (("val", images.val), ("test", images.test)):
-        predicted = model.predict(split.images)
-        scores[f"{part}_top1"] = 100 * metrics.accuracy(predicted, split.labels)
-    (OUT / "finished.json").write_text(json.dumps(scores, indent=1) + "\n")
+        size = packfile.save(program, OUT / "best.bnn")
+        if size > winner["bound_bytes"]:
+            raise RuntimeError(
+                f"best.bnn: expected at most {winner['bound_bytes']} bytes, got {size}"
+            )
+        model = execute.Model(packfile.load(OUT / "best.bnn"), report.params.evaluate.ops)
+        scores: dict[str, float] = {"file_bytes": size}
+        for part, split in (("val", images.val), ("test", images.test)):
+            predicted = model.predict(split.images)
+            scores[f"{part}_top1"] = 100 * metrics.accuracy(predicted, split.labels)
+        (OUT / "finished.json").write_text(json.dumps(scores, indent=1) + "\n")
     print(
         f"\ntrained in full: validation {scores['val_top1']:.2f} %, test {scores['test_top1']:.2f} "
         f"%, {size:,} bytes ({OUT / 'best.bnn'})"

@@ -43,7 +43,7 @@ class Stage:
         if run is None:
             run = self.tracker.model(job.name, {"recipe": parameters.plain(job.recipe)})
             self.runs[job.name] = run
-        run.epoch(epoch["epoch"], {k: v for k, v in epoch.items() if k not in ("epoch", "time")})
+        run.epoch(epoch["epoch"], {k: v for k, v in epoch.items() if k != "epoch"})
 
     def _show(self, name: str, epoch: Mapping[str, Any], epochs: int) -> None:
         state = f"loss {epoch['train_loss']:.3f}, validation {epoch['val_top1']:.1f} %"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore.data import SUFFIXES, read_image
 from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
 from bnncore.packed.program import Program, Tensor
@@ -109,6 +108,9 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    # Here: what reads images needs more than numpy and numba, which inspect and bench do without.
+    from bnncore.data import SUFFIXES, read_image
+
     program = packfile.load(options.file)
     _check_members(options.members, program)
     if options.top < 1:
@@ -116,7 +118,7 @@ def _predict(options: argparse.Namespace) -> None:
     height, width, channels = program.image
     if channels not in (1, 3):
         raise UserError(f"image files have 1 or 3 channels, this network takes {channels}")
-    paths = list(_image_paths(options.images))
+    paths = list(_image_paths(options.images, SUFFIXES))
     model = execute.Model(program, options.ops)
     wide = max(len(str(path)) for path in paths)
     for start in range(0, len(paths), 64):
@@ -130,10 +132,10 @@ def _predict(options: argparse.Namespace) -> None:
             print(printable(f"{path!s:{wide}}  {found}"))
 
 
-def _image_paths(given: Sequence[Path]) -> Iterable[Path]:
+def _image_paths(given: Sequence[Path], endings: tuple[str, ...]) -> Iterable[Path]:
     for path in given:
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES))
+            inside = (p for p in path.rglob("*") if p.name.lower().endswith(endings))
             found = sorted(p for p in inside if p.name[0] != ".")
             if not found:
                 raise UserError(f"{path}: no image files in this folder")

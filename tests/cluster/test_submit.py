@@ -257,7 +257,7 @@ def test_of_two_that_watch_a_job_one_brings_its_results(tmp_path, there_and_here
     assert (here / "packed" / "a.bnn").read_text() == "new"
 
 
-@pytest.mark.parametrize("harm", ["cut", "outside", "no line", "token", "runs"])
+@pytest.mark.parametrize("harm", ["cut", "outside", "no line", "token"])
 def test_what_goes_wrong_changes_nothing(tmp_path, there_and_here, client, monkeypatch, harm):
     there, here = there_and_here
     archive = tmp_path / "x.tar"
@@ -272,12 +272,8 @@ def test_what_goes_wrong_changes_nothing(tmp_path, there_and_here, client, monke
         _Cluster.log = ""
     if harm == "token":
         monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 64)
-    if harm == "runs":  # a store of theirs that cannot be read
-        (there / "mlflow.db").write_text("no store")
-        handed_out(archive, *submit.pack(["packed", "mlflow.db"], there, archive))
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(submit.SubmitError) as caught:
         submit.fetch(client, "job", [], here)
-    assert isinstance(caught.value, submit.SubmitError) or harm == "runs"
     if harm == "token":
         assert "cannot fetch x.tar" in str(caught.value)
         assert "Invalid authentication token" in str(caught.value)

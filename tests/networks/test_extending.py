@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bnncore import check, storage
+from bnncore import check
+from bnncore.lowering import blueprint
 from bnncore.lowering.lower import lower
 from bnncore.networks import binarize, sharing
 from bnncore.packed import execute, packfile
@@ -52,4 +53,4 @@ def test_a_binarizer_and_a_sharing_row_are_one_line_each(monkeypatch):
     packed = execute.Model(program, ops="numpy")(DATA.val.images)
     apart = np.abs(packed - expected).max(1) > 1e-4 * np.abs(expected).max()
     assert apart.sum() <= 1
-    assert len(packfile.encode(program)) <= storage.file_bound(ensemble.spec)
+    assert len(packfile.encode(program)) <= blueprint.file_bound(ensemble.spec)

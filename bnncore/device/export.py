@@ -333,13 +333,13 @@ class _Writer:
 
     # links
 
-    def link(self, value: int, node: Node) -> None:
+    def link(self, before: int, value: int, node: Node) -> None:
+        """Go on from the numbers of value `before`."""
         n = self.channels(value)
-        before = node.inputs[0]
         if node.op in BITS:
             self._to_bits(value, node, n)
             return
-        self.to_floats(before if node.op != "add" else value)
+        self.to_floats(before)
         v = self.v(value)
         if node.op == "affine":
             if "scale" in node.tensors:
@@ -355,9 +355,8 @@ class _Writer:
             low, high = (_float(node.attrs[key]) for key in ("low", "high"))
             self.say("clip", v, low, high, n)
         else:
-            mine = set(self.step.made) | ({self.step.start} if self.step.anchor is None else set())
-            others = [source for source in node.inputs if source not in mine]
-            other = others[0] if others else node.inputs[0]
+            others = [source for source in node.inputs if source != before]
+            other = others[0] if others else before
             kernel = "add_sums" if self.shapes[other].kind == "i32" else "add"
             self.say(kernel, v, self.pixel(other), n)
 
@@ -369,7 +368,7 @@ class _Writer:
             return
         slots = ("threshold",) if node.op == "threshold" else ("low", "high")
         tensors = [self.program.tensors[node.tensors[slot]] for slot in slots]
-        if tensors[0].data.dtype.kind == "f":
+        if any(tensor.data.dtype.kind == "f" for tensor in tensors):
             self.to_floats(value)
             levels = [self.floats(node, slot) for slot in slots]
             short = "f32"
@@ -397,10 +396,12 @@ class _Writer:
         self.loops = h * w > 1
         self.indices: set[str] = set()
         self.anchor()
-        if step.anchor is not None and step.start in step.stored:
+        if step.anchor is not None and step.start in step.stored and self.vector:
             self.store(step.start)
+        before = step.start
         for value, node in step.links:
-            self.link(value, node)
+            self.link(before, value, node)
+            before = value
             if value in step.stored:
                 self.store(value)
         lines = []

@@ -102,7 +102,8 @@ def steps(program: Program) -> list[Step]:
                 for user in users.get(value, [])
                 if user not in {link for link, _ in step.links} or value not in inside
             ]
-            if shapes[value].kind != "bits" and (others or value == last):
+            joined = value == step.start and shapes[value].kind == "bits"
+            if joined or (shapes[value].kind != "bits" and (others or value == last)):
                 step.stored.add(value)
     return sorted(made, key=lambda step: step.own)
 

@@ -1,4 +1,4 @@
-/* needs pack */
+/* needs bit pack */
 /* low <= x <= high, negated where inside is 0. */
 static void bnn_interval_f32(bnn_u32 *to, const bnn_f32 *v, int n, const bnn_f32 *low, const bnn_f32 *high,
                            const uint32_t *inside)

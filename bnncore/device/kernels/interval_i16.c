@@ -1,4 +1,4 @@
-/* needs pack */
+/* needs bit pack */
 /* low <= x <= high, negated where inside is 0. */
 static void bnn_interval_i16(bnn_u32 *to, const bnn_i32 *v, int n, const int16_t *low, const int16_t *high,
                            const uint32_t *inside)

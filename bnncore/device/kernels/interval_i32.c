@@ -1,4 +1,4 @@
-/* needs pack */
+/* needs bit pack */
 /* low <= x <= high, negated where inside is 0. */
 static void bnn_interval_i32(bnn_u32 *to, const bnn_i32 *v, int n, const int32_t *low, const int32_t *high,
                            const uint32_t *inside)

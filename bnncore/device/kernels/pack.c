@@ -8,9 +8,3 @@ static uint32_t bnn_pack(bnn_u32 *to, uint32_t word, int c, int n, int bit)
     }
     return word;
 }
-
-/* Bit c of an array of words; where there is no array it is 1. */
-static int bnn_bit(const uint32_t *bits, int c)
-{
-    return bits ? (int)((bits[c >> 5] >> (c & 31)) & 1u) : 1;
-}

@@ -1,4 +1,4 @@
-/* needs pack */
+/* needs bit pack */
 /* x >= level where the direction is 1 (or none is given), x <= level where it is 0. */
 static void bnn_threshold_f32(bnn_u32 *to, const bnn_f32 *v, int n, const bnn_f32 *level,
                             const uint32_t *direction)

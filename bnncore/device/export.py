@@ -458,6 +458,7 @@ class Exported:
     test: str
     arena: int
     flash: int
+    classes: int
 
 
 def generate(program: Program, name: str) -> Exported:
@@ -498,7 +499,7 @@ def generate(program: Program, name: str) -> Exported:
     ]
     source = "\n".join(parts)
     header, test = _header(program, name, arena), _test(program, name)
-    return Exported(name, header, source, test, arena, code.flash)
+    return Exported(name, header, source, test, arena, code.flash, len(program.classes))
 
 
 def export(program: Program, folder: Path) -> Exported:

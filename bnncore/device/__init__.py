@@ -1,1 +1,1 @@
-"""From a packed `Program` to C for microcontrollers: its steps, its code, what it takes. No torch."""
+"""From a packed `Program` to C for microcontrollers: steps, code, emulated cores. No torch."""

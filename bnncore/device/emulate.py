@@ -81,7 +81,9 @@ class Device:
 
     def __init__(self, made: Exported, core: str, optimize: str = "-O2") -> None:
         if gone := missing():
-            raise DeviceError(f"expected the packages {', '.join(gone)}: pip install bnncore[device]")
+            raise DeviceError(
+                f"expected the packages {', '.join(gone)}: pip install bnncore[device]"
+            )
         if core not in CORES:
             raise DeviceError(f"core: expected one of {', '.join(CORES)}, got {core!r}")
         self.made, self.core = made, CORES[core]

@@ -254,7 +254,11 @@ class _Writer:
         if tensor.kind == "binary":
             array = self.code.array(name, "taps", "uint32_t", lambda t, m: _words(by_taps(t, m)))
             return "mac_bits", array, channels * -(-filters // 32)
-        kinds = {"float32": ("f32", "float"), "int8": ("i8", "int8_t"), "float16": ("f16", "uint16_t")}
+        kinds = {
+            "float32": ("f32", "float"),
+            "int8": ("i8", "int8_t"),
+            "float16": ("f16", "uint16_t"),
+        }
         short, kind = kinds[tensor.kind]
         make = by_taps if short != "f16" else lambda t, m: by_taps(t, m).view("<u2")
         return f"mac_{short}", self.code.array(name, "taps", kind, make), channels * filters
@@ -272,7 +276,9 @@ class _Writer:
         short, kind = {"float32": ("f32", "float"), "int8": ("i8", "int8_t"),
                        "float16": ("f16", "uint16_t")}[tensor.kind]  # fmt: skip
         view = "<u2" if short == "f16" else tensor.data.dtype
-        array = self.code.array(node.tensors["weight"], "", kind, lambda t, m: _copy(t, m).view(view))
+        array = self.code.array(
+            node.tensors["weight"], "", kind, lambda t, m: _copy(t, m).view(view)
+        )
         v = self.v(value)
         self.say(f"dense_{short}", v, f"V{node.inputs[0]}", array, features, outputs)
         self._finish_sums(node, outputs, v)
@@ -450,6 +456,8 @@ class Exported:
         header, source, test: C code.
         arena: bytes of RAM for values.
         flash: bytes of the model's arrays.
+        classes: how many scores.
+        alive: the largest sum of bytes alive at one time; no arena takes less.
     """
 
     name: str
@@ -459,6 +467,7 @@ class Exported:
     arena: int
     flash: int
     classes: int
+    alive: int
 
 
 def generate(program: Program, name: str) -> Exported:
@@ -475,7 +484,7 @@ def generate(program: Program, name: str) -> Exported:
     writers = [_Writer(code, step, f"{name}_step{k + 1}") for k, step in enumerate(work)]
     functions = [writer.write() for writer in writers]
     doubt = program.combine == "hard_vote"
-    places, scratch, arena = _places(program, shapes, work, writers, doubt)
+    places, scratch, arena, alive = _places(program, shapes, work, writers, doubt)
     for k, writer in enumerate(writers):
         rooms = "".join(
             f"    {kind} *const {room} = ({kind} *)(arena + {scratch[k, room] // 4});\n"
@@ -484,7 +493,7 @@ def generate(program: Program, name: str) -> Exported:
         functions[k] = functions[k].replace("\n{\n", f"\n{{\n{rooms}", 1)
     votes = _votes(code, name, work, writers, doubt)
     parts = [
-        f'/* {name}: made by bnncore from a packed file; {name}.h says how to call it. */',
+        f"/* {name}: made by bnncore from a packed file; {name}.h says how to call it. */",
         f'#include "{name}.h"\n',
         (KERNELS / "base.h").read_text(),
         f"static uint32_t arena[{name.upper()}_ARENA / 4];\n",
@@ -499,7 +508,7 @@ def generate(program: Program, name: str) -> Exported:
     ]
     source = "\n".join(parts)
     header, test = _header(program, name, arena), _test(program, name)
-    return Exported(name, header, source, test, arena, code.flash, len(program.classes))
+    return Exported(name, header, source, test, arena, code.flash, len(program.classes), alive)
 
 
 def export(program: Program, folder: Path) -> Exported:
@@ -541,7 +550,7 @@ VOTES = {-1: "SUMS", -2: "SCORES", -3: "DOUBT"}  # room of the votes
 
 def _places(
     program: Program, shapes: list[Shape], work: list[Step], writers: list[_Writer], doubt: bool
-) -> tuple[dict[int, int], dict[tuple[int, str], int], int]:
+) -> tuple[dict[int, int], dict[tuple[int, str], int], int, int]:
     """Offsets of values and votes, and of what steps need for themselves; the arena's bytes."""
     alive = [
         life
@@ -557,7 +566,8 @@ def _places(
             alive.append(plan.Lifetime(own[time, room], time, time, 4 * count))
     offsets, total = plan.place(alive, ALIGN)
     scratch = {key: offsets[number] for key, number in own.items()}
-    return {n: at for n, at in offsets.items() if n >= min(VOTES)}, scratch, total
+    values = {n: at for n, at in offsets.items() if n >= min(VOTES)}
+    return values, scratch, total, plan.peak(alive, ALIGN)
 
 
 def _place(number: int, offset: int, shapes: list[Shape]) -> str:
@@ -635,7 +645,7 @@ def _header(program: Program, name: str, arena: int) -> str:
 
 def _c_string(text: str) -> str:
     return "".join(
-        char if char.isalnum() and char.isascii() or char in " _-.,()" else
+        char if (char.isalnum() and char.isascii()) or char in " _-.,()" else
         "".join(f"\\{byte:03o}" for byte in char.encode())
         for char in text
     )  # fmt: skip

@@ -73,7 +73,7 @@ class Device:
     Args:
         made: from `export.generate`.
         core: a key of `CORES`.
-        optimize: the compiler's flag.
+        optimize: the compiler's flags.
 
     Raises:
         DeviceError: a tool is missing; the code does not compile.
@@ -190,15 +190,16 @@ def _compiled(made: Exported, core: Core, folder: Path, optimize: str) -> bytes:
     script = folder / "device.ld"
     script.write_text(
         f"ENTRY({made.name}_scores)\n"
-        f"SECTIONS {{ . = 0x{FLASH:x}; .text : {{ KEEP(*(.text.{made.name}_*)) *(.text*) }} .rodata : {{ *(.rodata*) "
-        f"*(.srodata*) }} . = 0x{RAM:x}; .data : {{ *(.data*) *(.sdata*) }} "
-        ".bss : { *(.bss*) *(.sbss*) *(COMMON) } }\n"
+        f"SECTIONS {{ . = 0x{FLASH:x}; .text : {{ KEEP(*(.text.{made.name}_*)) *(.text*) }} "
+        f".rodata : {{ *(.rodata*) *(.srodata*) }} . = 0x{RAM:x}; "
+        ".data : { *(.data*) *(.sdata*) } .bss : { *(.bss*) *(.sbss*) *(COMMON) } }\n"
     )
     elf = folder / "device.elf"
     command = [
         sys.executable, "-m", "ziglang", "cc", "-target", core.target, f"-mcpu={core.cpu}",
-        "-std=c99", optimize, "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib", "-rtlib=compiler-rt",
-        f"-Wl,-T,{script}", "-Wl,--gc-sections", "-ffunction-sections", "-isystem", str(FREESTANDING),
+        "-std=c99", *optimize.split(), "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib",
+        "-rtlib=compiler-rt", f"-Wl,-T,{script}", "-Wl,--gc-sections", "-ffunction-sections",
+        "-isystem", str(FREESTANDING),
         "-o", str(elf), str(folder / f"{made.name}.c"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -212,6 +213,7 @@ def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:
     import io
 
     from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import SymbolTableSection
 
     file = ELFFile(io.BytesIO(elf))
     segments, sizes = [], {"code": 0, "constants": 0, "ram": 0}
@@ -224,6 +226,7 @@ def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:
         kind = "code" if flags & 4 else "ram" if address >= RAM else "constants"
         sizes[kind] += size
     table = file.get_section_by_name(".symtab")
+    assert isinstance(table, SymbolTableSection)
     symbols = {s.name: s["st_value"] & ~1 if file["e_machine"] == "EM_ARM" else s["st_value"]
                for s in table.iter_symbols() if s.name}  # fmt: skip
     return segments, symbols, Sizes(**sizes)

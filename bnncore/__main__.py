@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from bnncore.device import commands as device
+from bnncore.errors import UserError
 from bnncore.packed import execute, packfile
 from bnncore.packed.program import PackedFormatError, Program, Tensor, validate
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-class UserError(Exception):
-    """Something that the caller can put right; shown without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--batch", type=int, default=64, help="images (default 64)")
             command.add_argument("--torch", action="store_true", help="also torch fp32 eager")
             command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+    device.register(commands)
     return parser
 
 

@@ -5,10 +5,12 @@ Counts are instructions, not cycles; they are exact and the same everywhere.
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,10 @@ from bnncore.device.export import Exported
 from bnncore.errors import UserError
 
 FREESTANDING = Path(__file__).with_name("freestanding")
-FLASH, RAM, STACK = 0x0800_0000, 0x2000_0000, 0x3000_0000  # where the linker puts what
-RAM_BYTES = STACK_BYTES = 1 << 20
+FLASH, RAM = 0x0800_0000, 0x2000_0000  # where the linker puts what
+STACK, DATA = 0x5000_0000, 0x6000_0000  # the image and the scores are data
+STACK_BYTES = 1 << 16
+FLASH_BYTES, RAM_BYTES = 0x0700_0000, 0x2000_0000  # at most
 END = 0x0FFF_0000  # where a call returns to
 
 
@@ -82,16 +86,22 @@ class Device:
     def __init__(self, made: Exported, core: str, optimize: str = "-O2") -> None:
         if gone := missing():
             raise DeviceError(
-                f"expected the packages {', '.join(gone)}: pip install bnncore[device]"
+                f"expected the packages {', '.join(gone)}: pip install 'bnncore[device]'"
             )
         if core not in CORES:
-            raise DeviceError(f"core: expected one of {', '.join(CORES)}, got {core!r}")
+            raise DeviceError(f"cpu: expected one of {', '.join(CORES)}, got {core!r}")
         self.made, self.core = made, CORES[core]
         with tempfile.TemporaryDirectory() as folder:
             self.elf = _compiled(made, self.core, Path(folder), optimize)
         self.segments, self.symbols, self.sizes = _read(self.elf)
+        if self.sizes.code + self.sizes.constants > FLASH_BYTES or self.sizes.ram > RAM_BYTES:
+            raise DeviceError(
+                f"expected at most {FLASH_BYTES:,} bytes of flash and {RAM_BYTES:,} of RAM, "
+                f"got {self.sizes}"
+            )
         self.deepest = 0
-        self.lengths: dict[tuple[int, int], int] = {}  # basic block -> instructions
+        self.visits = Counter[tuple[int, int]]()  # of a basic block, by address and size
+        self.profiled = Counter[str]()  # instructions of the last counted image by function
 
     def _machine(self) -> Any:
         import unicorn
@@ -101,9 +111,13 @@ class Device:
         uc = unicorn.Uc(getattr(unicorn, f"UC_ARCH_{self.core.arch}"), mode)
         if self.core.model:
             uc.ctl_set_cpu_model(getattr(arm_const, f"UC_CPU_ARM_{self.core.model}"))
-        uc.mem_map(FLASH, 8 << 20)
-        uc.mem_map(RAM, RAM_BYTES)
-        uc.mem_map(STACK, STACK_BYTES)
+        for address, size in (
+            (FLASH, self.sizes.code + self.sizes.constants),
+            (RAM, self.sizes.ram),
+            (STACK, STACK_BYTES),
+            (DATA, _pages(self.made.image) + 4 * self.made.classes),
+        ):
+            uc.mem_map(address, _pages(size))
         uc.mem_map(END & ~0xFFF, 0x1000)
         if self.core.arch == "ARM":
             uc.mem_map(0xE000_E000, 0x1000)
@@ -130,23 +144,20 @@ class Device:
 
         name = self.made.name
         uc = self._machine()
-        image, out = STACK, STACK + 0x40000
+        image, out = DATA, DATA + _pages(self.made.image)
         top = STACK + STACK_BYTES - 64
-        found, total, low = [], [0], [top]
+        found, low = [], [top]
         sp = self._register("SP")
 
         def block(machine: Any, address: int, size: int, data: Any) -> None:
-            key = address, size
-            if key not in self.lengths:
-                self.lengths[key] = self._instructions(bytes(machine.mem_read(address, size)))
-            total[0] += self.lengths[key]
+            self.visits[address, size] += 1
             low[0] = min(low[0], machine.reg_read(sp))
 
         if count:
             uc.hook_add(unicorn.UC_HOOK_BLOCK, block)
         entry = self.symbols[f"{name}_{function}"]
         for picture in images:
-            total[0] = 0
+            self.visits.clear()
             uc.mem_write(image, picture.tobytes())
             for register, value in zip(self._arguments(), (image, members, out), strict=False):
                 uc.reg_write(register, value)
@@ -160,7 +171,19 @@ class Device:
             scores = np.frombuffer(bytes(uc.mem_read(out, 4 * self.made.classes)), "<f4")
             found.append((label, scores.copy()))
         self.deepest = top - low[0]
-        return found, total[0]
+        self.profiled = self._profile(uc)
+        return found, self.profiled.total()
+
+    def _profile(self, machine: Any) -> Counter[str]:
+        """Instructions by function; what is inlined counts for its caller."""
+        names = sorted((address, name) for name, address in self.symbols.items())
+        starts = [address for address, _ in names]
+        found = Counter[str]()
+        for (address, size), visits in self.visits.items():
+            code = bytes(machine.mem_read(address, size))
+            name = names[bisect.bisect_right(starts, address) - 1][1]
+            found[name] += visits * self._instructions(code)
+        return found
 
     def _instructions(self, code: bytes) -> int:
         """How many instructions of 2 and 4 bytes a basic block has."""
@@ -184,6 +207,10 @@ class Device:
         return [self._register(f"{prefix}{k}") for k in range(3)]
 
 
+def _pages(size: int) -> int:
+    return -(-size // 4096) * 4096 + 4096  # one more: a page of its own between regions
+
+
 def _compiled(made: Exported, core: Core, folder: Path, optimize: str) -> bytes:
     for ending, text in ((".h", made.header), (".c", made.source)):
         (folder / f"{made.name}{ending}").write_text(text)
@@ -204,12 +231,13 @@ def _compiled(made: Exported, core: Core, folder: Path, optimize: str) -> bytes:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise DeviceError(f"{made.name} for {core.cpu}: does not compile: {done.stderr[-2000:]}")
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or ["?"]
+        raise DeviceError(f"{made.name} for {core.cpu}: does not compile: {errors[0]}")
     return elf.read_bytes()
 
 
 def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:
-    """(address, content) of what is loaded, symbols, sizes."""
+    """(address, content) of what is loaded, functions, sizes."""
     import io
 
     from elftools.elf.elffile import ELFFile
@@ -228,5 +256,5 @@ def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:
     table = file.get_section_by_name(".symtab")
     assert isinstance(table, SymbolTableSection)
     symbols = {s.name: s["st_value"] & ~1 if file["e_machine"] == "EM_ARM" else s["st_value"]
-               for s in table.iter_symbols() if s.name}  # fmt: skip
+               for s in table.iter_symbols() if s["st_info"]["type"] == "STT_FUNC"}  # fmt: skip
     return segments, symbols, Sizes(**sizes)

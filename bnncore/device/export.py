@@ -11,7 +11,7 @@ Binary sums and thresholds on integers equal the evaluator's; sums of floats agr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from bnncore.packed.program import Program, Shape, Tensor, validate
 
 KERNELS = Path(__file__).with_name("kernels")
 ALIGN = 4  # bytes, of every value in the arena
+HEADERS = ("string.h", "stdint.h", "stddef.h")
 TESTED = 4  # images of the self-test
 
 
@@ -40,9 +41,11 @@ class Exported:
     Attributes:
         name: of the model, a C identifier.
         header, source, test: C code.
+        note: how to build it, in Markdown.
         arena: bytes of RAM for values.
         flash: bytes of the model's arrays.
         classes: how many scores.
+        image: bytes of an image.
         alive: the largest sum of bytes alive at one time; no arena takes less.
     """
 
@@ -50,10 +53,18 @@ class Exported:
     header: str
     source: str
     test: str
+    note: str
     arena: int
     flash: int
     classes: int
+    image: int
     alive: int
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name -> content."""
+        texts = {".h": self.header, ".c": self.source, "_test.c": self.test, ".md": self.note}
+        return {f"{self.name}{ending}": text for ending, text in texts.items()}
 
 
 def generate(program: Program, name: str) -> Exported:
@@ -62,8 +73,11 @@ def generate(program: Program, name: str) -> Exported:
     Raises:
         ExportError: `name` is no C identifier, or something has no kernel.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
-        raise ExportError(f"name: expected a C identifier (letters, digits, _), got {name!r}")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or f"{name}.h" in HEADERS:
+        raise ExportError(
+            f"name: expected a C identifier (letters, digits, _) that is no header of C's, "
+            f"got {name!r}"
+        )
     shapes = validate(program)
     work = steps(program)
     code = Code(program, shapes)
@@ -93,16 +107,19 @@ def generate(program: Program, name: str) -> Exported:
         votes,
     ]
     source = "\n".join(parts)
-    header, test = _header(program, name, arena), _test(program, name)
-    return Exported(name, header, source, test, arena, code.flash, len(program.classes), alive)
+    facts = _facts(program, name, arena, code.flash)
+    return Exported(
+        name, _filled("header", facts), source, _test(program, facts), _filled("note", facts),
+        arena, code.flash, len(program.classes), int(np.prod(program.image)), alive,
+    )  # fmt: skip
 
 
 def export(program: Program, folder: Path) -> Exported:
     """Write `generate`'s files into `folder`, whose last part is the model's name."""
     made = generate(program, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
-    for ending, text in ((".h", made.header), (".c", made.source), ("_test.c", made.test)):
-        (folder / f"{made.name}{ending}").write_text(text)
+    for file, text in made.files.items():
+        (folder / file).write_text(text, encoding="utf-8")
     return made
 
 
@@ -200,7 +217,6 @@ def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt
                   if not any(re.search(rf"\b{word}\b", line) for line in lines)]  # fmt: skip
         return "\n".join(f"    {line}" for line in [*lines, *unused])
 
-    template = (KERNELS / "votes.template").read_text()
     values = {
         "NAME": name,
         "UPPER": name.upper(),
@@ -210,23 +226,26 @@ def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt
         "NEXT": block(each, "image", "m"),
         "SCORE": block([code.call("score", "SCORES", "SUMS", divisor, bias, n)], "m"),
     }
-    return re.sub(r"@(\w+)@", lambda match: values[match.group(1)], template)
+    return _filled("votes", values)
 
 
 def _plain_float(tensor: Tensor, m: int) -> np.ndarray:
     return tensor.data.astype("<f4")
 
 
-def _header(program: Program, name: str, arena: int) -> str:
+def _filled(template: str, values: Mapping[str, object]) -> str:
+    text = (KERNELS / f"{template}.template").read_text()
+    return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), text)
+
+
+def _facts(program: Program, name: str, arena: int, flash: int) -> dict[str, object]:
     h, w, c = program.image
     classes = ", ".join(f'"{_c_string(label)}"' for label in program.classes)
-    values = {
+    return {
         "NAME": name, "UPPER": name.upper(), "HEIGHT": h, "WIDTH": w, "CHANNELS": c,
         "CLASSES": len(program.classes), "MEMBERS": program.members, "ARENA": arena,
-        "LABELS": classes, "COMBINE": program.combine,
+        "FLASH": flash, "LABELS": classes, "COMBINE": program.combine,
     }  # fmt: skip
-    template = (KERNELS / "header.template").read_text()
-    return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), template)
 
 
 def _c_string(text: str) -> str:
@@ -248,14 +267,11 @@ def self_images(program: Program, count: int) -> np.ndarray:
     return values.reshape(count, *program.image)
 
 
-def _test(program: Program, name: str) -> str:
+def _test(program: Program, facts: Mapping[str, object]) -> str:
     model = execute.Model(program, "numpy")
     images = self_images(program, TESTED)
     scores = model(images)
     labels = model.predict(images)
-    values = {
-        "NAME": name, "UPPER": name.upper(), "COUNT": TESTED, "CLASSES": len(program.classes),
-        "SCORES": c_values(scores.astype("<f4"), "float"), "LABELS": c_values(labels, "int"),
-    }  # fmt: skip
-    template = (KERNELS / "test.template").read_text()
-    return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), template)
+    scored, labelled = c_values(scores.astype("<f4"), "float"), c_values(labels, "int")
+    values = {**facts, "COUNT": TESTED, "SCORES": scored, "LABELS": labelled}
+    return _filled("test", values)

@@ -329,7 +329,8 @@ class Writer:
         else:
             lines += self.body
         inside = "\n".join(f"    {line}" for line in lines)
-        return f"/* {step.name} */\nstatic void {self.label}({self.parameters})\n{{\n{inside}\n}}\n"
+        name = re.sub(r"[^\w .,:+-]", "_", step.name, flags=re.ASCII)  # no end of the comment
+        return f"/* {name} */\nstatic void {self.label}({self.parameters})\n{{\n{inside}\n}}\n"
 
     @property
     def parameters(self) -> str:

@@ -31,14 +31,35 @@ class Code:
     def array(self, name: str, layout: str, kind: str, make: Make) -> str:
         """The name of a tensor's array, laid out by `make` for each copy; ``[m]`` where own."""
         tensor = self.program.tensors[name]
-        if (name, layout) not in self.known:
-            label = f"t{len(self.known)}_{re.sub(r'[^A-Za-z0-9]', '_', name.split('.')[-1])}"
-            copies = [make(tensor, m) for m in range(self.program.members if tensor.own else 1)]
-            self.arrays.append(c_array(label, kind, copies, tensor.own))
+        copies = self.program.members if tensor.own else 1
+        return self._named((name, layout), kind, tensor.own,
+                           lambda: [make(tensor, m) for m in range(copies)])  # fmt: skip
+
+    def group(
+        self,
+        names: list[str],
+        layout: str,
+        kind: str,
+        make: Callable[[list[np.ndarray]], np.ndarray],
+    ) -> str:
+        """An array made of several tensors; a member's own where one of them is."""
+        tensors = [self.program.tensors[name] for name in names]
+        own = any(tensor.own for tensor in tensors)
+        copies = self.program.members if own else 1
+        return self._named((" ".join(names), layout), kind, own, lambda: [
+            make([one_copy(tensor, m) for tensor in tensors]) for m in range(copies)
+        ])  # fmt: skip
+
+    def _named(
+        self, key: tuple[str, str], kind: str, own: bool, make: Callable[[], list[np.ndarray]]
+    ) -> str:
+        if key not in self.known:
+            label = f"t{len(self.known)}_{re.sub(r'[^A-Za-z0-9]', '_', key[0].split('.')[-1])}"
+            copies = make()
+            self.arrays.append(c_array(label, kind, copies, own))
             self.flash += sum(copy.nbytes for copy in copies)
-            self.known[name, layout] = label
-        label = self.known[name, layout]
-        return f"{label}[m]" if tensor.own else label
+            self.known[key] = label
+        return f"{self.known[key]}[m]" if own else self.known[key]
 
 
 def one_copy(tensor: Tensor, m: int) -> np.ndarray:

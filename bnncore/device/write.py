@@ -6,9 +6,16 @@ import re
 
 import numpy as np
 
+from bnncore.device import sliced
 from bnncore.device.arrays import Code, c_float, one_copy, words
 from bnncore.device.steps import BITS, Step
 from bnncore.packed.program import Node, Tensor
+
+FLOATS = {  # kind of weights -> kernel's ending, type in C
+    "float32": ("f32", "float"),
+    "int8": ("i8", "int8_t"),
+    "float16": ("f16", "uint16_t"),
+}
 
 
 class Writer:
@@ -19,9 +26,14 @@ class Writer:
         self.program, self.shapes = code.program, code.shapes
         self.head: list[str] = []  # before the pixels
         self.body: list[str] = []  # of one pixel
-        self.whole: list[str] = []  # instead of pixels
+        self.each: list[str] = []  # of one channel of it
+        self.group: list[str] = []  # of 32 pixels, before the first of them
         self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
-        self.vector = ""  # which of v (floats) and s (sums) holds the numbers of the pixel
+        self.done = False  # whether the anchor has made the bits
+        self.number = ""  # which of v (a float) and u (a sum) holds the channel's number
+        h, w, _ = self.map(step.last)
+        self.size = h, w
+        self.loops = h * w > 1
 
     # what a step needs for itself, and where values lie
 
@@ -42,19 +54,43 @@ class Writer:
         n = self.channels(value)
         return -(-n // 32) if self.shapes[value].kind == "bits" else n
 
-    def pixel(self, value: int) -> str:
+    def pixel(self, value: int, index: str = "p") -> str:
         h, w, _ = self.map(value)
         n = self.width(value)
-        return f"V{value}" if h * w == 1 else f"V{value} + p * {n}"
+        return f"V{value}" if h * w == 1 else f"V{value} + {index} * {n}"
 
-    def v(self, value: int) -> str:
-        return self.room("v", "bnn_f32", self.channels(value))
+    def element(self, value: int) -> str:
+        """Channel c of the pixel."""
+        h, w, n = self.map(value)
+        return f"V{value}[c]" if h * w == 1 else f"V{value}[p * {n} + c]"
 
-    def s(self, value: int) -> str:
-        return self.room("s", "bnn_i32", self.channels(value))
+    def numbers(self, value: int, kind: str) -> str:
+        """Where an anchor puts a pixel's numbers: the map itself, or room for them; then
+        each channel goes on with its own."""
+        if value in self.step.stored:
+            place, element = self.pixel(value), self.element(value)
+        else:
+            name, ctype = {"f32": ("numbers", "bnn_f32"), "i32": ("sums", "bnn_i32")}[kind]
+            place = self.room(name, ctype, self.channels(value))
+            element = f"{place}[c]"
+        self.take(element, kind)
+        return place
+
+    def take(self, element: str, kind: str) -> None:
+        self.number = "u" if kind == "i32" else "v"
+        self.each.append(f"const int32_t u = {element};" if kind == "i32" else
+                         f"float v = {element};")  # fmt: skip
+
+    def to_float(self) -> None:
+        if self.number == "u":
+            self.each.append("float v = (float)u;")
+        self.number = "v"
 
     def say(self, kernel: str, *arguments: object) -> None:
         self.body.append(self.code.call(kernel, *arguments))
+
+    def change(self, kernel: str, *arguments: object) -> None:
+        self.each.append(f"v = {self.code.call(kernel, 'v', *arguments)}")
 
     # tensors
 
@@ -76,20 +112,12 @@ class Writer:
             return "0"
         return self.code.array(name, "", "uint32_t", lambda t, m: words(one_copy(t, m)))
 
-    # numbers of a pixel
-
-    def to_floats(self, value: int) -> None:
-        if self.vector == "s":
-            self.say("to_float", self.v(value), self.s(value), self.channels(value))
-        self.vector = "v"
+    # anchors
 
     def anchor(self) -> None:
         step = self.step
         if step.anchor is None:
-            kind = self.shapes[step.start].kind
-            self.vector = "s" if kind == "i32" else "v"
-            kernel, to = ("load_sums", self.s) if kind == "i32" else ("load", self.v)
-            self.say(kernel, to(step.start), self.pixel(step.start), self.channels(step.start))
+            self.take(self.element(step.start), self.shapes[step.start].kind)
         else:
             getattr(self, f"_{step.anchor.op}")(step.anchor, step.start)
 
@@ -100,55 +128,101 @@ class Writer:
         self.head.insert(0, f"static const bnn_window g = {{{numbers}}};")
         return "&g"
 
+    @property
+    def where(self) -> tuple[str, str]:
+        return ("y", "x") if self.loops else ("0", "0")
+
     def _bconv(self, node: Node, value: int) -> None:
         filters, kh, kw, channels = self.program.tensors[node.tensors["weight"]].shape
+        g = self.window(node, (kh, kw), node.inputs[0])
+        if sliced.wins((filters, kh, kw, channels), int(node.attrs["pad"]), self.map(value)):
+            self._sliced(node, value, g)
+            return
         n = -(-kh * kw * channels // 32)
         array = self.code.array(
             node.tensors["weight"], "rows", "uint32_t",
             lambda t, m: words(one_copy(t, m).reshape(filters, -1)),
         )  # fmt: skip
-        g = self.window(node, (kh, kw), node.inputs[0])
         row, mask = self.room("row", "bnn_u32", n), self.room("mask", "bnn_u32", n)
-        where = ("y", "x") if self.loops else ("0", "0")
-        self.say("bconv", g, f"V{node.inputs[0]}", *where, array, filters, n, row, mask,
-                 self.s(value))  # fmt: skip
-        self.vector = "s"
+        self.say("bconv", g, f"V{node.inputs[0]}", *self.where, array, filters, n, row, mask,
+                 self.numbers(value, "i32"))  # fmt: skip
+
+    def _sliced(self, node: Node, value: int, g: str) -> None:
+        """32 pixels at a time; where all that follows is to bits, these are made at once."""
+        weight = self.program.tensors[node.tensors["weight"]]
+        filters, kh, kw, channels = weight.shape
+        products = kh * kw * channels
+        n, planes = sliced.padded(products), sliced.planes(products)
+        _, width, _ = self.map(value)
+        pixels = self.size[0] * self.size[1]
+        array = self.code.array(
+            node.tensors["weight"], "triples", "uint32_t",
+            lambda t, m: sliced.triples(one_copy(t, m).reshape(filters, -1)),
+        )  # fmt: skip
+        room = self.room("room", "bnn_u32", 32)
+        inputs = self.room("planes", "bnn_u32", 2 * n)
+        table = self.room("table", "bnn_u32", 16 * n // 3)
+        count = self.room("count", "bnn_u32", planes)
+        source = f"V{node.inputs[0]}"
+        self.group += [
+            self.code.call("planes", g, source, width, pixels, "q", n, inputs, room),
+            self.code.call("triples", inputs, n, table),
+        ]
+        limits = self._limits(value, products)
+        if limits is None:
+            sums = self.room("sums", "bnn_i32", 32 * filters)
+            self.group.append(self.code.call("bconv_sums", table, array, filters, n // 24, planes,
+                                             products, count, sums))  # fmt: skip
+            self.take(f"sums[(p - q) * {filters} + c]", "i32")
+            if value in self.step.stored:
+                self.each.append(f"{self.element(value)} = u;")
+        else:
+            self.done = True
+            bits = self.step.last
+            self.group.append(self.code.call(
+                "bconv_bits", table, array, filters, n // 24, planes, limits, count, room,
+                f"{pixels} - q", self.pixel(bits, "q")))  # fmt: skip
+
+    def _limits(self, value: int, products: int) -> str | None:
+        """The array of limits, if the step goes from sums to bits by integers alone."""
+        links = self.step.links
+        if len(links) != 1 or links[0][1].op not in BITS or value in self.step.stored:
+            return None
+        node = links[0][1]
+        tensors = {slot: self.program.tensors[name] for slot, name in node.tensors.items()}
+        if any(tensor.data.dtype.kind == "f" for tensor in tensors.values()):
+            return None
+        return self.code.group(
+            list(node.tensors.values()), f"limits {products} {node.op} {self.channels(value)}",
+            "int16_t",
+            lambda copies: sliced.limits(
+                dict(zip(tensors, copies, strict=True)), products, self.channels(value)
+            ),
+        )  # fmt: skip
 
     def _conv(self, node: Node, value: int) -> None:
         tensor = self.program.tensors[node.tensors["weight"]]
         filters, kh, kw, channels = tensor.shape
-        source = 0 if self.step.image is not None else node.inputs[0]
-        height, width, _ = self.map(source)
-        stride, pad = int(node.attrs["stride"]), int(node.attrs["pad"])
-        kernel, array, taps = self._weights(node, tensor)
-        v = self.v(value)
-        self.body.append(self.code.call("clear", v, filters))
-        y, x = ("y", "x") if self.loops else ("0", "0")
-        at = f"((int32_t)a * {width} + b) * {channels}"
-        if self.step.image is not None:
-            pixel = self.room("in", "bnn_f32", channels)
-            scale, shift = (self.floats(self.step.image, slot) for slot in ("scale", "shift"))
-            load = [self.code.call("load_image", pixel, f"image + {at}", channels, scale, shift)]
+        image = self.step.image
+        source = 0 if image is not None else node.inputs[0]
+        plain = kh * kw == 1 and node.attrs["stride"] == 1 and not node.attrs["pad"]
+        if image is None and plain:
+            inputs = self.pixel(source)
         else:
-            pixel, load = f"V{source} + {at}", []
-        tap = self.code.call(kernel, v, pixel, f"{array} + (i * {kw} + j) * {taps}", channels,
-                             filters)  # fmt: skip
-        lines = [*load, tap]
-        self.body += [
-            f"for (i = 0; i < {kh}; i++)",
-            f"    for (j = 0; j < {kw}; j++) {{",
-            f"        const int a = {y} * {stride} - {pad} + i, b = {x} * {stride} - {pad} + j;",
-            f"        if (a >= 0 && a < {height} && b >= 0 && b < {width}) {{",
-            *(f"            {line}" for line in lines),
-            "        }",
-            "    }",
-        ]
-        self.indices |= {"i", "j"}
-        self._finish_sums(node, filters, v)
+            g = self.window(node, (kh, kw), source)
+            inputs = self.room("window", "bnn_f32", kh * kw * channels)
+            if image is None:
+                self.say("window_f32", g, f"V{source}", *self.where, inputs)
+            else:
+                norm = [self.floats(image, slot) for slot in ("scale", "shift")]
+                self.say("window_image", g, "image", *self.where, *norm, inputs)
+        kernel, array = self._weights(node, tensor)
+        to = self.numbers(value, "f32")
+        self.say(kernel, to, inputs, array, kh * kw * channels, filters)
+        self._finish_sums(node, value)
 
-    def _weights(self, node: Node, tensor: Tensor) -> tuple[str, str, int]:
-        """(kernel, array, elements of a tap): weights by taps, inputs, filters."""
-        filters, _, _, channels = tensor.shape
+    def _weights(self, node: Node, tensor: Tensor) -> tuple[str, str]:
+        """(kernel, array): weights by taps, inputs, filters."""
         name = node.tensors["weight"]
 
         def by_taps(t: Tensor, m: int) -> np.ndarray:
@@ -156,53 +230,47 @@ class Writer:
 
         if tensor.kind == "binary":
             array = self.code.array(name, "taps", "uint32_t", lambda t, m: words(by_taps(t, m)))
-            return "mac_bits", array, channels * -(-filters // 32)
-        kinds = {
-            "float32": ("f32", "float"),
-            "int8": ("i8", "int8_t"),
-            "float16": ("f16", "uint16_t"),
-        }
-        short, kind = kinds[tensor.kind]
+            return "products_bits", array
+        short, kind = FLOATS[tensor.kind]
         make = by_taps if short != "f16" else lambda t, m: by_taps(t, m).view("<u2")
-        return f"mac_{short}", self.code.array(name, "taps", kind, make), channels * filters
+        return f"products_{short}", self.code.array(name, "taps", kind, make)
 
-    def _finish_sums(self, node: Node, filters: int, v: str) -> None:
+    def _finish_sums(self, node: Node, value: int) -> None:
+        """Scale and bias of float weights, a channel at a time."""
         if "weight_scale" in node.tensors:
-            self.say("scale", v, self.floats(node, "weight_scale"), filters)
+            self.each.append(f"v *= {self.floats(node, 'weight_scale')}[c];")
         if "bias" in node.tensors:
-            self.say("add", v, self.floats(node, "bias"), filters)
-        self.vector = "v"
+            self.each.append(f"v += {self.floats(node, 'bias')}[c];")
+        if len(self.each) > 1 and value in self.step.stored:
+            self.each.append(f"{self.element(value)} = v;")
 
     def _dense(self, node: Node, value: int) -> None:
         tensor = self.program.tensors[node.tensors["weight"]]
         outputs, features = tensor.shape
-        short, kind = {"float32": ("f32", "float"), "int8": ("i8", "int8_t"),
-                       "float16": ("f16", "uint16_t")}[tensor.kind]  # fmt: skip
+        short, kind = FLOATS[tensor.kind]
         view = "<u2" if short == "f16" else tensor.data.dtype
         array = self.code.array(
             node.tensors["weight"], "", kind, lambda t, m: one_copy(t, m).view(view)
         )
-        v = self.v(value)
-        self.say(f"dense_{short}", v, f"V{node.inputs[0]}", array, features, outputs)
-        self._finish_sums(node, outputs, v)
+        to = self.numbers(value, "f32")
+        self.say(f"dense_{short}", to, f"V{node.inputs[0]}", array, features, outputs)
+        self._finish_sums(node, value)
 
     def _normalize(self, node: Node, value: int) -> None:
         n = self.channels(value)
-        at = f"image + p * {n}" if self.loops else "image"
-        scale, shift = self.floats(node, "scale"), self.floats(node, "shift")
-        self.say("load_image", self.v(value), at, n, scale, shift)
-        self.vector = "v"
+        self.take(f"(float)image[{f'p * {n} + c' if self.loops else 'c'}]", "f32")
+        scale, shift = (self.floats(node, slot) for slot in ("scale", "shift"))
+        self.change("affine", f"{scale}[c]", f"{shift}[c]")
+        if value in self.step.stored:
+            self.each.append(f"{self.element(value)} = v;")
 
     def _pool(self, node: Node, value: int, *extra: object) -> None:
         source = node.inputs[0]
         kernel = int(node.attrs["kernel"])
         g = self.window(node, (kernel, kernel), source)
         kind = self.shapes[source].kind
-        where = ("y", "x") if self.loops else ("0", "0")
-        sums = node.op == "maxpool" and kind == "i32"
-        to = self.s(value) if sums else self.v(value)
-        self.say(f"{node.op}_{kind}", g, f"V{source}", *where, *extra, to)
-        self.vector = "s" if sums else "v"
+        to = self.numbers(value, self.shapes[value].kind)
+        self.say(f"{node.op}_{kind}", g, f"V{source}", *self.where, *extra, to)
 
     def _maxpool(self, node: Node, value: int) -> None:
         self._pool(node, value)
@@ -214,130 +282,142 @@ class Writer:
         source = node.inputs[0]
         h, w, c = self.map(source)
         kind = self.shapes[source].kind
-        self.say(f"global_avg_{kind}", f"V{source}", h * w, c, self.v(value))
-        self.vector = "v"
+        self.say(f"global_avg_{kind}", f"V{source}", h * w, c, self.numbers(value, "f32"))
 
     def _flatten(self, node: Node, value: int) -> None:
         h, w, c = self.map(node.inputs[0])
-        self.say("flatten", self.v(value), f"V{node.inputs[0]}", h * w, c)
-        self.vector = "v"
+        self.say("flatten", self.numbers(value, "f32"), f"V{node.inputs[0]}", h * w, c)
 
     def _concat(self, node: Node, value: int) -> None:
         kind = self.shapes[value].kind
         if kind == "bits":
             to = self.pixel(value)
             self.body.append(f"memset({to}, 0, {4 * self.width(value)});")
+        else:
+            to = self.numbers(value, kind)
         at = 0
         for source in node.inputs:
             n, part = self.channels(source), self.shapes[source].kind
             if kind == "bits":
                 self.say("concat_bits", to, at, self.pixel(source), n)
-            elif kind == "i32":
-                self.say("load_sums", f"{self.s(value)} + {at}", self.pixel(source), n)
             else:
-                kernel = "load" if part == "f32" else "to_float"
-                self.say(kernel, f"{self.v(value)} + {at}", self.pixel(source), n)
+                kernel = {"i32i32": "load_sums", "f32f32": "load"}.get(kind + part, "to_float")
+                self.say(kernel, f"{to} + {at}", self.pixel(source), n)
             at += n
-        self.vector = {"bits": "", "i32": "s", "f32": "v"}[kind]
 
-    # links
+    # links: what becomes of a channel's number
 
     def link(self, before: int, value: int, node: Node) -> None:
-        """Go on from the numbers of value `before`."""
-        n = self.channels(value)
+        """Go on from the number of value `before`."""
         if node.op in BITS:
-            self._to_bits(value, node, n)
+            self._to_bits(value, node)
             return
-        self.to_floats(before)
-        v = self.v(value)
+        self.to_float()
         if node.op == "affine":
-            if "scale" in node.tensors:
-                self.say("scale", v, self.floats(node, "scale"), n)
-            if "shift" in node.tensors:
-                self.say("add", v, self.floats(node, "shift"), n)
+            scale, shift = (
+                f"{self.floats(node, slot)}[c]" if slot in node.tensors else ""
+                for slot in ("scale", "shift")
+            )
+            if scale and shift:
+                self.change("affine", scale, shift)
+            elif scale or shift:
+                self.each.append(f"v *= {scale};" if scale else f"v += {shift};")
         elif node.op == "prelu":
             one = self.program.tensors[node.tensors["slope"]].shape[0] == 1
-            self.say("prelu", v, self.floats(node, "slope"), int(not one), n)
+            self.change("prelu", f"{self.floats(node, 'slope')}[{'0' if one else 'c'}]")
         elif node.op == "relu":
-            self.say("relu", v, n)
+            self.change("relu")
         elif node.op == "clip":
-            low, high = (c_float(node.attrs[key]) for key in ("low", "high"))
-            self.say("clip", v, low, high, n)
+            self.change("clip", *(c_float(node.attrs[key]) for key in ("low", "high")))
         else:
             others = [source for source in node.inputs if source != before]
             other = others[0] if others else before
-            kernel = "add_sums" if self.shapes[other].kind == "i32" else "add"
-            self.say(kernel, v, self.pixel(other), n)
+            cast = "(float)" if self.shapes[other].kind == "i32" else ""
+            self.each.append(f"v += {cast}{self.element(other)};")
+        if value in self.step.stored:
+            self.each.append(f"{self.element(value)} = v;")
 
-    def _to_bits(self, value: int, node: Node, n: int) -> None:
-        to = self.pixel(value)
-        if node.op == "sign":
-            kernel = "sign_i32" if self.vector == "s" else "sign_f32"
-            self.say(kernel, to, self.vector, n)
-            return
-        slots = ("threshold",) if node.op == "threshold" else ("low", "high")
+    def _to_bits(self, value: int, node: Node) -> None:
+        slots = {"sign": (), "threshold": ("threshold",), "interval": ("low", "high")}[node.op]
         tensors = [self.program.tensors[node.tensors[slot]] for slot in slots]
         if any(tensor.data.dtype.kind == "f" for tensor in tensors):
-            self.to_floats(value)
-            levels = [self.floats(node, slot) for slot in slots]
-            short = "f32"
+            self.to_float()
+            levels = [f"{self.floats(node, slot)}[c]" for slot in slots]
         else:
             wide = any(tensor.kind == "int32" for tensor in tensors)
-            short, kind = ("i32", "int32_t") if wide else ("i16", "int16_t")
-            dtype = "<i4" if wide else "<i2"
+            kind, dtype = ("int32_t", "<i4") if wide else ("int16_t", "<i2")
             levels = [
-                self.code.array(node.tensors[slot], short, kind,
-                                lambda t, m: one_copy(t, m).astype(dtype))
+                self.code.array(node.tensors[slot], kind, kind,
+                                lambda t, m: one_copy(t, m).astype(dtype)) + "[c]"
                 for slot in slots
             ]  # fmt: skip
+        x = self.number
+        if node.op == "sign":
+            test = f"{x} >= 0"
+        elif node.op == "threshold":
+            test = f"{x} >= {levels[0]}"
+        else:
+            test = f"{levels[0]} <= {x} && {x} <= {levels[1]}"
         bits = self.bits(node, "direction" if node.op == "threshold" else "inside")
-        self.say(f"{node.op}_{short}", to, self.vector, n, *levels, bits)
-
-    def store(self, value: int) -> None:
-        kernel = "load_sums" if self.vector == "s" else "load"
-        self.say(kernel, self.pixel(value), self.vector, self.channels(value))
+        if bits != "0":
+            self.code.used.add("bit")
+            bit = f"bnn_bit({bits}, c)"
+            test = (f"{bit} ? {test} : {x} <= {levels[0]}" if node.op == "threshold"
+                    else f"({test}) == {bit}")  # fmt: skip
+        n = self.channels(value)
+        put = self.code.call("pack", self.pixel(value), "word", "c", n, test)
+        self.each.append(f"word = {put}")
+        self.head.append("uint32_t word = 0;")
 
     # the function
 
     def write(self) -> str:
         step = self.step
-        h, w, _ = self.map(step.last if step.links else step.start)
-        self.loops = h * w > 1
-        self.indices: set[str] = set()
         self.anchor()
-        if step.anchor is not None and step.start in step.stored and self.vector:
-            self.store(step.start)
-        before = step.start
-        for value, node in step.links:
-            self.link(before, value, node)
-            before = value
-            if value in step.stored:
-                self.store(value)
-        lines = []
-        text = "\n".join([*self.head, *self.body])
-        if self.loops:
-            self.indices |= {"y", "x"}
-        if self.indices:
-            lines.append(f"int {', '.join(sorted(self.indices))};")
-        windows = [line for line in self.head if line.startswith("static")]
-        lines = windows + lines + [line for line in self.head if not line.startswith("static")]
-        if self.loops:
-            lines += [f"for (y = 0; y < {h}; y++)", f"    for (x = 0; x < {w}; x++) {{"]
-            if re.search(r"\bp\b", text):
-                lines.append(f"        const int32_t p = (int32_t)y * {w} + x;")
-            lines += [f"        {line}" for line in self.body] + ["    }"]
-        else:
-            lines += self.body
-        inside = "\n".join(f"    {line}" for line in lines)
+        if not self.done:
+            before = step.start
+            for value, node in step.links:
+                self.link(before, value, node)
+                before = value
+        body = self.body
+        if len(self.each) > 1:
+            n = self.channels(step.last)
+            body = [*body, f"for (c = 0; c < {n}; c++) {{", *_in(self.each), "}"]
+        body = self._over_pixels(body)
+        text = "\n".join(body)
+        indices = [name for name in "cxy" if re.search(rf"for \({name} =", text)]
+        lines = [f"int {', '.join(indices)};"] if indices else []
+        declared = tuple(line for line in self.head if line.startswith(("static", "uint32_t")))
+        lines = [*declared, *lines, *(line for line in self.head if line not in declared), *body]
+        inside = "\n".join(_in(lines))
         name = re.sub(r"[^\w .,:+-]", "_", step.name, flags=re.ASCII)  # no end of the comment
         return f"/* {name} */\nstatic void {self.label}({self.parameters})\n{{\n{inside}\n}}\n"
+
+    def _over_pixels(self, body: list[str]) -> list[str]:
+        h, w = self.size
+        if self.group:
+            if body:
+                end = f"p < {h * w} && p < q + 32"
+                body = ["int32_t p;", *self.group, f"for (p = q; {end}; p++) {{", *_in(body), "}"]
+            else:
+                body = self.group
+            self.head.insert(0, "int32_t q;")
+            return [f"for (q = 0; q < {h * w}; q += 32) {{", *_in(body), "}"]
+        if not self.loops:
+            return body
+        text = "\n".join(body)
+        if not re.search(r"\b[xy]\b", text):
+            return ["int32_t p;", f"for (p = 0; p < {h * w}; p++) {{", *_in(body), "}"]
+        place = [f"const int32_t p = (int32_t)y * {w} + x;"] if re.search(r"\bp\b", text) else []
+        return [f"for (y = 0; y < {h}; y++)", f"    for (x = 0; x < {w}; x++) {{",
+                *_in(_in([*place, *body])), "    }"]  # fmt: skip
 
     @property
     def parameters(self) -> str:
         found = []
         if 0 in self.step.inputs:
             found.append("const uint8_t *image")
-        text = "\n".join([*self.head, *self.body])
+        text = "\n".join([*self.head, *self.group, *self.body, *self.each])
         if re.search(r"\[m\]", text):
             found.append("int m")
         return ", ".join(found) or "void"
@@ -346,3 +426,7 @@ class Writer:
     def arguments(self) -> str:
         return ", ".join(word.split()[-1].lstrip("*") for word in self.parameters.split(", ")
                          if word != "void")  # fmt: skip
+
+
+def _in(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]

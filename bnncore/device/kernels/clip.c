@@ -1,6 +1,4 @@
-static void bnn_clip(bnn_f32 *v, float low, float high, int n)
+static float bnn_clip(float x, float low, float high)
 {
-    int c;
-    for (c = 0; c < n; c++)
-        v[c] = v[c] < low ? low : v[c] > high ? high : v[c];
+    return x < low ? low : x > high ? high : x;
 }

@@ -1,14 +1,7 @@
-/* needs popcount */
+/* needs popcount full_adder */
 /* In how many bits two strings of n words differ. Carry-save adders turn eight words into one of
    weight eight and three that are carried on, so that few words are counted one by one
    (Harley-Seal). */
-#define BNN_ADD(high, low, a, b, c)                  \
-    do {                                             \
-        const uint32_t u_ = (a) ^ (b), c_ = (c);     \
-        (high) = ((a) & (b)) | (u_ & c_);            \
-        (low) = u_ ^ c_;                             \
-    } while (0)
-
 static int32_t bnn_differ(const bnn_u32 *a, const bnn_u32 *w, int n)
 {
     uint32_t ones = 0, twos = 0, fours = 0, count = 0;

@@ -1,6 +1,4 @@
-static void bnn_relu(bnn_f32 *v, int n)
+static float bnn_relu(float x)
 {
-    int c;
-    for (c = 0; c < n; c++)
-        v[c] = v[c] < 0.0f ? 0.0f : v[c];
+    return x < 0.0f ? 0.0f : x;
 }

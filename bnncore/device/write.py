@@ -11,6 +11,7 @@ from bnncore.device.arrays import Code, c_float, one_copy, words
 from bnncore.device.steps import BITS, Step
 from bnncore.packed.program import Node, Tensor
 
+SUM = 1 << 30  # larger than any sum
 FLOATS = {  # kind of weights -> kernel's ending, type in C
     "float32": ("f32", "float"),
     "int8": ("i8", "int8_t"),
@@ -30,6 +31,7 @@ class Writer:
         self.group: list[str] = []  # of 32 pixels, before the first of them
         self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
         self.done = False  # whether the anchor has made the bits
+        self.word: tuple[str, str] | None = None  # where bits go, and words to negate them by
         self.number = ""  # which of v (a float) and u (a sum) holds the channel's number
         h, w, _ = self.map(step.last)
         self.size = h, w
@@ -106,12 +108,6 @@ class Writer:
             return place
         return self.code.array(name, "", "float", lambda t, m: one_copy(t, m).astype("<f4"))
 
-    def bits(self, node: Node, slot: str) -> str:
-        name = node.tensors.get(slot)
-        if name is None:
-            return "0"
-        return self.code.array(name, "", "uint32_t", lambda t, m: words(one_copy(t, m)))
-
     # anchors
 
     def anchor(self) -> None:
@@ -162,17 +158,21 @@ class Writer:
         room = self.room("room", "bnn_u32", 32)
         inputs = self.room("planes", "bnn_u32", 2 * n)
         table = self.room("table", "bnn_u32", 16 * n // 3)
-        count = self.room("count", "bnn_u32", planes)
-        source = f"V{node.inputs[0]}"
-        self.group += [
-            self.code.call("planes", g, source, width, pixels, "q", n, inputs, room),
-            self.code.call("triples", inputs, n, table),
-        ]
+        source = node.inputs[0]
+        stride, pad = int(node.attrs["stride"]), int(node.attrs["pad"])
+        if (stride, kh, kw) == (1, 2 * pad + 1, 2 * pad + 1):
+            flat = self.room("flat", "bnn_u32", -(-pixels // 32) * channels)
+            slice_ = self.code.call("slice", f"V{source}", pixels, channels, room, flat)
+            self.head.append(slice_)
+            taps = self.code.call("planes_flat", g, flat, "q", n, inputs)
+        else:
+            taps = self.code.call("planes", g, f"V{source}", width, pixels, "q", n, inputs, room)
+        self.group += [taps, self.code.call("triples", inputs, n, table)]
         limits = self._limits(value, products)
         if limits is None:
             sums = self.room("sums", "bnn_i32", 32 * filters)
             self.group.append(self.code.call("bconv_sums", table, array, filters, n // 24, planes,
-                                             products, count, sums))  # fmt: skip
+                                             products, sums))  # fmt: skip
             self.take(f"sums[(p - q) * {filters} + c]", "i32")
             if value in self.step.stored:
                 self.each.append(f"{self.element(value)} = u;")
@@ -180,7 +180,7 @@ class Writer:
             self.done = True
             bits = self.step.last
             self.group.append(self.code.call(
-                "bconv_bits", table, array, filters, n // 24, planes, limits, count, room,
+                "bconv_bits", table, array, filters, n // 24, planes, limits, room,
                 f"{pixels} - q", self.pixel(bits, "q")))  # fmt: skip
 
     def _limits(self, value: int, products: int) -> str | None:
@@ -338,36 +338,48 @@ class Writer:
             self.each.append(f"{self.element(value)} = v;")
 
     def _to_bits(self, value: int, node: Node) -> None:
-        slots = {"sign": (), "threshold": ("threshold",), "interval": ("low", "high")}[node.op]
-        tensors = [self.program.tensors[node.tensors[slot]] for slot in slots]
-        if any(tensor.data.dtype.kind == "f" for tensor in tensors):
-            self.to_float()
-            levels = [f"{self.floats(node, slot)}[c]" for slot in slots]
-        else:
-            wide = any(tensor.kind == "int32" for tensor in tensors)
-            kind, dtype = ("int32_t", "<i4") if wide else ("int16_t", "<i2")
-            levels = [
-                self.code.array(node.tensors[slot], kind, kind,
-                                lambda t, m: one_copy(t, m).astype(dtype)) + "[c]"
-                for slot in slots
-            ]  # fmt: skip
-        x = self.number
+        """A bit a channel; where the comparison is the other way round, the word is negated."""
+        turn = "direction" if node.op == "threshold" else "inside"
+        flip = ""
+        if turn in node.tensors:
+            flip = self.code.array(
+                node.tensors[turn], "flip", "uint32_t", lambda t, m: words(~one_copy(t, m))
+            )
         if node.op == "sign":
-            test = f"{x} >= 0"
+            test = f"{self.number} >= 0"
         elif node.op == "threshold":
-            test = f"{x} >= {levels[0]}"
+            level = self._level(node, "threshold", "direction")
+            test = f"{self.number} >= {level}"
         else:
-            test = f"{levels[0]} <= {x} && {x} <= {levels[1]}"
-        bits = self.bits(node, "direction" if node.op == "threshold" else "inside")
-        if bits != "0":
-            self.code.used.add("bit")
-            bit = f"bnn_bit({bits}, c)"
-            test = (f"{bit} ? {test} : {x} <= {levels[0]}" if node.op == "threshold"
-                    else f"({test}) == {bit}")  # fmt: skip
-        n = self.channels(value)
-        put = self.code.call("pack", self.pixel(value), "word", "c", n, test)
-        self.each.append(f"word = {put}")
-        self.head.append("uint32_t word = 0;")
+            low, high = (self._level(node, slot) for slot in ("low", "high"))
+            test = f"{low} <= {self.number} && {self.number} <= {high}"
+        self.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
+        self.word = self.pixel(value), flip
+
+    def _level(self, node: Node, slot: str, direction: str = "") -> str:
+        """A level to compare with; those of direction 0, ``x <= level``, become the next larger
+        number, for ``not x >= it``."""
+        names = [node.tensors[name] for name in (slot, direction) if name in node.tensors]
+        tensors = [self.program.tensors[name] for name in names]
+        real = tensors[0].data.dtype.kind == "f"
+        if real:
+            self.to_float()
+            if len(names) == 1:
+                return f"{self.floats(node, slot)}[c]"
+        wide = not real and tensors[0].data.max(initial=0) >= np.iinfo(np.int16).max
+        kind = "float" if real else "int32_t" if wide else "int16_t"
+
+        def make(copies: list[np.ndarray]) -> np.ndarray:
+            turned = copies[1] == 0 if len(copies) == 2 else np.zeros(len(copies[0]), bool)
+            if real:
+                level = copies[0].astype("<f4")
+                # Above the largest float nothing comes that is a number.
+                after = np.nextafter(level, np.finfo(np.float32).max)
+                return np.where(turned, after, level)
+            level = (copies[0].astype(np.int64) + turned).clip(-SUM, SUM)
+            return level.astype("<i4" if wide else "<i2")
+
+        return self.code.group(names, f"levels {kind}", kind, make) + "[c]"
 
     # the function
 
@@ -379,19 +391,32 @@ class Writer:
             for value, node in step.links:
                 self.link(before, value, node)
                 before = value
-        body = self.body
-        if len(self.each) > 1:
-            n = self.channels(step.last)
-            body = [*body, f"for (c = 0; c < {n}; c++) {{", *_in(self.each), "}"]
+        body = [*self.body, *self._over_channels()]
         body = self._over_pixels(body)
         text = "\n".join(body)
-        indices = [name for name in "cxy" if re.search(rf"for \({name} =", text)]
+        indices = [name for name in "ckxy" if re.search(rf"for \({name} =", text)]
         lines = [f"int {', '.join(indices)};"] if indices else []
-        declared = tuple(line for line in self.head if line.startswith(("static", "uint32_t")))
+        declared = tuple(line for line in self.head if line.startswith("static"))
         lines = [*declared, *lines, *(line for line in self.head if line not in declared), *body]
         inside = "\n".join(_in(lines))
         name = re.sub(r"[^\w .,:+-]", "_", step.name, flags=re.ASCII)  # no end of the comment
         return f"/* {name} */\nstatic void {self.label}({self.parameters})\n{{\n{inside}\n}}\n"
+
+    def _over_channels(self) -> list[str]:
+        n = self.channels(self.step.last)
+        if len(self.each) < 2:
+            return []
+        if self.word is None:
+            return [f"for (c = 0; c < {n}; c++) {{", *_in(self.each), "}"]
+        place, flip = self.word
+        if n <= 32:
+            first, end, k = "0", f"c < {n}", "0"
+        else:
+            first, end, k = "32 * k", f"c < {n} && c < 32 * k + 32", "k"
+        word = ["uint32_t word = 0;", f"for (c = {first}; {end}; c++) {{", *_in(self.each), "}",
+                f"({place})[{k}] = word{f' ^ {flip}[{k}]' if flip else ''};"]  # fmt: skip
+        # Braces, for the word is declared here.
+        return ["{" if n <= 32 else f"for (k = 0; k < {-(-n // 32)}; k++) {{", *_in(word), "}"]
 
     def _over_pixels(self, body: list[str]) -> list[str]:
         h, w = self.size

@@ -1,5 +1,5 @@
 /* Which of 32 counts are at most t: word k of sums holds bits k. */
-static uint32_t bnn_at_most(const bnn_u32 *sums, int planes, int t)
+static uint32_t bnn_at_most(const uint32_t *sums, int planes, int t)
 {
     uint32_t yes = 0xffffffffu;
     int k;

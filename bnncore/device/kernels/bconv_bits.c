@@ -2,9 +2,10 @@
 /* 32 pixels of a binary convolution, its sums made bits: for each filter whether its count of
    differing inputs lies above limits[0] and is at most limits[1], negated by limits[2]. */
 static void bnn_bconv_bits(const bnn_u32 *table, const uint32_t *w, int filters, int n, int planes,
-                           const int16_t *limits, bnn_u32 *sums, bnn_u32 *room, int pixels, bnn_u32 *to)
+                           const int16_t *limits, bnn_u32 *room, int pixels, bnn_u32 *to)
 {
     const int words = (filters + 31) / 32;
+    uint32_t sums[16];
     int o, k, l;
     for (k = 0; k < words; k++) {
         const int end = filters - 32 * k < 32 ? filters - 32 * k : 32;

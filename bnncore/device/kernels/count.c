@@ -16,7 +16,7 @@
 
 /* How many inputs differ from a filter's weights, for 32 pixels at once: bit l of sums[k] is bit k
    of pixel l's count. A word of weights holds eight triples; their number is even. */
-static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int planes, bnn_u32 *sums)
+static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int planes, uint32_t *sums)
 {
     uint32_t ones = 0, twos = 0, fours = 0, eights = 0, sixteens = 0, more = 0;
     int k;

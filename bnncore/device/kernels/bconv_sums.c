@@ -9,7 +9,7 @@ static void bnn_bconv_sums(const bnn_u32 *table, const uint32_t *w, int filters,
     for (o = 0; o < filters; o++, w += n, to++) {
         bnn_i32 *at = to;
         memset(sums, 0, 8 * sizeof *sums);
-        bnn_count(table, w, n, planes, sums);
+        bnn_count(table, w, n, planes, 0, sums);
         bnn_bytes(sums);
         if (planes > 8) {
             bnn_bytes(sums + 8);

@@ -15,13 +15,17 @@
     } while (0)
 
 /* How many inputs differ from a filter's weights, for 32 pixels at once: bit l of sums[k] is bit k
-   of pixel l's count. A word of weights holds eight triples; their number is even. */
-static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int planes, uint32_t *sums)
+   of pixel l's count, added to `start`. A word of weights holds eight triples; their number is
+   even. */
+static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int planes, uint32_t start,
+                      uint32_t *sums)
 {
-    uint32_t ones = 0, twos = 0, fours = 0, eights = 0, sixteens = 0, more = 0;
+    uint32_t ones = 0u - (start & 1u), twos = 0u - (start >> 1 & 1u);
+    uint32_t fours = 0u - (start >> 2 & 1u), eights = 0u - (start >> 3 & 1u);
+    uint32_t sixteens = 0u - (start >> 4 & 1u), more = 0u - (start >> 5 & 1u);
     int k;
     for (k = 6; k < planes; k++)
-        sums[k] = 0;
+        sums[k] = 0u - (start >> k & 1u);
     for (; words; words -= 2, w += 2, table += 256) {
         uint32_t a, b, c, d, e, f, r, s, t, x, y, z;
         const uint32_t v = w[0], u = w[1];

@@ -1,16 +1,24 @@
+/* The sums and carries of three words, for both states of the third. */
+#define BNN_THIRD(a, b, c, d, table)           \
+    do {                                       \
+        const uint32_t u_ = (a) ^ (b);         \
+        const uint32_t both_ = (a) & (b);      \
+        (table)[0] = u_ ^ (c);                 \
+        (table)[1] = both_ | (u_ & (c));       \
+        (table)[8] = u_ ^ (d);                 \
+        (table)[9] = both_ | (u_ & (d));       \
+    } while (0)
+
 /* For each three words of planes the eight ways to weigh them: sum and carry of a full adder. */
 static void bnn_triples(const bnn_u32 *planes, int n, bnn_u32 *table)
 {
-    int k, t;
-    for (k = 0; k < n; k += 3)
-        for (t = 0; t < 4; t++, table += 2) {
-            const uint32_t a = planes[(t & 1 ? n : 0) + k], b = planes[(t & 2 ? n : 0) + k + 1];
-            const uint32_t u = a ^ b, both = a & b, c = planes[k + 2], d = planes[n + k + 2];
-            table[0] = u ^ c;
-            table[1] = both | (u & c);
-            table[8] = u ^ d;
-            table[9] = both | (u & d);
-            if (t == 3)
-                table += 8;
-        }
+    const bnn_u32 *turned = planes + n, *const end = turned;
+    for (; planes < end; planes += 3, turned += 3, table += 16) {
+        const uint32_t a = planes[0], b = planes[1], c = planes[2];
+        const uint32_t x = turned[0], y = turned[1], z = turned[2];
+        BNN_THIRD(a, b, c, z, table);
+        BNN_THIRD(x, b, c, z, table + 2);
+        BNN_THIRD(a, y, c, z, table + 4);
+        BNN_THIRD(x, y, c, z, table + 6);
+    }
 }

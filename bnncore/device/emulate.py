@@ -224,7 +224,7 @@ def _compiled(made: Exported, core: Core, folder: Path, optimize: str) -> bytes:
     elf = folder / "device.elf"
     command = [
         sys.executable, "-m", "ziglang", "cc", "-target", core.target, f"-mcpu={core.cpu}",
-        "-std=c99", *optimize.split(), "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib",
+        "-std=c99", "-g", *optimize.split(), "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib",
         "-rtlib=compiler-rt", f"-Wl,-T,{script}", "-Wl,--gc-sections", "-ffunction-sections",
         "-isystem", str(FREESTANDING),
         "-o", str(elf), str(folder / f"{made.name}.c"),

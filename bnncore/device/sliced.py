@@ -54,8 +54,8 @@ def triples(bits: np.ndarray) -> np.ndarray:
     # A count is of inputs that differ: an input as it is differs from -1 where it is 1.
     room[:, :products] = bits
     three = room.reshape(filters, -1, 8, 3)
-    shifts = np.arange(8, dtype=np.uint32)[:, None] * 4 + np.arange(3, dtype=np.uint32)
-    return (three << shifts).sum((2, 3), dtype=np.uint32)
+    values = 1 << (4 * np.arange(8)[:, None] + np.arange(3))
+    return (three * values.astype(np.uint32)).sum((2, 3), dtype=np.uint32)
 
 
 def limits(tensors: Mapping[str, np.ndarray], products: int, filters: int) -> np.ndarray:

@@ -53,7 +53,8 @@ def test_export_writes_what_compiles_and_passes_its_own_test(packed, tmp_path, c
 
 @pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
 def test_device_prints_what_the_model_takes(packed, capsys):
-    command = ["device", str(packed), "--cpu", "cortex-m3", "--mhz", "100", "--cycles", "2"]
+    command = ["device", str(packed), "--cpu", "cortex-m3", "--mhz", "100", "--cycles", "2",
+               "--optimize=-Os"]  # fmt: skip
     assert main(command) == 0
     out = capsys.readouterr().out
     for row in (r"code [\d,]+, weights and tables [\d,]+", r"RAM +[\d,]+ bytes", r"cortex-m3"):

@@ -75,7 +75,8 @@ class Writer(Body):
         found = []
         if 0 in self.step.inputs:
             found.append("const uint8_t *image")
-        text = "\n".join([*self.head, *self.group, *self.lines, *self.each])
+        flip = [] if self.word is None else [self.word[1]]
+        text = "\n".join([*self.head, *self.group, *self.lines, *self.each, *flip])
         if re.search(r"\[m\]", text):
             found.append("int m")
         return ", ".join(found) or "void"

@@ -56,7 +56,9 @@ def called(
 def agree(program: Program, images: np.ndarray, members: int, labels, scores) -> None:
     model = execute.Model(program, "numpy")
     want = model(images, members)
-    assert np.allclose(scores, want, rtol=1e-4, atol=1e-4)
+    # Sums of floats agree to rounding, of the largest that goes into them.
+    off = 1e-4 + 1e-5 * np.abs(want).max()
+    assert np.allclose(scores, want, rtol=1e-4, atol=off)
     # Where two scores are equal but for rounding, either may win.
     clear = execute.margin(want) > 1e-5
     assert (labels == model.predict(images, members))[clear].all()
@@ -106,7 +108,7 @@ def differ(seed: int, folder: Path, *flags: str) -> None:
         agree(program, images, members, *called(library, program, images, members))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(12), 3152])  # the last: only directions are own
 def test_random_programs(tmp_path, seed):
     differ(seed, tmp_path)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bnncore.device import commands as device
 from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
 from bnncore.packed.program import Program, Tensor
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--batch", type=int, default=64, help="images (default 64)")
             command.add_argument("--torch", action="store_true", help="also torch fp32 eager")
             command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+    device.register(commands)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""From a packed `Program` to C for microcontrollers: steps, code, emulated cores. No torch."""

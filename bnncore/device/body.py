@@ -1,0 +1,110 @@
+"""What a step's function is made of: where values lie, what a pixel and a channel of it do."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bnncore.device.arrays import Code, one_copy
+from bnncore.device.steps import Step
+from bnncore.packed.program import Node
+
+
+class Body:
+    """One step's function as it grows: its lines, and what they need."""
+
+    def __init__(self, code: Code, step: Step, label: str) -> None:
+        self.code, self.step, self.label = code, step, label
+        self.program, self.shapes = code.program, code.shapes
+        self.head: list[str] = []  # before the pixels
+        self.lines: list[str] = []  # of one pixel
+        self.each: list[str] = []  # of one channel of it
+        self.group: list[str] = []  # of 32 pixels, before the first of them
+        self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
+        self.done = False  # whether the anchor has made the bits
+        self.word: tuple[str, str] | None = None  # where bits go, and words to negate them by
+        self.number = ""  # which of v (a float) and u (a sum) holds the channel's number
+        h, w, _ = self.map(step.last)
+        self.size = h, w
+        self.loops = h * w > 1
+
+    # what a step needs for itself, and where values lie
+
+    def room(self, name: str, kind: str, count: int) -> str:
+        old = self.scratch.get(name, (kind, 0))
+        self.scratch[name] = (kind, max(count, old[1]))
+        return name
+
+    def channels(self, value: int) -> int:
+        return self.shapes[value].dims[-1]
+
+    def map(self, value: int) -> tuple[int, int, int]:
+        dims = self.shapes[value].dims
+        return (dims[0], dims[1], dims[2]) if len(dims) == 3 else (1, 1, dims[0])
+
+    def width(self, value: int) -> int:
+        """Elements of one pixel in memory."""
+        n = self.channels(value)
+        return -(-n // 32) if self.shapes[value].kind == "bits" else n
+
+    def pixel(self, value: int, index: str = "p") -> str:
+        h, w, _ = self.map(value)
+        n = self.width(value)
+        return f"V{value}" if h * w == 1 else f"V{value} + {index} * {n}"
+
+    def element(self, value: int) -> str:
+        """Channel c of the pixel."""
+        h, w, n = self.map(value)
+        return f"V{value}[c]" if h * w == 1 else f"V{value}[p * {n} + c]"
+
+    def numbers(self, value: int, kind: str) -> str:
+        """Where an anchor puts a pixel's numbers: the map itself, or room for them; then
+        each channel goes on with its own."""
+        if value in self.step.stored:
+            place, element = self.pixel(value), self.element(value)
+        else:
+            name, ctype = {"f32": ("numbers", "bnn_f32"), "i32": ("sums", "bnn_i32")}[kind]
+            place = self.room(name, ctype, self.channels(value))
+            element = f"{place}[c]"
+        self.take(element, kind)
+        return place
+
+    def take(self, element: str, kind: str) -> None:
+        self.number = "u" if kind == "i32" else "v"
+        self.each.append(f"const int32_t u = {element};" if kind == "i32" else
+                         f"float v = {element};")  # fmt: skip
+
+    def to_float(self) -> None:
+        if self.number == "u":
+            self.each.append("float v = (float)u;")
+        self.number = "v"
+
+    def say(self, kernel: str, *arguments: object) -> None:
+        self.lines.append(self.code.call(kernel, *arguments))
+
+    def change(self, kernel: str, *arguments: object) -> None:
+        self.each.append(f"v = {self.code.call(kernel, 'v', *arguments)}")
+
+    # tensors
+
+    def floats(self, node: Node, slot: str) -> str:
+        """A tensor of floats; of half precision it is expanded before the pixels."""
+        name = node.tensors[slot]
+        tensor = self.program.tensors[name]
+        if tensor.kind == "float16":
+            array = self.code.array(name, "", "uint16_t", lambda t, m: one_copy(t, m).view("<u2"))
+            count = int(np.prod(tensor.shape))
+            place = self.room(f"f{len(self.scratch)}", "bnn_f32", count)
+            self.head.append(self.code.call("expand", place, array, count))
+            return place
+        return self.code.array(name, "", "float", lambda t, m: one_copy(t, m).astype("<f4"))
+
+    def window(self, node: Node, kernel: tuple[int, int], source: int) -> str:
+        h, w, c = self.map(source)
+        stride, pad = node.attrs["stride"], node.attrs["pad"]
+        numbers = f"{h}, {w}, {c}, {kernel[0]}, {kernel[1]}, {stride}, {pad}"
+        self.head.insert(0, f"static const bnn_window g = {{{numbers}}};")
+        return "&g"
+
+    @property
+    def where(self) -> tuple[str, str]:
+        return ("y", "x") if self.loops else ("0", "0")

@@ -1,0 +1,95 @@
+"""The commands ``export`` and ``device`` of ``python -m bnncore``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import metadata
+from pathlib import Path
+
+from bnncore.device import emulate, export
+from bnncore.errors import UserError
+from bnncore.packed import packfile
+from bnncore.packed.program import Program
+
+CYCLES = 1.25  # an instruction: about what Cortex-M code of this kind takes from fast memory
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add both to the command line."""
+    text = "write the model as C code for a microcontroller"
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument("file", type=Path, help="a packed file")
+    command.add_argument("--c", type=Path, required=True, metavar="FOLDER",
+                         help="where to; its last part names the model")  # fmt: skip
+    command.set_defaults(run=run_export)
+    text = "flash, RAM, stack and instructions an image on an emulated microcontroller"
+    command = commands.add_parser("device", help=text, description=text)
+    command.add_argument("file", type=Path, help="a packed file")
+    command.add_argument("--cpu", default="cortex-m4", help=", ".join(emulate.CORES))
+    command.add_argument("--mhz", type=float, help="also milliseconds, at this clock")
+    command.add_argument("--cycles", type=float, default=CYCLES,
+                         help=f"an instruction, for --mhz (default {CYCLES})")  # fmt: skip
+    command.add_argument("--members", type=int, help="up to so many (default all)")
+    command.add_argument("--optimize", default="-O2", help="the compiler's flags (default -O2)")
+    command.set_defaults(run=run_device)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write NAME.h, NAME.c, NAME_test.c and NAME.md.
+
+    Raises:
+        PackedFormatError: not a packed file.
+        UserError: the folder's name is no C identifier.
+        OSError: the file cannot be read or the folder not written.
+    """
+    folder = Path(os.path.abspath(options.c))
+    made = export.export(packfile.load(options.file), folder)
+    print(f"{options.c}: {', '.join(made.files)}")
+    print(f"RAM {made.arena:,} bytes beside the stack; "
+          f"flash {made.flash:,} bytes for the model beside the code")  # fmt: skip
+
+
+def run_device(options: argparse.Namespace) -> None:
+    """Print what the model takes on a core.
+
+    Raises:
+        PackedFormatError: not a packed file.
+        UserError: an option is out of range; a tool is missing; the model does not fit.
+        OSError: the file cannot be read.
+    """
+    program = packfile.load(options.file)
+    members = program.members if options.members is None else options.members
+    if not 1 <= members <= program.members:
+        raise UserError(f"--members: expected 1 to {program.members}, got {members}")
+    for option in ("mhz", "cycles"):
+        value = getattr(options, option)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{option}: expected a number above 0, got {value}")
+    device = emulate.Device(export.generate(program, "model"), options.cpu, options.optimize)
+    counts = instructions(device, program, members)
+    sizes = device.sizes
+    print(f"{options.file} on {options.cpu} (zig {metadata.version('ziglang')}, "
+          f"{options.optimize})")  # fmt: skip
+    print(f"flash  {sizes.code + sizes.constants:,} bytes: code {sizes.code:,}, "
+          f"weights and tables {sizes.constants:,}")  # fmt: skip
+    print(f"RAM    {sizes.ram:,} bytes, and a stack of {device.deepest:,}")
+    print()
+    print(f"{'members':>7}  {'instructions an image':>21}" + (
+        "" if options.mhz is None else f"  ms at {options.mhz:g} MHz"))  # fmt: skip
+    for count, number in counts.items():
+        line = f"{count:>7}  {number:>21,}"
+        if options.mhz is not None:
+            line += f"  {number * options.cycles / options.mhz / 1e3:.2f}"
+        print(line)
+    if options.mhz is not None:
+        print(f"\nInstructions are counted; milliseconds assume {options.cycles:g} cycles for each "
+              "and memory that keeps up.")  # fmt: skip
+
+
+def instructions(device: emulate.Device, program: Program, members: int) -> dict[int, int]:
+    """Instructions for one image by members: each up to 8, then doubling, and the last."""
+    image = export.self_images(program, 1)
+    wanted = {count for count in range(1, members + 1) if count <= 8 or count & (count - 1) == 0}
+    return {count: device.call("scores", image, count, count=True)[1]
+            for count in sorted(wanted | {members})}  # fmt: skip

@@ -1,0 +1,279 @@
+"""A Program as C99: one header, one source, a self-test; read, add to a firmware project, done.
+
+`export` writes ``NAME.h``, ``NAME.c`` and ``NAME_test.c`` into a folder whose last part is NAME.
+The source holds the kernels it uses (`bnncore/device/kernels`, one function a file), the model as
+`const` arrays, shared tensors once, a function a step (`steps`, `write`), and the votes. It
+allocates nothing and keeps no state but one arena, laid out here by `packed.plan`.
+
+Binary sums and thresholds on integers equal the evaluator's; sums of floats agree to rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bnncore.device.arrays import Code, c_array, c_values
+from bnncore.device.steps import Step, steps
+from bnncore.device.write import Writer
+from bnncore.errors import UserError
+from bnncore.packed import execute, plan
+from bnncore.packed.program import Program, Shape, Tensor
+from bnncore.packed.rules import validate
+
+KERNELS = Path(__file__).with_name("kernels")
+ALIGN = 4  # bytes, of every value in the arena
+HEADERS = ("string.h", "stdint.h", "stddef.h")
+TESTED = 4  # images of the self-test
+
+
+class ExportError(UserError, ValueError):
+    """What cannot be exported; says what and where."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was generated.
+
+    Attributes:
+        name: of the model, a C identifier.
+        header, source, test: C code.
+        note: how to build it, in Markdown.
+        arena: bytes of RAM for values.
+        flash: bytes of the model's arrays.
+        classes: how many scores.
+        image: bytes of an image.
+        alive: the largest sum of bytes alive at one time; no arena takes less.
+    """
+
+    name: str
+    header: str
+    source: str
+    test: str
+    note: str
+    arena: int
+    flash: int
+    classes: int
+    image: int
+    alive: int
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name -> content."""
+        texts = {".h": self.header, ".c": self.source, "_test.c": self.test, ".md": self.note}
+        return {f"{self.name}{ending}": text for ending, text in texts.items()}
+
+
+def generate(program: Program, name: str) -> Exported:
+    """C code of `program`.
+
+    Raises:
+        ExportError: `name` is no C identifier, or something has no kernel.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or f"{name}.h" in HEADERS:
+        raise ExportError(
+            f"name: expected a C identifier (letters, digits, _) that is no header of C's, "
+            f"got {name!r}"
+        )
+    shapes = validate(program)
+    work = steps(program)
+    code = Code(program, shapes)
+    writers = [Writer(code, step, f"{name}_step{k + 1}") for k, step in enumerate(work)]
+    functions = [writer.write() for writer in writers]
+    doubt = program.combine == "hard_vote"
+    places, scratch, arena, alive = _places(program, shapes, work, writers, doubt)
+    for k, writer in enumerate(writers):
+        rooms = "".join(
+            f"    {kind} *const {room} = ({kind} *)(arena + {scratch[k, room] // 4});\n"
+            for room, (kind, _) in writer.scratch.items()
+        )
+        functions[k] = functions[k].replace("\n{\n", f"\n{{\n{rooms}", 1)
+    votes = _votes(code, name, work, writers, doubt)
+    parts = [
+        f"/* {name}: made by bnncore from a packed file; {name}.h says how to call it. */",
+        f'#include "{name}.h"\n',
+        (KERNELS / "base.h").read_text(),
+        f"static uint32_t arena[{name.upper()}_ARENA / 4];\n",
+        *_kernels(code.used),
+        "/* -- the model: shared tensors once, a member's own by member -- */\n",
+        *code.arrays,
+        "\n/* -- where values lie in the arena -- */\n",
+        *(_place(number, offset, shapes) for number, offset in places.items()),
+        "\n/* -- the steps -- */\n",
+        *functions,
+        votes,
+    ]
+    source = "\n".join(parts)
+    facts = _facts(program, name, arena, code.flash)
+    return Exported(
+        name, _filled("header", facts), source, _test(program, facts), _filled("note", facts),
+        arena, code.flash, len(program.classes), int(np.prod(program.image)), alive,
+    )  # fmt: skip
+
+
+def export(program: Program, folder: Path) -> Exported:
+    """Write `generate`'s files into `folder`, whose last part is the model's name."""
+    made = generate(program, folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in made.files.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    return made
+
+
+def _kernels(used: Iterable[str]) -> list[str]:
+    """The sources of kernels and of what they need, each once, needed ones first."""
+    found: dict[str, str] = {}
+
+    def take(name: str) -> None:
+        if name in found:
+            return
+        text = (KERNELS / f"{name}.c").read_text()
+        first = text.split("\n", 1)[0]
+        if first.startswith("/* needs "):
+            for other in first.removeprefix("/* needs ").removesuffix(" */").split():
+                take(other)
+            text = text.split("\n", 1)[1]
+        found[name] = text
+
+    for name in sorted(used):
+        take(name)
+    return list(found.values())
+
+
+def _bytes(shape: Shape) -> int:
+    *positions, channels = shape.dims
+    return 4 * int(np.prod(positions)) * (-(-channels // 32) if shape.kind == "bits" else channels)
+
+
+VOTES = {-1: "SUMS", -2: "SCORES", -3: "DOUBT"}  # room of the votes
+
+
+def _places(
+    program: Program, shapes: list[Shape], work: list[Step], writers: list[Writer], doubt: bool
+) -> tuple[dict[int, int], dict[tuple[int, str], int], int, int]:
+    """Offsets of values and votes, and of what steps need for themselves; the arena's bytes."""
+    timed = [plan.Step(step.inputs, step.outputs, step.own) for step in work]
+    alive = [
+        life
+        for life in plan.lifetimes(timed, len(program.nodes), lambda n: _bytes(shapes[n]))
+        if life.value > 0
+    ]
+    size, end = 4 * len(program.classes), len(work) - 1
+    alive += [plan.Lifetime(n, 0, end, size) for n in VOTES if doubt or VOTES[n] != "DOUBT"]
+    own: dict[tuple[int, str], int] = {}
+    for time, writer in enumerate(writers):
+        for room, (_, count) in writer.scratch.items():
+            own[time, room] = min(VOTES) - 1 - len(own)
+            alive.append(plan.Lifetime(own[time, room], time, time, 4 * count))
+    offsets, total = plan.place(alive, ALIGN)
+    scratch = {key: offsets[number] for key, number in own.items()}
+    values = {n: at for n, at in offsets.items() if n >= min(VOTES)}
+    return values, scratch, total, plan.peak(alive, ALIGN)
+
+
+def _place(number: int, offset: int, shapes: list[Shape]) -> str:
+    if number < 0:
+        return f"#define {VOTES[number]} ((bnn_f32 *)(arena + {offset // 4}))"
+    shape = shapes[number]
+    kind = {"bits": "bnn_u32", "i32": "bnn_i32", "f32": "bnn_f32"}[shape.kind]
+    size = "x".join(map(str, shape.dims))
+    return f"#define V{number} (({kind} *)(arena + {offset // 4})) /* {size} {shape.kind} */"
+
+
+def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt: bool) -> str:
+    """The functions of the header."""
+    program = code.program
+    n, last = len(program.classes), len(program.nodes)
+    weight, bias, divisor = "1.0f", "0", "1.0f"
+    if "bias" in program.combine_tensors:
+        bias = code.array(program.combine_tensors["bias"], "", "float", _plain_float)
+    if "weight" in program.combine_tensors:
+        weights = code.array(program.combine_tensors["weight"], "", "float", _plain_float)
+        weight = f"{weights}[m]"
+    if program.combine == "mean" or (program.combine == "soft_vote" and weight == "1.0f"):
+        divisor = "(float)(m + 1)"
+    elif program.combine == "soft_vote":
+        totals = np.cumsum(program.tensors[program.combine_tensors["weight"]].data, dtype="<f8")
+        code.arrays.append(c_array("voted", "float", [totals.astype("<f4")], False))
+        divisor = "voted[m]"
+    if program.combine in ("mean", "sum"):
+        count = [code.call("vote", "SUMS", f"V{last}", weight, n)]
+    elif program.combine == "soft_vote":
+        count = [code.call("softmax", "SUMS", f"V{last}", weight, n)]
+    else:
+        code.used.add("best")
+        count = [f"SUMS[bnn_best(V{last}, {n})] += {weight};",
+                 code.call("softmax", "DOUBT", f"V{last}", "1.0f", n)]  # fmt: skip
+    code.used |= {"winner", "margin", "score"}
+    calls = {own: [f"{w.label}({w.arguments});" for w, step in zip(writers, work, strict=True)
+                   if step.own == own] for own in (False, True)}  # fmt: skip
+    clear = [f"memset({room}, 0, {4 * n});" for room in (["SUMS", "DOUBT"] if doubt else ["SUMS"])]
+    each = [*calls[True], *count]
+
+    def block(lines: list[str], *names: str) -> str:
+        unused = [f"(void){word};" for word in names
+                  if not any(re.search(rf"\b{word}\b", line) for line in lines)]  # fmt: skip
+        return "\n".join(f"    {line}" for line in [*lines, *unused])
+
+    values = {
+        "NAME": name,
+        "UPPER": name.upper(),
+        "CLASSES": str(n),
+        "DOUBT": "DOUBT" if doubt else "0",
+        "BEGIN": block([*clear, *calls[False]], "image"),
+        "NEXT": block(each, "image", "m"),
+        "SCORE": block([code.call("score", "SCORES", "SUMS", divisor, bias, n)], "m"),
+    }
+    return _filled("votes", values)
+
+
+def _plain_float(tensor: Tensor, m: int) -> np.ndarray:
+    return tensor.data.astype("<f4")
+
+
+def _filled(template: str, values: Mapping[str, object]) -> str:
+    text = (KERNELS / f"{template}.template").read_text()
+    return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), text)
+
+
+def _facts(program: Program, name: str, arena: int, flash: int) -> dict[str, object]:
+    h, w, c = program.image
+    classes = ", ".join(f'"{_c_string(label)}"' for label in program.classes)
+    return {
+        "NAME": name, "UPPER": name.upper(), "HEIGHT": h, "WIDTH": w, "CHANNELS": c,
+        "CLASSES": len(program.classes), "MEMBERS": program.members, "ARENA": arena,
+        "FLASH": flash, "LABELS": classes, "COMBINE": program.combine,
+    }  # fmt: skip
+
+
+def _c_string(text: str) -> str:
+    return "".join(
+        char if (char.isalnum() and char.isascii()) or char in " _-.,()" else
+        "".join(f"\\{byte:03o}" for byte in char.encode())
+        for char in text
+    )  # fmt: skip
+
+
+def self_images(program: Program, count: int) -> np.ndarray:
+    """The images of the self-test, (count, H, W, C) uint8: the high bytes of a congruential
+    generator, as the C code makes them."""
+    size = int(np.prod(program.image)) * count
+    state, values = 1, np.empty(size, np.uint8)
+    for k in range(size):
+        state = (state * 1664525 + 1013904223) & 0xFFFFFFFF
+        values[k] = state >> 24
+    return values.reshape(count, *program.image)
+
+
+def _test(program: Program, facts: Mapping[str, object]) -> str:
+    model = execute.Model(program, "numpy")
+    images = self_images(program, TESTED)
+    scores = model(images)
+    labels = model.predict(images)
+    scored, labelled = c_values(scores.astype("<f4"), "float"), c_values(labels, "int")
+    values = {**facts, "COUNT": TESTED, "SCORES": scored, "LABELS": labelled}
+    return _filled("test", values)

@@ -1,0 +1,22 @@
+/* What all kernels share. C99 and C++, nothing of libc beyond string.h.
+
+   A map is laid out H W C. Numbers are float (or int32_t, sums of a binary layer); bits are words
+   of 32 channels of one pixel, channel c in bit c % 32 of word c / 32, spare bits 0; 1 is +1. */
+#include <stdint.h>
+#include <string.h>
+
+/* One arena holds values of all types, one after another in time. */
+#if defined(__GNUC__)
+#define BNN_ALIAS __attribute__((may_alias))
+#else
+#define BNN_ALIAS
+#endif
+typedef float BNN_ALIAS bnn_f32;
+typedef int32_t BNN_ALIAS bnn_i32;
+typedef uint32_t BNN_ALIAS bnn_u32;
+
+/* A window over a map: of a convolution or a pooling. */
+typedef struct {
+    int height, width, channels; /* of the input map */
+    int kh, kw, stride, pad;
+} bnn_window;

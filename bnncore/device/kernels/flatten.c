@@ -1,0 +1,8 @@
+/* Pixels of channels to channels of pixels, torch's order. */
+static void bnn_flatten(bnn_f32 *to, const bnn_f32 *x, int pixels, int channels)
+{
+    int p, c;
+    for (p = 0; p < pixels; p++)
+        for (c = 0; c < channels; c++)
+            to[c * pixels + p] = *x++;
+}

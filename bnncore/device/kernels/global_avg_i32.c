@@ -1,0 +1,13 @@
+/* Mean over all pixels. */
+static void bnn_global_avg_i32(const bnn_i32 *x, int pixels, int channels, bnn_f32 *v)
+{
+    const float count = (float)pixels;
+    int p, c;
+    for (c = 0; c < channels; c++)
+        v[c] = 0.0f;
+    for (p = 0; p < pixels; p++, x += channels)
+        for (c = 0; c < channels; c++)
+            v[c] += (float)x[c];
+    for (c = 0; c < channels; c++)
+        v[c] /= count;
+}

@@ -1,0 +1,89 @@
+"""What becomes of a channel's number: norms, activations, additions, bits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bnncore.device.arrays import c_float, one_copy, words
+from bnncore.device.body import Body
+from bnncore.device.steps import BITS
+from bnncore.packed.program import Node
+
+SUM = 1 << 30  # larger than any sum
+
+
+def link(body: Body, before: int, value: int, node: Node) -> None:
+    """Go on from the number of value `before`."""
+    if node.op in BITS:
+        _to_bits(body, value, node)
+        return
+    body.to_float()
+    if node.op == "affine":
+        scale, shift = (
+            f"{body.floats(node, slot)}[c]" if slot in node.tensors else ""
+            for slot in ("scale", "shift")
+        )
+        if scale and shift:
+            body.change("affine", scale, shift)
+        elif scale or shift:
+            body.each.append(f"v *= {scale};" if scale else f"v += {shift};")
+    elif node.op == "prelu":
+        one = body.program.tensors[node.tensors["slope"]].shape[0] == 1
+        body.change("prelu", f"{body.floats(node, 'slope')}[{'0' if one else 'c'}]")
+    elif node.op == "relu":
+        body.change("relu")
+    elif node.op == "clip":
+        body.change("clip", *(c_float(node.attrs[key]) for key in ("low", "high")))
+    else:
+        others = [source for source in node.inputs if source != before]
+        other = others[0] if others else before
+        cast = "(float)" if body.shapes[other].kind == "i32" else ""
+        body.each.append(f"v += {cast}{body.element(other)};")
+    if value in body.step.stored:
+        body.each.append(f"{body.element(value)} = v;")
+
+
+def _to_bits(body: Body, value: int, node: Node) -> None:
+    """A bit a channel; where the comparison is the other way round, the word is negated."""
+    turn = "direction" if node.op == "threshold" else "inside"
+    flip = ""
+    if turn in node.tensors:
+        flip = body.code.array(
+            node.tensors[turn], "flip", "uint32_t", lambda t, m: words(~one_copy(t, m))
+        )
+    if node.op == "sign":
+        test = f"{body.number} >= 0"
+    elif node.op == "threshold":
+        level = _level(body, node, "threshold", "direction")
+        test = f"{body.number} >= {level}"
+    else:
+        low, high = (_level(body, node, slot) for slot in ("low", "high"))
+        test = f"{low} <= {body.number} && {body.number} <= {high}"
+    body.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
+    body.word = body.pixel(value), flip
+
+
+def _level(body: Body, node: Node, slot: str, direction: str = "") -> str:
+    """A level to compare with; those of direction 0, ``x <= level``, become the next larger
+    number, for ``not x >= it``."""
+    names = [node.tensors[name] for name in (slot, direction) if name in node.tensors]
+    tensors = [body.program.tensors[name] for name in names]
+    real = tensors[0].data.dtype.kind == "f"
+    if real:
+        body.to_float()
+        if len(names) == 1:
+            return f"{body.floats(node, slot)}[c]"
+    wide = not real and tensors[0].data.max(initial=0) >= np.iinfo(np.int16).max
+    kind = "float" if real else "int32_t" if wide else "int16_t"
+
+    def make(copies: list[np.ndarray]) -> np.ndarray:
+        turned = copies[1] == 0 if len(copies) == 2 else np.zeros(len(copies[0]), bool)
+        if real:
+            level = copies[0].astype("<f4")
+            # Above the largest float nothing comes that is a number.
+            after = np.nextafter(level, np.finfo(np.float32).max)
+            return np.where(turned, after, level)
+        level = (copies[0].astype(np.int64) + turned).clip(-SUM, SUM)
+        return level.astype("<i4" if wide else "<i2")
+
+    return body.code.group(names, f"levels {kind}", kind, make) + "[c]"

@@ -1,0 +1,197 @@
+"""Generated C against the evaluator: trained kinds of networks, random programs, emulated cores."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnncore.device import emulate, export
+from bnncore.device.export import Exported, ExportError
+from bnncore.lowering.lower import lower
+from bnncore.networks.sharing import SHARING
+from bnncore.packed import execute, narrow, votes
+from bnncore.packed.program import Program
+from bnncore.params import PackParams
+from tests import tiny
+from tests.graphs import random_images, random_program
+
+STRICT = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-ffp-contract=off"]
+COMPILER = [shutil.which("gcc")] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
+if COMPILER[0] == sys.executable:
+    pytest.importorskip("ziglang")
+
+
+def compiled(made: Exported, folder: Path, *flags: str) -> Path:
+    """A shared library of the generated code."""
+    for ending, text in ((".h", made.header), (".c", made.source), ("_test.c", made.test)):
+        (folder / f"{made.name}{ending}").write_text(text)
+    library = folder / f"{made.name}.so"
+    source = folder / f"{made.name}.c"
+    command = [*COMPILER, "-std=c99", "-O1", *STRICT, *flags, "-shared", "-fPIC",
+               "-o", str(library), str(source)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return library
+
+
+def called(
+    library: Path, program: Program, images: np.ndarray, members: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(labels, scores) of ``NAME_scores``."""
+    function = getattr(ctypes.CDLL(str(library)), f"{library.stem}_scores")
+    labels, scores = [], np.zeros((len(images), len(program.classes)), np.float32)
+    for image, row in zip(images, scores, strict=True):
+        image = np.ascontiguousarray(image)
+        labels.append(function(image.ctypes.data_as(ctypes.c_void_p), members,
+                               row.ctypes.data_as(ctypes.c_void_p)))  # fmt: skip
+    return np.array(labels), scores
+
+
+def agree(program: Program, images: np.ndarray, members: int, labels, scores) -> None:
+    model = execute.Model(program, "numpy")
+    want = model(images, members)
+    # Sums of floats agree to rounding, of the largest that goes into them.
+    off = 1e-4 + 1e-5 * np.abs(want).max()
+    assert np.allclose(scores, want, rtol=1e-4, atol=off)
+    # Where two scores are equal but for rounding, either may win.
+    clear = votes.margin(want) > 1e-5
+    assert (labels == model.predict(images, members))[clear].all()
+
+
+def network(backbone: str, sharing: str, combine: str = "mean", members: int = 2) -> Program:
+    classifier = None
+    if sharing == "tentaclenet":
+        combine, classifier = "sum", "logits" if backbone == "nin" else "features"
+    ensemble = tiny.ensemble(members, sharing, combine, backbone=backbone, classifier=classifier)
+    tiny.scramble(ensemble)
+    return lower(ensemble, (0.4,), (0.3,), tuple("abcd"))
+
+
+NETWORKS = [
+    *((backbone, "shared_conv", "mean") for backbone in
+      ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10")),
+    *(("resnet8", sharing, "mean") for sharing in SHARING if sharing != "shared_conv"),
+    ("nin", "tentaclenet", "sum"), ("fernet", "no_shared", "soft_vote"),
+    ("fernet", "no_shared", "hard_vote"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backbone", "sharing", "combine"), NETWORKS)
+def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing, combine):
+    program = network(backbone, sharing, combine)
+    images = random_images(program, 8)
+    library = compiled(export.generate(program, "net"), tmp_path)
+    for members in range(1, program.members + 1):
+        agree(program, images, members, *called(library, program, images, members))
+
+
+@pytest.mark.parametrize("pack", [PackParams("float16"), PackParams("float32", "int8"),
+                                  PackParams("float16", "int8")], ids=str)  # fmt: skip
+def test_narrowed_files(tmp_path, pack):
+    program = narrow.narrowed(network("resnet8", "shared_conv"), pack)
+    images = random_images(program, 8)
+    library = compiled(export.generate(program, "net"), tmp_path)
+    agree(program, images, 2, *called(library, program, images, 2))
+
+
+def differ(seed: int, folder: Path, *flags: str) -> None:
+    program = random_program(seed)
+    images = random_images(program, 4, seed)
+    library = compiled(export.generate(program, f"random{seed}"), folder, *flags)
+    for members in {1, program.members}:
+        agree(program, images, members, *called(library, program, images, members))
+
+
+@pytest.mark.parametrize("seed", [*range(12), 3152])  # the last: only directions are own
+def test_random_programs(tmp_path, seed):
+    differ(seed, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("start", range(0, 2000, 100))
+def test_many_random_programs(tmp_path, start):
+    for seed in range(start, start + 100):
+        differ(seed, tmp_path)
+
+
+SANITIZED = [
+    *(lambda seed=seed: random_program(seed) for seed in (3, 70)),
+    lambda: network("resnet8", "shared_conv"),  # sliced layers of both strides
+]
+
+
+@pytest.mark.parametrize("make", SANITIZED)
+@pytest.mark.skipif(COMPILER[0] == sys.executable, reason="sanitizers need gcc")
+def test_the_self_test_passes_under_sanitizers_as_c_and_as_cpp(tmp_path, make):
+    made = export.generate(make(), "net")
+    compiled(made, tmp_path)
+    for compiler in ("gcc -std=c99", "g++"):
+        command = [*compiler.split(), *STRICT, "-fsanitize=address,undefined",
+                   "-fno-sanitize-recover=all", "-o", "t", "net.c", "net_test.c"]  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        done = subprocess.run(["./t"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_self_test_can_fail(tmp_path):
+    made = export.generate(random_program(3), "net")
+    compiled(made, tmp_path)
+    test = tmp_path / "net_test.c"
+    broken = made.test.replace("const int labels[4] = {\n    ", "const int labels[4] = {\n    1 + ")
+    assert broken != made.test
+    test.write_text(broken)
+    subprocess.run([*COMPILER, "-o", "t", "net.c", "net_test.c"], cwd=tmp_path, check=True)
+    assert subprocess.run(["./t"], cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("core", emulate.CORES)
+@pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
+def test_cores_agree_with_the_evaluator(core):
+    program = network("resnet8", "shared_conv")
+    images = random_images(program, 2)
+    device = emulate.Device(export.generate(program, "net"), core)
+    found, instructions = device.call("scores", images, 2, count=True)
+    agree(program, images, 2, np.array([label for label, _ in found]),
+          np.stack([scores for _, scores in found]))  # fmt: skip
+    assert instructions > 0
+    assert 0 < device.deepest < 4096
+    assert device.sizes.ram >= device.made.arena
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sharing"), [("nin", "shared_conv"), ("resnet8", "no_shared")]
+)
+def test_the_arena_is_within_a_tenth_of_what_is_alive_at_one_time(backbone, sharing):
+    program = network(backbone, sharing)
+    made = export.generate(program, "net")
+    assert made.arena <= 1.1 * made.alive
+    assert made.alive <= made.arena
+
+
+@pytest.mark.parametrize("name", ["", "4members", "a b", "a-b", "été", "a;b"])
+def test_a_name_that_is_no_identifier(name):
+    with pytest.raises(ExportError, match="name: expected a C identifier"):
+        export.generate(random_program(0), name)
+
+
+def test_early_exit_uses_no_more_members_than_it_needs(tmp_path):
+    program = network("nin", "shared_conv", members=3)
+    images = random_images(program, 8)
+    library = compiled(export.generate(program, "net"), tmp_path)
+    function = ctypes.CDLL(str(library)).net_predict_early
+    function.argtypes = [ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p]
+    model = execute.Model(program, "numpy")
+    used = ctypes.c_int()
+    for threshold in (0.0, 0.3, 1e9):
+        labels, wanted = model.anytime(images, threshold)
+        for image, label, members in zip(images, labels, wanted, strict=True):
+            image = np.ascontiguousarray(image)
+            got = function(image.ctypes.data, threshold, ctypes.byref(used))
+            assert (got, used.value) == (label, members)

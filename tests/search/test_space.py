@@ -8,7 +8,7 @@ import numpy as np
 import optuna
 import pytest
 
-from bnncore import check, storage
+from bnncore import check
 from bnncore.lowering import blueprint
 from bnncore.lowering.packing import facts
 from bnncore.networks.ensemble import Ensemble
@@ -162,7 +162,7 @@ def test_an_int8_rival_is_judged_with_its_rounded_weights():
     p = rivals.rival_preset(parse(), rivals.INT8, {"backbone": "resnet8", "width": 8})
     found = trial.fp32(1, DATA, p)
     spec = plans.single_spec(p, DATA.image, 4, binary=False)
-    plain = storage.file_bound(spec, PackParams(), DATA.classes)
+    plain = blueprint.file_bound(spec, PackParams(), DATA.classes)
     assert found["file_bytes"] <= space.cost(spec, p, DATA.classes).file_bytes < plain / 2.5
     (history,) = found["history"].values()
     assert len(history) == 3 * SHORT["epochs"]  # as long as an ensemble's three stages

@@ -10,7 +10,6 @@ from pathlib import Path
 from bnncore import data, params, storage
 from bnncore.packed import packfile
 from bnncore.terminal import command, printable
-from bnncore.training import plans
 
 
 def of_file(path: Path) -> int:
@@ -29,6 +28,7 @@ def of_params(path: Path) -> int:
     """Print what everything that a parameter file asks for would take, without training."""
     from bnncore import check
     from bnncore.storage import untrained
+    from bnncore.training import plans
 
     p = params.load(path)
     names = None

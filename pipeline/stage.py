@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bnncore import params as parameters
 from bnncore.errors import UserError
 from bnncore.params import Params
+from bnncore.terminal import printable
 from bnncore.tracking import ModelRun, Tracker
 from pipeline.parent import end_with_dvc
 
@@ -114,4 +115,4 @@ def run(main: Callable[[], None], description: str | None = None) -> None:
             raise
         # A full disk is met in a write, which does not know the file.
         where = f"{ROOT.resolve()}: " if getattr(error, "filename", "") is None else ""
-        sys.exit(f"{name}: {where}{error}")
+        sys.exit("\n".join(map(printable, f"{name}: {where}{error}".split("\n"))))

@@ -364,7 +364,7 @@ def _binarize(traced: fx.GraphModule, node: fx.Node, binarizer: Binarizer) -> No
         with traced.graph.inserting_before(node):
             norm = _insert(traced, f"{name}_norm", nn.BatchNorm2d(layer.in_channels), source)
             sign = _insert(traced, f"{name}_sign", BinaryActivation(binarizer.activation), norm)
-        node.args = (sign,)
+        node.args, node.kwargs = (sign,), {}
 
 
 def _part(traced: fx.GraphModule, start: fx.Node, end: fx.Node, name: str) -> fx.GraphModule:
@@ -405,9 +405,27 @@ def _rename(head: fx.GraphModule, name: str, to: str, dropout: float) -> None:
     (node,) = (n for n in head.graph.nodes if str(n.target) == name)
     layer = head.get_submodule(name)
     head.delete_submodule(name)
+    if hasattr(head, to):
+        _make_room(head, to)
     head.add_submodule(to, layer)
     node.target = to
     if dropout > 0:
+        (source,) = node.all_input_nodes
         with head.graph.inserting_before(node):
-            node.args = (_insert(head, "dropout", Dropout(dropout), node.args[0]),)
+            drop = _insert(head, "dropout", Dropout(dropout), source)
+        node.args, node.kwargs = (drop,), {}
     head.recompile()
+
+
+def _make_room(head: fx.GraphModule, name: str) -> None:
+    """Give the user's module of this name, and what lies in it, another one."""
+    free = name
+    while hasattr(head, free):
+        free += "_"
+    module = head.get_submodule(name)
+    head.delete_submodule(name)
+    head.add_submodule(free, module)
+    for node in head.graph.nodes:
+        target = str(node.target)
+        if node.op in ("call_module", "get_attr") and f"{target}.".startswith(f"{name}."):
+            node.target = free + target[len(name) :]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnncore import modules
 from bnncore import params as P
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
@@ -43,14 +44,19 @@ INTERRUPTED = "interrupted"
 
 
 def study_name(params: Params, data: Dataset) -> str:
-    """Changes with everything that a trial's result depends on, but the code."""
+    """Changes with everything that a trial's result depends on, the user's code too, but not with
+    that of this package."""
     plain = P.plain(params)
     for section in ("mlflow", "ray", "evaluate", "data"):
         del plain[section]
     del plain["ensembles"]["train"]
     del plain["model"]["backbone"], plain["model"]["width"]
     del plain["search"]["trials"], plain["search"]["rivals"]
-    return f"{data.name}-{P.digest(plain, data.digest)[:8]}"
+    binarizer = params.model.binarizer
+    named = [*params.search.space.backbone, binarizer.weight, binarizer.activation]
+    code = [path.read_text() for _, path in sorted(modules.users_files(named).items())]
+    parts = [plain, data.digest, *code]  # without code of the user's, what it always was
+    return f"{data.name}-{P.digest(*parts)[:8]}"
 
 
 class Search:

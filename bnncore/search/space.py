@@ -29,6 +29,7 @@ from bnncore.networks.ensemble import EnsembleSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.packed import costs
 from bnncore.packed.program import Program
+from bnncore.packed.rules import MAX_MEMBERS
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams
 from bnncore.storage import untrained
 from bnncore.training import plans, schemes
@@ -152,6 +153,11 @@ class Space:
         self.distributions = {name: _distribution(v) for name, v in self.values.items()}
         self._problems: dict[tuple, str | None] = {}
         self._specs: dict[tuple, EnsembleSpec] = {}
+        if (most := max(self.values["members"])) > MAX_MEMBERS:
+            raise ParamsError(
+                f"search.space.members: expected at most {MAX_MEMBERS}, which a packed file can "
+                f"hold, got {most}"
+            )
         for name, known in (("scheme", schemes.SCHEMES), ("sharing", SHARING)):
             for value in self.values[name]:
                 if value not in known:

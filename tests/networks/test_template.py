@@ -259,6 +259,45 @@ def test_layers_that_are_put_in_replace_none_of_the_users():
         assert sum(type(m) is nn.BatchNorm2d for m in ours.modules()) == 2 + (binarizer is not None)
 
 
+class Called(nn.Module):
+    """Layers called by keyword, behind and inside of names that the template gives."""
+
+    def __init__(self, name: str, inside: bool):
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        last = nn.Linear(4, 4) if name == "dense" else nn.Conv2d(4, 4, 1)
+        if inside:  # the last layer stands in a container of that name
+            setattr(self, name, nn.Sequential(nn.ReLU(), last))
+        else:
+            self.last = last
+            setattr(self, name, nn.PReLU(4))
+        self.name, self.inside = name, inside
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(self.inner(input=self.first(input=x)), 1)
+        x = torch.flatten(x, 1) if self.name == "dense" else x
+        named = getattr(self, self.name)
+        x = named(x) if self.inside else named(self.last(input=x))
+        return x if self.name == "dense" else torch.flatten(x, 1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_names_that_the_template_gives_and_calls_by_keyword(name, inside, dropout):
+    torch.manual_seed(0)
+    theirs = Called(name, inside).eval()
+    x = torch.randn(3, 1, 8, 8)
+    for binarizer in (None, Binarizer()):
+        built = spec("called", binarizer=binarizer, dropout=dropout)
+        ours = binarized(copy.deepcopy(theirs), built).eval()
+        assert isinstance(ours.head.get_submodule(name), nn.Linear | nn.Conv2d)
+        if binarizer is None:
+            assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+        else:
+            assert ours(x).shape == (3, 4)
+
+
 # Heads as people write them, behind a body that gives (B, 8, 6, 6).
 HEADS = {
     "linear": lambda k: [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, k)],

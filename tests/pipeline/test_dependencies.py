@@ -28,7 +28,9 @@ CHANGES_NOTHING = {
 }
 # evaluate ends in an error if torch was imported: it runs nothing of these.
 NEEDS_TORCH = {f"bnncore/{room}": "needs torch" for room in ("lowering", "networks", "training")}
-BY_STAGE = {"evaluate": {**NEEDS_TORCH, "bnncore/paper": "tables that other commands print"}}
+SHOWN = {"bnncore/terminal.py": "how errors are shown"}
+BY_STAGE = dict.fromkeys(("inputs", *STAGES[:4]), SHOWN)
+BY_STAGE |= {"evaluate": {**NEEDS_TORCH, "bnncore/paper": "tables that other commands print"}}
 
 
 def reached(stage: str, root: Path) -> set[str]:

@@ -247,6 +247,7 @@ def test_a_users_error_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch, capsy
     named = OSError(28, "No space left on device", "models/x")
     for error, said in (
         (params.ParamsError("seed: expected"), "inputs: seed: expected"),
+        (params.ParamsError("a\x1b[31m: b\nc\u202e: d"), "inputs: a\\x1b[31m: b\nc\\u202e: d"),
         (full, f"inputs: {Path().resolve()}: [Errno 28] No space left on device"),
         (named, "inputs: [Errno 28] No space left on device: 'models/x'"),
     ):

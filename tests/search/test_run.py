@@ -24,6 +24,7 @@ from bnncore.packed import packfile
 from bnncore.params import RayParams
 from bnncore.search import answer, space
 from bnncore.search import study as S
+from bnncore.search.run import study_name
 from bnncore.training.jobs import TrainingError
 from tests import processes
 from tests.pipeline.test_pipeline import copy, dvc, environment
@@ -262,6 +263,17 @@ def project(tmp_path_factory) -> Path:
     output = dvc(folder, "repro", "search/dvc.yaml")
     assert "the best within 8 KiB" in output
     return folder
+
+
+def test_the_users_code_is_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "their_net.py").write_text("def net(channels, classes): ...\n")
+    p = parse()
+    theirs = replace(p.search, space=replace(p.search.space, backbone=("their_net:net",)))
+    before = study_name(replace(p, search=theirs), DATA)
+    assert study_name(replace(p, search=theirs), DATA) == before
+    (tmp_path / "their_net.py").write_text("def net(channels, classes): ...  # otherwise\n")
+    assert study_name(replace(p, search=theirs), DATA) != before
 
 
 def test_a_stage_of_its_own(project):

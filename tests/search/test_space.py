@@ -32,6 +32,8 @@ from tests.search.studies import DATA, SHORT, configuration, parse
         ({"space": {"members": [2, 2]}}, r"search\.space.*different values, got 2 twice"),
         ({"space": {"scheme": ["voting"], "sharing": ["tentaclenet"], "members": [2]}},
          r"nothing in it can be built: nin: sharing"),
+        ({"space": {"members": [1, 1025]}, "budget_kib": 1e6},
+         r"search\.space\.members: expected at most 1024.*got 1025"),
         ({"rungs": [0.5, 0.25]}, r"rungs: expected rising"),
         ({"budget": 12}, r"search\.budget: unknown key.*budget_kib"),
     ],

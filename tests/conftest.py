@@ -9,12 +9,14 @@ import pytest
 SHARED = ("cluster", "search")  # rooms whose tests share a cluster
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    room = item.path.parent.name
+    item.add_marker(pytest.mark.xdist_group(room if room in SHARED else str(item.path)))
+
+
 def pytest_collection_modifyitems(config, items):
-    soak = "soak" in config.getoption("markexpr")
+    if "soak" in config.getoption("markexpr"):
+        return
     for item in items:
-        room = item.path.parent.name
-        group = room if room in SHARED else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if not soak and item.get_closest_marker("soak"):
+        if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.skip(reason="only with -m soak"))

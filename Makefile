@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Over two processes; a file, or a room that shares a cluster, stays in one.
-SPREAD := -n 2 --dist loadgroup
+# Over two processes; the tests of a file, which may share what is slow to make, stay in one.
+SPREAD := -n 2 --dist loadfile
 
 .PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is

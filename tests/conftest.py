@@ -1,17 +1,6 @@
-"""Soak tests run only where they are asked for by name: ``pytest -m soak``.
-
-Where tests are spread over processes (``-n``), those of one file stay together, and so do those of
-a room that shares a Ray cluster.
-"""
+"""Soak tests run only where they are asked for by name: ``pytest -m soak``."""
 
 import pytest
-
-SHARED = ("cluster", "search")  # rooms whose tests share a cluster
-
-
-def pytest_itemcollected(item):
-    room = item.path.parent.name
-    item.add_marker(pytest.mark.xdist_group(room if room in SHARED else str(item.path)))
 
 
 def pytest_collection_modifyitems(config, items):

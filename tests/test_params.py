@@ -235,7 +235,7 @@ def test_the_widest_network_is_checked_within_seconds(backbone):
         "ensembles": {"train": [{"name": "x"}]},
     }
     check.check(P.parse(values), IMAGE, CLASSES)
-    assert time.thread_time() - started < 2
+    assert time.thread_time() - started < 5
 
 
 def test_what_parameters_allow_the_format_holds():
@@ -289,7 +289,7 @@ def test_yaml_is_strict(kind, tmp_path):
     started = time.thread_time()
     with pytest.raises(P.ParamsError) as caught:
         P.load(path)
-    assert time.thread_time() - started < 1
+    assert time.thread_time() - started < 5
     assert str(caught.value).startswith(f"{path}: {said}")
 
 

@@ -268,7 +268,7 @@ def test_sixty_thousand_files_would_take_seconds(tmp_path, monkeypatch):
         for i in range(600):
             (tmp_path / f"set/{label}/{i}.png").write_bytes(b"%d" % i * 400)
     source = data.source(data.DataParams(name="folder", path=str(tmp_path / "set")))
-    for most in (2.0, 0.8):
+    for most in (10.0, 5.0):
         started = time.process_time()
         assert len(fingerprint.contents(source, tmp_path / "kept.json")) == 6_000
         assert time.process_time() - started < most

@@ -529,7 +529,7 @@ def test_a_hanging_server_does_not_hold_up_training(root, capfd, monkeypatch):
         before = time.process_time()
         for epoch in range(1, 51):  # all while a call hangs
             run.epoch(epoch, {"val_top1": epoch})
-        assert time.process_time() - before < 1
+        assert time.process_time() - before < 5
         follower = tracker._follower
         assert not tracker.finish()
     assert follower.poll() is not None, "no process is left behind"

@@ -1,6 +1,14 @@
 """Soak tests run only where they are asked for by name: ``pytest -m soak``."""
 
+import signal
+
 import pytest
+
+
+def pytest_configure():
+    # A shell starts what it puts in the background with Ctrl-C ignored; tests send it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

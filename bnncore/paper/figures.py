@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from bnncore.errors import UserError
+from bnncore.params import read_yaml
 
 FIGURES = Path(__file__).with_name("figures.yaml")
 
@@ -83,7 +82,7 @@ def published(path: Path = FIGURES) -> Published:
         FiguresError: names the file.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
         return Published(
             [
                 Series(**{**about, **row, "kind": tuple(row["kind"]),
@@ -100,15 +99,8 @@ def published(path: Path = FIGURES) -> Published:
         )  # fmt: skip
     except KeyError as error:
         text = f"no {error}"
-    except (
-        OSError,
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        text = " ".join(str(error).split())
+    except (ValueError, TypeError, AttributeError) as error:
+        text = " ".join(str(error).removeprefix(f"{path}: ").split())
     raise FiguresError(
         f"{path}: expected the papers' figures, got: {text}; name the file with --expected"
     )

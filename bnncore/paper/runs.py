@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bnncore.networks.backbones import BACKBONES
 from bnncore.paper.figures import FiguresError, Series
+from bnncore.params import read_yaml
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,7 @@ def _read(file: Path) -> list[Run]:
         return [_run(row, known, fp32) for row in rows if row.get("test_top1") is not None]
     except KeyError as error:
         text = f"no {error}"
-    except (
-        *(OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError),
-        yaml.YAMLError,
-    ) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         text = str(error)
     raise FiguresError(f"{file}: expected the results of a run: {text}")
 
@@ -102,7 +98,7 @@ def _parameters(file: Path) -> dict[str, Any]:
     for folder in (file.parent, file.parent.parent):
         for path in (folder / "params.yaml", folder / "packed" / "params.yaml"):
             if path.exists():
-                return yaml.safe_load(path.read_text(encoding="utf-8"))
+                return read_yaml(path)
     return {}
 
 

@@ -60,8 +60,6 @@ SHARING = {
         Sharing("c3_blocks", ("block_last_conv", "classifier"), frozen=True),
     )
 }
-# How the classifier block of a TentacleNet reads its tentacles (TentacleNet, Fig. 2).
-CLASSIFIERS = ("auto", "logits", "features")
 
 
 def weight_layers(member: nn.Module) -> dict[str, nn.Module]:

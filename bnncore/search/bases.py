@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from bnncore.data import Dataset
 from bnncore.networks.sharing import SHARING
 from bnncore.params import Params
 from bnncore.search import trial
-from bnncore.search.journal import writing
 from bnncore.training import plans
 from bnncore.training.ensembled import Ensembled
 
@@ -67,10 +64,4 @@ class Bases:
         return self._keys[key]
 
     def save(self, name: str, trained: Ensembled) -> None:
-        folder = self.folder / name
-        new = folder.with_name(folder.name + ".new")
-        with writing(folder):
-            shutil.rmtree(new, ignore_errors=True)
-            trained.save(new)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(new, folder)
+        trained.save(self.folder / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -18,6 +19,7 @@ from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.sharing import weight_layers
 from bnncore.packed.packfile import MAX_GRAPH
+from bnncore.packed.program import Program
 from bnncore.packed.rules import MAX_MEMBERS, validate
 from bnncore.params import EnsembleParams, Params, ParamsError
 from bnncore.training import plans
@@ -73,16 +75,19 @@ def _check_packed(
         own: whether it is the user's own code that builds it, whose errors are theirs.
     """
     try:
-        with torch.device("meta"):
-            build(spec.model)
-        program = blueprint.draw(spec).most
-        validate(replace(program, classes=names or program.classes))
+        _validate(blueprint.draw(spec).most, names)
     except (UserError, ValueError) as error:
         raise ParamsError(_once(where, error)) from None
     except Exception as error:
         if own:
             raise ParamsError(f"{where}: {type(error).__name__}: {error}") from error
         raise
+
+
+@lru_cache(maxsize=256)
+def _validate(drawn: Program, names: tuple[str, ...] | None) -> None:
+    """Once for ensembles that differ in their members only: they have the same drawing."""
+    validate(replace(drawn, classes=names or drawn.classes))
 
 
 def _once(where: str, error: Exception) -> str:

@@ -15,8 +15,6 @@ from bnncore.packed import execute, exits, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
-SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
-         "binary_macs", "float_macs", "images_different")  # fmt: skip
 OPTIONS = (
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
@@ -45,10 +43,7 @@ def main() -> None:
         confusion = {"classes": images.classes, "models": taken}
         facts = about(s.params, images)
         written = report.write(results, histories, REPORTS, prefixes, confusion, facts)
-        (REPORTS / "metrics").mkdir(exist_ok=True)
-        for r in results:  # a file a model: `dvc metrics show` makes a row of each
-            shown = {key: r[key] for key in SHOWN if key in r}
-            (REPORTS / "metrics" / f"{r['name']}.json").write_text(json.dumps(shown, indent=1))
+        (REPORTS / "metrics.json").write_text(json.dumps(best(results), indent=1) + "\n")
         log(s, results, histories, written)
     if "torch" in sys.modules:
         raise RuntimeError("the packed evaluator imported torch; expected to run without it")
@@ -143,6 +138,13 @@ def about(p: params.Params, images: data.Dataset) -> dict:
         "seed": p.seed,
         "params": params.plain(p),
     }
+
+
+def best(results: list[dict]) -> dict:
+    """What `dvc exp show` says of a run: of its BNNs, the one that is best in validation."""
+    row = max(results, key=lambda r: (r["kind"] != "fp32", r["val_top1"], -r["file_bytes"]))
+    figures = {"test_top1": row["test_top1"], "file_kib": row["file_bytes"] / 1024}
+    return {"best": row["name"], **{key: round(value, 2) for key, value in figures.items()}}
 
 
 def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) -> list[str]:

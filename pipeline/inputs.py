@@ -31,7 +31,6 @@ def main() -> None:
         "images": {"files": len(images), "sha256": params.digest(sorted(images.items()))},
         "backbone": code([p.model.backbone]),
         "binarizer": code([binarizer.weight, binarizer.activation]),
-        "search": code(list(p.search.space.backbone)),
     }
     package = {path.as_posix(): digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
     state = params.digest(params.plain(p), found, package)

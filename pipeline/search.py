@@ -1,7 +1,4 @@
-"""Search for the best ensemble under a budget: ``python -m pipeline.search``.
-
-Not a part of the pipeline: ``search/dvc.yaml`` has it as a stage of its own.
-"""
+"""Search for the best ensemble under a budget; no stage of DVC: its study goes on by itself."""
 
 from __future__ import annotations
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
-from bnncore import data, params
+from bnncore import params
 from bnncore.cluster.cluster import Cluster
 from bnncore.training import plans, schemes
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
-from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+from pipeline.stage import CHECKPOINTS, MODELS, run, stage
 
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         fp32 = Ensembled.read(MODELS / "fp32").state
         bnn = Ensembled.read(MODELS / "bnn").state
         out = MODELS / "ensembles"
@@ -25,6 +25,7 @@ def main() -> None:
             plans.plan(s.params, ensemble, images, fp32, bnn)
             for ensemble in s.params.ensembles.train
         ]
+        print("starting Ray", flush=True)
         with (
             Cluster(s.params.ray) as cluster,
             resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
@@ -32,7 +33,8 @@ def main() -> None:
             train_many = partial(
                 cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
             )
-            for plan in todo:
+            for i, plan in enumerate(todo):
+                print(f"{plan.params.name}: ensemble {i + 1} of {len(todo)}", flush=True)
                 schemes.train(plan, train_many).save(out / plan.params.name)
             params.save(s.params, out / "params.yaml")
 

@@ -24,7 +24,7 @@ OPTIONS = (
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
         found = [evaluated(s, name, images) for name in names]
         counts = {r["name"]: r.pop("counts") for r in found}
@@ -75,6 +75,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
                     predicted, split.labels, len(images.classes)
                 ).tolist(),
             }
+    print(f"{name:>16}: validation {top1['val']:.2f} %, test {top1['test']:.2f} %", flush=True)
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())

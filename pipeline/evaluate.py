@@ -36,7 +36,6 @@ def main() -> None:
         prefixes = {r["name"]: r.pop("anytime") for r in results}
         narrower = {r["name"]: r.pop("options") for r in results}
         REPORTS.mkdir(exist_ok=True)
-        (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
         (REPORTS / "storage.txt").write_text("\n".join(stored(counts, narrower)) + "\n")
         print(*storage.summary(counts), f"by layer and part: {REPORTS / 'storage.txt'}", sep="\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}

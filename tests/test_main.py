@@ -94,30 +94,6 @@ def test_predict_a_list(net, folder, capsys, monkeypatch, form, threshold):
     assert got == (["unsure"] * 3 if threshold else expected)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", "{folder}/notes.txt"], "notes.txt: "),
-        (["inspect", "{folder}/none"], "No such file"),
-        (["predict", "{net}", "{folder}/notes.txt", "--ops", "numpy"], "expected a readable image"),
-        (["predict", "{net}", "{net}/.."], "no image files"),
-        (["predict", "{net}", "{folder}", "--members", "4"], "--members: expected 1 to 3, got 4"),
-        (["predict", "{net}", "{folder}", "--top", "0"], "--top: expected at least 1"),
-        (["predict", "{net}", "{folder}", "--threshold", "1.5"], "expected 0 to 1, got 1.5"),
-        (["bench", "{net}", "--batch", "0"], "expected at least 1"),
-    ],
-)
-def test_errors_are_one_line(net, folder, capsys, arguments, message, tmp_path):
-    if "{net}/.." in arguments:
-        (tmp_path / "empty").mkdir()
-        arguments = ["predict", str(net), str(tmp_path / "empty")]
-    arguments = [argument.format(net=net, folder=folder) for argument in arguments]
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
-
-
 def test_bench(net, capsys):
     arguments = ["bench", str(net), "--batch", "2", "--repeats", "1", "--members", "2", "--torch"]
     assert main(arguments) == 0

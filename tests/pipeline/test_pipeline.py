@@ -140,10 +140,15 @@ class TestTheWholePipeline:
         assert ran(dvc(folder, "repro", **QUIET)) == ["pack", "evaluate"]
 
     def test_dvc_shows_metrics_and_stages(self, finished):
-        shown = dvc(finished, "metrics", "show", "--md").splitlines()
-        (row,) = (line for line in shown if "metrics/fused.json" in line)
-        assert "test_top1" in shown[0]
-        assert row.count("|") == shown[0].count("|")
+        results = json.loads((finished / "reports/results.json").read_text())
+        best = max(results[1:], key=lambda r: (r["val_top1"], -r["file_bytes"]))
+        shown = json.loads((finished / "reports/metrics.json").read_text())
+        assert shown == {"best": best["name"], "test_top1": round(best["test_top1"], 2),
+                         "file_kib": round(best["file_bytes"] / 1024, 2)}  # fmt: skip
+        dvc(finished, "plots", "show")
+        page = (finished / "dvc_plots/index.html").read_text()
+        for name in ("test accuracy by model", "test accuracy by bytes", best["name"]):
+            assert name in page
         assert "ensemble-train" in dvc(finished, "dag")
 
     def test_mlflow_has_a_parent_and_a_child_a_model(self, finished):

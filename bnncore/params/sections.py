@@ -194,7 +194,7 @@ class EnsembleParams:
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
-        recipe: fields of ``ensembles.recipe`` that differ here.
+        recipe: fields of the section's recipe that differ here.
 
     Options of some schemes only; None for the scheme's default (`schemes.SCHEMES`):
         vote: ``soft`` or ``hard``, for schemes that vote.

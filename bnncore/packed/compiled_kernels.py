@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bnncore.packed import layouts, numpy_kernels, tiles
+from bnncore.packed import lanes, layouts, numpy_kernels, slices, tiles
 from bnncore.packed.arena import Kernel
 from bnncore.packed.borders import Window, divisors
 from bnncore.packed.fuse import SUMS, Group, groups
@@ -32,21 +32,23 @@ _FLOAT = np.dtype("f4")
 _POOLS = ("maxpool", "avgpool", "global_avg")
 
 
-def plan(program: Program, binary: np.dtype | None = None) -> list[Kernel]:
+def plan(
+    program: Program, binary: np.dtype | None = None, sliced: bool = False
+) -> list[Kernel]:
     """Steps for `bnncore.packed.execute`.
 
     Args:
         binary: the type of weights, and so the tile, of binary convolutions (default: the fastest
             here, see `tiles.binary_tile`).
     """
-    return _Planner(program, binary or tiles.binary_tile()).steps()
+    return _Planner(program, binary or tiles.binary_tile(), sliced).steps()
 
 
 class _Planner:
     """Makes steps of the groups of a Program."""
 
-    def __init__(self, program: Program, binary: np.dtype) -> None:
-        self.program, self.binary = program, np.dtype(binary)
+    def __init__(self, program: Program, binary: np.dtype, sliced: bool) -> None:
+        self.program, self.binary, self.sliced = program, np.dtype(binary), sliced
         self.shapes = validate(program)
         self.last = len(program.nodes)
         self.table = layouts.nibble_table()
@@ -161,6 +163,8 @@ class _Planner:
         kh, kw = kernel or (1, 1)
         stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
         stored = self.stride(source)
+        if binary and self.sliced:
+            return _bit_sliced(self, group, epilogue), ()
         dtype = self.binary if binary else _FLOAT
         if binary and kh * kw * stored > tiles.LONGEST:
             dtype = np.dtype("u4")
@@ -228,6 +232,65 @@ class _Planner:
         return run, (padded.bytes,) if pad else ()
 
 
+def _bit_sliced(
+    planner: _Planner, group: Group, epilogue: _Epilogue
+) -> Run:
+    """A binary convolution by `slices`."""
+    node, program = group.node, planner.program
+    tensor = program.tensors[node.tensors["weight"]]
+    filters, kh, kw, channels = tensor.shape
+    stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
+    inputs, outputs = planner.dims(node.inputs[0]), planner.dims(group.value)
+    window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
+    shape = np.array([0, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64)
+    places = [planner.room(number) for number in group.outputs]
+    classes = window.class_of.reshape(-1).astype(np.int64)
+    plain = not (group.rows or group.residual or group.numbers)
+
+    def prepare(member: int) -> tuple:
+        bits = unpack_bits(_copy(tensor, member))
+        constants = np.zeros((window.classes, rounded(filters)), np.int32)
+        constants[:, :filters] = window.constants(bits.sum(3, dtype=np.int32), channels)
+        found = lanes.most(constants[:, :filters], *epilogue.limits(member)) if plain else None
+        if found is None:
+            return lanes.picks(bits), constants, None, None, {}
+        up = layouts.to_words(np.pad(found[1], (0, rounded(filters) - filters)))
+        return lanes.picks(bits), constants, found[0], up, {}
+
+    prepared = each_member(prepare, [tensor, *epilogue.tensors])
+    lays: dict[int, lanes.Lay] = {}
+    none = np.zeros((1, 1, 1, slices.LANES), np.uint32), np.zeros(1, np.int64)
+    lanes_ = lanes_of(filters)
+
+    def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        x = values[0]
+        if len(x) not in lays:
+            lays[len(x)] = lanes.Lay.of(window, outputs[:2], channels, len(x))
+        lay = lays[len(x)]
+        outs = [place.array(room, len(x)) for place, room in zip(places, rooms, strict=False)]
+        picks, constants, limit, up, starts = prepared(member)
+        parts, params, flips, *rest = epilogue.arguments(member, values, outs)
+        start, start_of, negated = *none, flips
+        if limit is not None:
+            pieces = int(lay.lay[2])
+            if pieces not in starts:
+                starts[pieces] = lanes.start(window, lay, outputs[:2], limit)
+            start, start_of = starts[pieces]
+            negated = flips ^ up
+        size = slices.room_bytes(kh, stride, rounded(channels), len(lay.taps), lay.planes, lanes_)
+        mine = shape.copy()
+        mine[0] = len(x)
+        slices.convolve(
+            x, mine, lay.lay, lay.columns, lay.taps, picks, start, start_of,
+            lay.planes if limit is not None else max(7, lay.planes - 1),
+            limit is not None, np.empty(size, np.int8), classes, constants,
+            parts, params, flips, negated, *rest,
+        )  # fmt: skip
+        return outs
+
+    return run
+
+
 def _words(tensor: Tensor, member: int) -> Array:
     """One member's copy of binary weights (O,kh,kw,C), as (O,kh,kw,words)."""
     tensor = _copy(tensor, member)
@@ -260,7 +323,8 @@ class _Epilogue:
             self.parts |= tiles.CLEAR  # infinity times the weights of no filter is not 0
         nodes = [*group.rows.values(), *([group.level] if group.level else [])]
         names = [name for node in nodes for name in node.tensors.values()]
-        self.params = each_member(self.prepare, [program.tensors[name] for name in names])
+        self.tensors = [program.tensors[name] for name in names]
+        self.params = each_member(self.prepare, self.tensors)
         word = layouts.word_of(channels)
         self.none = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), word)
 
@@ -308,6 +372,11 @@ class _Epilogue:
                 flips[:count] = np.logical_not(self.get(level, "inside", member, 1))
         params = rows.reshape(tiles.ROWS, -1, lanes_of(count)).transpose(1, 0, 2)
         return layouts.aligned(params), layouts.to_words(flips)
+
+    def limits(self, member: int) -> tuple[Array, Array]:
+        """Between which values a bit is 1, or where it is negated 0; each (channels,)."""
+        params = self.prepare(member)[0].transpose(1, 0, 2).reshape(tiles.ROWS, -1)
+        return params[tiles.LOW, : self.channels], params[tiles.HIGH, : self.channels]
 
     def arguments(self, member: int, values: Sequence[Array], outs: Sequence[Array]) -> tuple:
         """parts, params, flips, residual, numbers, bits."""

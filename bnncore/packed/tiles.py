@@ -367,50 +367,55 @@ class _Nibbles(_Words):
 _TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32": _Floats}
 
 
-@intrinsic
-def _finish(
-    typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, total: Any, parts: Any,
-    params: Any, flip: Any, residual: Any, numbers: Any, bits: Any,
-) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
-    """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
+def _epilogue(
+    emit: _Emit, lanes: int, kinds: tuple[Any, Any], parts: ir.Value, flip: ir.Value,
+    row: Callable[[int], ir.Value],
+) -> Callable[..., None]:  # fmt: skip
+    """Code of the epilogue for the filters of one pixel, see `_finish`.
 
-    The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
-    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
-    (``x = constant + total``). Addresses, for so many filters: ``constant``, ``total``,
-    ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits`` of a word.
-    ``parts``: which parts to do; ``flip``: a word of bits to negate.
+    Args:
+        kinds: types of the weights and constants.
+        row: the parameters of a row.
+
+    Returns:
+        what emits it, from the addresses: constant, total, residual, numbers, bits.
     """
-    counted = constants.dtype == types.int32
-    lanes = flips.dtype.bitwidth
+    b = emit.b
+    weights, constants = kinds
     word = ir.IntType(lanes)
-    vector = ir.VectorType(_F32, lanes)
+    vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
+    zero = ir.Constant(vector, None)
 
-    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
-        emit, b = _Emit(builder), builder
-        zero = ir.Constant(vector, None)
+    def asked(part: int) -> ir.Value:
+        return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
 
-        def row(index: int) -> ir.Value:
-            return emit.load(vector, emit.at(params, 4 * lanes * index))
+    def group(first: int) -> Callable[[ir.Value], ir.Value]:
+        def apply(x: ir.Value) -> ir.Value:
+            x = b.fadd(b.fmul(x, row(first)), row(first + 1))
+            up = b.fcmp_ordered(">=", x, zero)
+            # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
+            low = b.fcmp_ordered("<", x, row(first + 2))
+            down = b.fmul(b.select(low, row(first + 2), x), row(first + 3))
+            x = b.select(up, x, down)
+            return b.fadd(b.fmul(x, row(first + 4)), row(first + 5))
 
-        def asked(part: int) -> ir.Value:
-            return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
+        return apply
 
-        def group(first: int) -> Callable[[ir.Value], ir.Value]:
-            def apply(x: ir.Value) -> ir.Value:
-                x = b.fadd(b.fmul(x, row(first)), row(first + 1))
-                up = b.fcmp_ordered(">=", x, zero)
-                # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
-                low = b.fcmp_ordered("<", x, row(first + 2))
-                down = b.fmul(b.select(low, row(first + 2), x), row(first + 3))
-                x = b.select(up, x, down)
-                return b.fadd(b.fmul(x, row(first + 4)), row(first + 5))
+    def clear(x: ir.Value) -> ir.Value:
+        return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
 
-            return apply
+    def sums(constant: ir.Value, total: ir.Value) -> ir.Value:
+        if constants.dtype != types.int32:
+            return b.fadd(emit.load(vector, constant), emit.load(vector, total))
+        if weights.dtype == types.uint8:
+            total = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
+        elif weights.dtype != types.int8:
+            total = emit.load(whole, total)
+        return b.sitofp(b.sub(emit.load(whole, constant), b.add(total, total)), vector)
 
-        def clear(x: ir.Value) -> ir.Value:
-            return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
-
+    def pixel(
+        constant: ir.Value, total: ir.Value, residual: ir.Value, numbers: ir.Value, bits: ir.Value
+    ) -> None:
         def store_numbers(x: ir.Value) -> ir.Value:
             emit.store(x, numbers)
             return x
@@ -422,25 +427,109 @@ def _finish(
             emit.store(b.xor(within, b.trunc(flip, word)), bits, lanes // 8)
             return x
 
-        if counted:
-            whole = ir.VectorType(_I32, lanes)
-            start = emit.load(whole, constant)
-            if weights.dtype == types.uint8:
-                minus = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
-            else:
-                minus = emit.load(whole, total)
-            x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
-        else:
-            x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
+        x = sums(constant, total)
         x = emit.when(asked(FIRST), x, group(0))
         x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
         x = emit.when(asked(SECOND), x, group(GROUP))
         x = emit.when(asked(CLEAR), x, clear)
         x = emit.when(asked(NUMBERS), x, store_numbers)
         emit.when(asked(BITS), x, store_bits)
+
+    return pixel
+
+
+@intrinsic
+def _finish(
+    typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, total: Any, parts: Any,
+    params: Any, flip: Any, residual: Any, numbers: Any, bits: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
+    """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
+
+    The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
+    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats (``x = constant + total``). Addresses, for so many
+    filters: ``constant``, ``total``, ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits``
+    of a word. ``parts``: which parts to do; ``flip``: a word of bits to negate.
+    """
+    lanes = flips.dtype.bitwidth
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
+        emit = _Emit(builder)
+        vector = ir.VectorType(_F32, lanes)
+        rows = lambda index: emit.load(vector, emit.at(params, 4 * lanes * index))  # noqa: E731
+        pixel = _epilogue(emit, lanes, (weights, constants), parts, flip, rows)
+        pixel(constant, total, residual, numbers, bits)
         return context.get_dummy_value()
 
     return types.void(weights, constants, flips, *[types.int64] * 8), body
+
+
+@intrinsic
+def _finish_row(
+    typing: Any, weights: Any, constants: Any, flips: Any, classes: Any, constant: Any, wide: Any,
+    sums: Any, first: Any, bytes_: Any, parts: Any, params: Any, flip: Any, residual: Any,
+    numbers: Any, bits: Any, count: Any, blocks: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
+    """`_finish` for `count` pixels, one after another.
+
+    Args:
+        weights: of int8.
+        classes: the address of their border classes.
+        wide: bytes from the constants of a class to the next.
+        sums: the address of those that `slices._turn` made, of a byte or two by ``bytes_``.
+        first: the first pixel's number among them.
+    """
+    lanes = flips.dtype.bitwidth
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        (_, _, _, classes, constant, wide, sums, start, bytes_, parts, params, flip, residual,
+         numbers, bits, count, blocks) = args  # fmt: skip
+        emit = _Emit(builder)
+        vector = ir.VectorType(_F32, lanes)
+        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
+        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
+        pixel = _epilogue(emit, lanes, (weights, constants), parts, flip, rows.__getitem__)
+        whole, half = ir.VectorType(_I32, lanes), ir.VectorType(_I8, 16)
+        vectors = "avx512f" in features() and 16 or 8
+        area = vectors * 512  # bytes of 16 filters
+        two = builder.icmp_signed("==", bytes_, _I64(2))
+
+        def byte(at: ir.Value) -> ir.Value:
+            value = emit.load(half, at, 16)
+            if lanes == 32:
+                both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
+                value = builder.shuffle_vector(value, emit.load(half, emit.at(at, area), 16), both)
+            return builder.zext(value, whole)
+
+        def one(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            kind = emit.load(_I64, emit.at(classes, index, 8))
+            place = builder.mul(index, blocks)
+            number = builder.add(start, index)
+            row = builder.and_(number, _I64(15))
+            quarters = builder.and_(builder.lshr(number, _I64(4)), _I64(3))
+            at = emit.at(sums, builder.lshr(number, _I64(6)), 1024)
+            at = emit.at(emit.at(at, row, 64), quarters, 16)
+            total = emit.when(
+                two,
+                byte(at),
+                lambda low: builder.or_(
+                    low,
+                    builder.shl(byte(emit.at(at, area * lanes // 16)), ir.Constant(whole, [8] * lanes)),
+                ),
+            )
+            pixel(
+                builder.add(constant, builder.mul(kind, wide)),
+                total,
+                emit.at(residual, place, 4 * lanes),
+                emit.at(numbers, place, 4 * lanes),
+                emit.at(bits, place, lanes // 8),
+            )
+            return []
+
+        emit.loop(count, [], one, unroll=False)
+        return context.get_dummy_value()
+
+    return types.void(weights, constants, flips, *[types.int64] * 14), body
 
 
 # ---- kernels ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 
 from bnncore.packed import layouts, numpy_kernels, tiles
 from bnncore.packed.arena import Kernel
-from bnncore.packed.borders import Window, divisors
+from bnncore.packed.borders import Window, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
 from bnncore.packed.layouts import Room, lanes_of, rounded
 from bnncore.packed.numpy_kernels import each_member
@@ -29,7 +29,7 @@ Run = Callable[[Sequence[Array], int, Sequence[Array]], Sequence[Array]]
 
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
 _FLOAT = np.dtype("f4")
-_POOLS = ("maxpool", "avgpool", "global_avg")
+_POOLS = ("maxpool", "avgpool", "global_avg", "sumpool", "global_sum")
 
 
 def plan(program: Program, binary: np.dtype | None = None) -> list[Kernel]:
@@ -85,7 +85,7 @@ class _Planner:
     def stride(self, number: int) -> int:
         """With how many channels a value is stored."""
         channels = self.shapes[number].dims[-1]
-        return channels if number in self.bare else rounded(channels)
+        return channels if number in self.bare or number == 0 else rounded(channels)
 
     def dims(self, number: int) -> tuple[int, ...]:
         dims = self.shapes[number].dims
@@ -127,13 +127,18 @@ class _Planner:
         stride, pad = int(attrs.get("stride", 1)), int(attrs.get("pad", 0))
         reach = pad if attrs.get("include_pad") else 0
         divisor = divisors(size, out, (taps, taps) if taps else size, stride, pad, reach)
+        factor = np.ones_like(divisor)
+        if group.node.op == "sumpool":
+            divisor, factor = factor, factors(divisor)
+        elif group.node.op == "global_sum":
+            divisor = factor
         kernel, maximum = taps or max(size), group.node.op == "maxpool"
         place = self.room(group.value)
 
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
             x = values[0]
             room = place.array(rooms[0], len(x))
-            tiles.pool(x, kernel, stride, pad, divisor, maximum, room)
+            tiles.pool(x, kernel, stride, pad, divisor, factor, maximum, room)
             return [room]
 
         return run
@@ -175,6 +180,8 @@ class _Planner:
         around = layouts.geometry(window, steps, unit, step, longest, False)
         # Not worth it, nor the memory, where nearly every position is a class of its own.
         few = window.classes * len(around.runs) <= _MOST_RUNS
+        bytes_ = source == 0  # copied to floats, with what stands in their padding
+        few = few and not bytes_
         inner = layouts.geometry(window, steps, unit, step, longest, True) if few and pad else None
         share = window.share()
         pixels = tiles.tile_pixels(dtype, lanes)
@@ -202,6 +209,9 @@ class _Planner:
             return layouts.lay_out(words.reshape(filters, -1), dtype), inside, whole
 
         prepared = each_member(lay_out, slots.values())
+        zeros = each_member(
+            lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
+        )
 
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
             x = values[0]
@@ -210,8 +220,8 @@ class _Planner:
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             # Tiles of images leave out padding, but the last ones may be half empty.
             skip = inner is not None and -(-images // pixels) * pixels * share < images
-            if pad and not skip:
-                x = layouts.pad(x, pad, padded.array(rooms[-1], images))
+            if bytes_ or (pad and not skip):
+                x = layouts.pad(x, pad, padded.array(rooms[-1], images), zeros(member))
             lay = inner if skip else around
             assert lay is not None
             strip = x.shape[1] * x.shape[2] * steps * unit
@@ -225,7 +235,7 @@ class _Planner:
             )  # fmt: skip
             return outs
 
-        return run, (padded.bytes,) if pad else ()
+        return run, (padded.bytes,) if pad or bytes_ else ()
 
 
 def _words(tensor: Tensor, member: int) -> Array:
@@ -253,9 +263,16 @@ class _Epilogue:
     def __init__(self, program: Program, group: Group, channels: int) -> None:
         self.program, self.group, self.channels = program, group, channels
         self.parts = tiles.NUMBERS * group.numbers | tiles.BITS * (group.level is not None)
-        self.parts |= tiles.RESIDUAL * group.residual
-        for row in group.rows:
-            self.parts |= tiles.FIRST if row < tiles.GROUP else tiles.SECOND
+        floats = not any(node.op == "rescale" for node in group.rows.values())
+        self.parts |= tiles.RESIDUAL * (group.residual and floats)
+        for row, node in group.rows.items():
+            whole = node.op == "rescale"
+            if row < tiles.GROUP:
+                self.parts |= tiles.RESCALE if whole else tiles.FIRST
+            else:
+                self.parts |= tiles.AGAIN if whole else tiles.SECOND
+            if len(node.inputs) == 2:
+                self.parts |= tiles.ADDED if row < tiles.GROUP else tiles.ADDED_AGAIN
         if group.numbers and channels % lanes_of(channels):
             self.parts |= tiles.CLEAR  # infinity times the weights of no filter is not 0
         nodes = [*group.rows.values(), *([group.level] if group.level else [])]
@@ -289,6 +306,19 @@ class _Epilogue:
                 rows[row + 1, :count] = self.get(node, "shift", member)
             elif node.op == "prelu":
                 rows[row + 1, :count] = self.get(node, "slope", member)
+            elif node.op == "fixed":
+                rows[row, :count] = 2.0 ** -node.attrs["fraction"]
+            elif node.op == "rescale":
+                whole = rows[row : row + tiles.GROUP].view(np.int32)
+                whole[:] = 0
+                scale = self.get(node, "scale", member)
+                whole[0, :count] = scale
+                whole[1, :count] = self.get(node, "slope", member) if "slope" in node.tensors else scale
+                whole[2, :count] = numpy_kernels.plain(
+                    self.program.tensors[node.tensors["shift"]], member
+                )
+                for place, name in enumerate(("right", "low", "high"), 3):
+                    whole[place, :count] = node.attrs[name]
             else:
                 rows[row, :count], rows[row + 1, :count] = np.finfo(np.float32).min, 0
         flips = np.zeros(rounded(count), bool)

@@ -15,7 +15,9 @@ window, over all its channels). Three tiles exist, told apart by the type of the
 
 **The epilogue** runs while the sums are at hand: affine, PReLU, affine, residual add, affine,
 PReLU, affine, each rounded as in float32 arithmetic one at a time, then a store of the numbers, or
-of ``(low <= x <= high) ^ flip`` as a word of bits, or both.
+of ``(low <= x <= high) ^ flip`` as a word of bits, or both. In Programs of integers one or two
+rescalings stand for all of that, in 32 bits; what is stored is floats all the same, which hold
+these integers.
 
 The loops are written in LLVM's own language, as functions that numba calls (`intrinsic`): its
 vectoriser, given plain loops, makes code that is two to three times slower. LLVM lowers them to
@@ -41,8 +43,11 @@ BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a mult
 
 # Parts of the epilogue, in order.
 FIRST, RESIDUAL, SECOND, CLEAR, NUMBERS, BITS = 1, 2, 4, 8, 16, 32
-# Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift; the bounds of a
-# bit; and above 0 where a filter is, else `CLEAR` writes 0.
+# Instead of a group a rescaling of integers, and which of the two adds the residual.
+RESCALE, AGAIN, ADDED, ADDED_AGAIN = 64, 128, 256, 512
+# Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift (or, as int32:
+# scale, slope, shift, right, low, high); the bounds of a bit; and above 0 where a filter is, else
+# `CLEAR` writes 0.
 GROUP, LOW, HIGH, LIVE, ROWS = 6, 12, 13, 14, 15
 
 
@@ -408,6 +413,28 @@ def _finish(
 
             return apply
 
+        def rescale(first: int, added: int) -> Callable[[ir.Value], ir.Value]:
+            whole = ir.VectorType(_I32, lanes)
+
+            def row(index: int) -> ir.Value:
+                return emit.load(whole, emit.at(params, 4 * lanes * (first + index)))
+
+            def apply(x: ir.Value) -> ir.Value:
+                x = b.fptosi(x, whole)
+                up = b.icmp_signed(">=", x, ir.Constant(whole, None))
+                x = b.add(b.mul(x, b.select(up, row(0), row(1))), row(2))
+                x = b.ashr(x, row(3))
+                x = emit.when(
+                    asked(added),
+                    x,
+                    lambda x: b.add(x, b.fptosi(emit.load(vector, residual), whole)),
+                )
+                x = b.select(b.icmp_signed("<", x, row(4)), row(4), x)
+                x = b.select(b.icmp_signed(">", x, row(5)), row(5), x)
+                return b.sitofp(x, vector)
+
+            return apply
+
         def clear(x: ir.Value) -> ir.Value:
             return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
 
@@ -433,6 +460,8 @@ def _finish(
         else:
             x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
         x = emit.when(asked(FIRST), x, group(0))
+        x = emit.when(asked(RESCALE), x, rescale(0, ADDED))
+        x = emit.when(asked(AGAIN), x, rescale(GROUP, ADDED_AGAIN))
         x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
         x = emit.when(asked(SECOND), x, group(GROUP))
         x = emit.when(asked(CLEAR), x, clear)
@@ -565,9 +594,10 @@ def finish(
 
 @njit(cache=True, nogil=True)
 def pool(
-    x: Array, kernel: int, stride: int, pad: int, divisor: Array, maximum: bool, out: Array
-) -> None:
-    """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo)."""
+    x: Array, kernel: int, stride: int, pad: int, divisor: Array, factor: Array, maximum: bool,
+    out: Array,
+) -> None:  # fmt: skip
+    """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo), times factor."""
     images, high, wide, channels = out.shape
     for n in range(images):
         for i in range(high):
@@ -595,4 +625,4 @@ def pool(
                         first = False
                 if not maximum:
                     for c in range(channels):
-                        room[c] /= divisor[i, j]
+                        room[c] = room[c] / divisor[i, j] * factor[i, j]

@@ -69,17 +69,8 @@ def validate(program: Program) -> list[Shape]:
     total = 0
     for index, node in enumerate(program.nodes):
         _text(f"node {index} name", node.name)
-        look = _Look(f"node {index} ({node.op} {node.name!r})", node, program, shapes)
-        rule = _RULES.get(node.op)
-        require(rule is not None, f"node {index} ({node.name!r})", "a known operator", node.op)
-        assert rule is not None
-        kind, dims = rule(look)
-        elements = math.prod(dims)
-        require(elements <= MAX_VALUE, look.where, f"at most {MAX_VALUE} elements", elements)
-        bound = look.bound if kind == "i32" else 0
-        require(bound <= MAX_INT, look.where, f"integers up to {MAX_INT}", bound)
-        total += elements
-        shapes.append(Shape(kind, dims, look.finish(), bound))
+        shapes.append(infer(index, node, program, shapes))
+        total += math.prod(shapes[-1].dims)
         used.update(node.tensors.values())
     require(total <= MAX_VALUES, "all values", f"at most {MAX_VALUES} elements", total)
     last = shapes[-1]
@@ -92,6 +83,20 @@ def validate(program: Program) -> list[Shape]:
     unused = sorted(program.tensors.keys() - used)
     require(not unused, "tensors", "every one in use", f"unused {unused[:3]}")
     return shapes
+
+
+def infer(index: int, node: Node, program: Program, shapes: list[Shape]) -> Shape:
+    """The shape of what node `index` gives, from those of earlier values."""
+    look = _Look(f"node {index} ({node.op} {node.name!r})", node, program, shapes)
+    rule = _RULES.get(node.op)
+    require(rule is not None, f"node {index} ({node.name!r})", "a known operator", node.op)
+    assert rule is not None
+    kind, dims = rule(look)
+    elements = math.prod(dims)
+    require(elements <= MAX_VALUE, look.where, f"at most {MAX_VALUE} elements", elements)
+    bound = look.bound if kind == "i32" else 0
+    require(bound <= MAX_INT, look.where, f"integers up to {MAX_INT}", bound)
+    return Shape(kind, dims, look.finish(), bound)
 
 
 def window(size: int, kernel: int, stride: int, pad: int, ceil: int = 0) -> int:

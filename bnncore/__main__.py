@@ -17,7 +17,7 @@ from bnncore.device import commands as device
 from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
 from bnncore.packed.program import Program, Tensor
-from bnncore.packed.rules import validate
+from bnncore.packed.rules import validate, version
 from bnncore.terminal import columns, command, printable
 
 
@@ -60,7 +60,7 @@ def _inspect(options: argparse.Namespace) -> None:
     counted = sum(tensor.data.nbytes for tensor in program.tensors.values())
     members = f"{program.members} member{'s' if program.members > 1 else ''}"
     height, width, channels = program.image
-    print(printable(f"{options.file}: format {packfile.VERSION}, {members}, combined by "
+    print(printable(f"{options.file}: format {version(program, shapes)}, {members}, combined by "
                     f"{program.combine}"))  # fmt: skip
     print(printable(f"image {height}x{width}x{channels}, {len(program.classes)} classes: "
                     f"{_shorten(', '.join(program.classes), 60)}"))  # fmt: skip

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from bnncore.packed import lanes, layouts, numpy_kernels, slices, tiles
 from bnncore.packed.arena import Kernel
-from bnncore.packed.borders import Window, divisors
+from bnncore.packed.borders import Window, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
 from bnncore.packed.layouts import Room, lanes_of, rounded
 from bnncore.packed.numpy_kernels import each_member
@@ -29,7 +30,7 @@ Run = Callable[[Sequence[Array], int, Sequence[Array]], Sequence[Array]]
 
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
 _FLOAT = np.dtype("f4")
-_POOLS = ("maxpool", "avgpool", "global_avg")
+_POOLS = ("maxpool", "avgpool", "global_avg", "sumpool", "global_sum")
 
 
 def plan(
@@ -87,7 +88,7 @@ class _Planner:
     def stride(self, number: int) -> int:
         """With how many channels a value is stored."""
         channels = self.shapes[number].dims[-1]
-        return channels if number in self.bare else rounded(channels)
+        return channels if number in self.bare or number == 0 else rounded(channels)
 
     def dims(self, number: int) -> tuple[int, ...]:
         dims = self.shapes[number].dims
@@ -129,13 +130,18 @@ class _Planner:
         stride, pad = int(attrs.get("stride", 1)), int(attrs.get("pad", 0))
         reach = pad if attrs.get("include_pad") else 0
         divisor = divisors(size, out, (taps, taps) if taps else size, stride, pad, reach)
+        factor = np.ones_like(divisor)
+        if group.node.op == "sumpool":
+            divisor, factor = factor, factors(divisor)
+        elif group.node.op == "global_sum":
+            divisor = factor
         kernel, maximum = taps or max(size), group.node.op == "maxpool"
         place = self.room(group.value)
 
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
             x = values[0]
             room = place.array(rooms[0], len(x))
-            tiles.pool(x, kernel, stride, pad, divisor, maximum, room)
+            tiles.pool(x, kernel, stride, pad, divisor, factor, maximum, room)
             return [room]
 
         return run
@@ -179,6 +185,8 @@ class _Planner:
         around = layouts.geometry(window, steps, unit, step, longest, False)
         # Not worth it, nor the memory, where nearly every position is a class of its own.
         few = window.classes * len(around.runs) <= _MOST_RUNS
+        bytes_ = source == 0  # copied to floats, with what stands in their padding
+        few = few and not bytes_
         inner = layouts.geometry(window, steps, unit, step, longest, True) if few and pad else None
         share = window.share()
         pixels = tiles.tile_pixels(dtype, lanes)
@@ -206,6 +214,9 @@ class _Planner:
             return layouts.lay_out(words.reshape(filters, -1), dtype), inside, whole
 
         prepared = each_member(lay_out, slots.values())
+        zeros = each_member(
+            lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
+        )
 
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
             x = values[0]
@@ -214,8 +225,8 @@ class _Planner:
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             # Tiles of images leave out padding, but the last ones may be half empty.
             skip = inner is not None and -(-images // pixels) * pixels * share < images
-            if pad and not skip:
-                x = layouts.pad(x, pad, padded.array(rooms[-1], images))
+            if bytes_ or (pad and not skip):
+                x = layouts.pad(x, pad, padded.array(rooms[-1], images), zeros(member))
             lay = inner if skip else around
             assert lay is not None
             strip = x.shape[1] * x.shape[2] * steps * unit
@@ -229,66 +240,75 @@ class _Planner:
             )  # fmt: skip
             return outs
 
-        return run, (padded.bytes,) if pad else ()
+        return run, (padded.bytes,) if pad or bytes_ else ()
 
 
-def _bit_sliced(
-    planner: _Planner, group: Group, epilogue: _Epilogue
-) -> Run:
+def _bit_sliced(planner: _Planner, group: Group, epilogue: _Epilogue) -> Run:
     """A binary convolution by `slices`."""
-    node, program = group.node, planner.program
-    tensor = program.tensors[node.tensors["weight"]]
+    node = group.node
+    tensor = planner.program.tensors[node.tensors["weight"]]
     filters, kh, kw, channels = tensor.shape
     stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
     inputs, outputs = planner.dims(node.inputs[0]), planner.dims(group.value)
     window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
-    shape = np.array([0, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64)
     places = [planner.room(number) for number in group.outputs]
-    classes = window.class_of.reshape(-1).astype(np.int64)
-    plain = not (group.rows or group.residual or group.numbers)
+    products = kh * kw * channels
+    whole = rounded(filters)
 
-    def prepare(member: int) -> tuple:
+    def prepare(member: int) -> _Sliced:
         bits = unpack_bits(_copy(tensor, member))
-        constants = np.zeros((window.classes, rounded(filters)), np.int32)
-        constants[:, :filters] = window.constants(bits.sum(3, dtype=np.int32), channels)
-        found = lanes.most(constants[:, :filters], *epilogue.limits(member)) if plain else None
-        if found is None:
-            return lanes.picks(bits), constants, None, None, {}
-        up = layouts.to_words(np.pad(found[1], (0, rounded(filters) - filters)))
-        return lanes.picks(bits), constants, found[0], up, {}
+        constants = window.constants(bits.sum(3, dtype=np.int32), channels)
+        zeros, found = np.zeros(whole, np.int32), None
+        if not (group.rows or group.residual or group.numbers):
+            planes = max(7, products.bit_length() + 1)
+            found = lanes.limits(constants, *epilogue.limits(member), planes)
+        if found:
+            first, up = found
+            negated = layouts.to_words(np.pad(up, (0, whole - filters)))
+            return _Sliced(lanes.picks(bits), planes, True, first, zeros, negated, {})
+        first, most = lanes.sums(constants)
+        planes = max(7, int(first.max() + products).bit_length())
+        zeros[:filters] = most
+        none = np.zeros(whole // lanes_of(filters), layouts.word_of(filters))
+        return _Sliced(lanes.picks(bits), planes, False, first, zeros, none, {})
 
     prepared = each_member(prepare, [tensor, *epilogue.tensors])
     lays: dict[int, lanes.Lay] = {}
-    none = np.zeros((1, 1, 1, slices.LANES), np.uint32), np.zeros(1, np.int64)
-    lanes_ = lanes_of(filters)
 
     def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
         x = values[0]
-        if len(x) not in lays:
-            lays[len(x)] = lanes.Lay.of(window, outputs[:2], channels, len(x))
-        lay = lays[len(x)]
-        outs = [place.array(room, len(x)) for place, room in zip(places, rooms, strict=False)]
-        picks, constants, limit, up, starts = prepared(member)
+        images = len(x)
+        if images not in lays:
+            lays[images] = lanes.Lay.of(window, outputs[:2], channels, images)
+        lay, mine = lays[images], prepared(member)
+        if lay.key not in mine.starts:
+            mine.starts[lay.key] = lanes.start(window, lay, outputs[:2], mine.first, mine.planes)
+        outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
         parts, params, flips, *rest = epilogue.arguments(member, values, outs)
-        start, start_of, negated = *none, flips
-        if limit is not None:
-            pieces = int(lay.lay[2])
-            if pieces not in starts:
-                starts[pieces] = lanes.start(window, lay, outputs[:2], limit)
-            start, start_of = starts[pieces]
-            negated = flips ^ up
-        size = slices.room_bytes(kh, stride, rounded(channels), len(lay.taps), lay.planes, lanes_)
-        mine = shape.copy()
-        mine[0] = len(x)
         slices.convolve(
-            x, mine, lay.lay, lay.columns, lay.taps, picks, start, start_of,
-            lay.planes if limit is not None else max(7, lay.planes - 1),
-            limit is not None, np.empty(size, np.int8), classes, constants,
-            parts, params, flips, negated, *rest,
+            x, np.array([images, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64), lay.lay,
+            lay.columns, lay.taps, mine.picks, *mine.starts[lay.key], mine.planes, mine.as_bits,
+            mine.constants, parts, params, flips, flips ^ mine.negated, *rest,
         )  # fmt: skip
         return outs
 
     return run
+
+
+class _Sliced(NamedTuple):
+    """What `_bit_sliced` prepares of a member's weights: see `slices.convolve`.
+
+    Attributes:
+        first, starts: with which counts to begin, (classes,O), and as they lie in lanes.
+    """
+
+    picks: Array
+    planes: int
+    as_bits: bool
+    first: Array
+    constants: Array
+    negated: Array
+    starts: dict[int, tuple[Array, Array]]
 
 
 def _words(tensor: Tensor, member: int) -> Array:
@@ -316,9 +336,16 @@ class _Epilogue:
     def __init__(self, program: Program, group: Group, channels: int) -> None:
         self.program, self.group, self.channels = program, group, channels
         self.parts = tiles.NUMBERS * group.numbers | tiles.BITS * (group.level is not None)
-        self.parts |= tiles.RESIDUAL * group.residual
-        for row in group.rows:
-            self.parts |= tiles.FIRST if row < tiles.GROUP else tiles.SECOND
+        floats = not any(node.op == "rescale" for node in group.rows.values())
+        self.parts |= tiles.RESIDUAL * (group.residual and floats)
+        for row, node in group.rows.items():
+            whole = node.op == "rescale"
+            if not whole:
+                self.parts |= 1 << row
+            else:
+                self.parts |= tiles.RESCALE if row < tiles.GROUP else tiles.AGAIN
+            if len(node.inputs) == 2:
+                self.parts |= tiles.ADDED if row < tiles.GROUP else tiles.ADDED_AGAIN
         if group.numbers and channels % lanes_of(channels):
             self.parts |= tiles.CLEAR  # infinity times the weights of no filter is not 0
         nodes = [*group.rows.values(), *([group.level] if group.level else [])]
@@ -353,6 +380,19 @@ class _Epilogue:
                 rows[row + 1, :count] = self.get(node, "shift", member)
             elif node.op == "prelu":
                 rows[row + 1, :count] = self.get(node, "slope", member)
+            elif node.op == "fixed":
+                rows[row, :count] = 2.0 ** -node.attrs["fraction"]
+            elif node.op == "rescale":
+                whole = rows[row : row + tiles.GROUP].view(np.int32)
+                whole[:] = 0
+                scale = self.get(node, "scale", member)
+                whole[0, :count] = scale
+                whole[1, :count] = self.get(node, "slope", member) if "slope" in node.tensors else scale
+                whole[2, :count] = numpy_kernels.plain(
+                    self.program.tensors[node.tensors["shift"]], member
+                )
+                for place, name in enumerate(("right", "low", "high"), 3):
+                    whole[place, :count] = node.attrs[name]
             else:
                 rows[row, :count], rows[row + 1, :count] = np.finfo(np.float32).min, 0
         flips = np.zeros(rounded(count), bool)

@@ -11,6 +11,7 @@ import numpy as np
 
 from bnncore.packed import slices
 from bnncore.packed.borders import Window
+from bnncore.packed.layouts import rounded
 
 Array = np.ndarray
 
@@ -39,13 +40,17 @@ class Lay(NamedTuple):
     lay: Array
     columns: Array
     taps: Array
-    planes: int
+
+    @property
+    def key(self) -> int:
+        """Tells apart those of one convolution."""
+        return int(self.lay[2])
 
     @classmethod
     def of(cls, window: Window, out: tuple[int, ...], channels: int, images: int) -> Lay:
-        """For so many images at a time; `channels` as they are, of words rounded up."""
+        """For so many images at a time."""
         stride, pad = window.stride, window.pad
-        words = _rounded(channels)
+        words = rounded(channels)
         high, wide = out
         shift = (np.arange(window.kernel[1]) - pad) // stride
         parity = (np.arange(window.kernel[1]) - pad) - shift * stride
@@ -81,17 +86,7 @@ class Lay(NamedTuple):
                 inside = at[(column >= 0) & (column < window.inputs[1])]
                 keep[j] = sum(1 << int(s * apart + k) for s in range(side) for k in inside)
         taps[..., 3] = keep[found.column]
-        products = channels * window.kernel[0] * window.kernel[1]
-        return cls(
-            np.array([side, apart, pieces, wide, high], np.int64), columns, taps,
-            max(7, products.bit_length() + 1),
-        )
-
-
-def _rounded(channels: int) -> int:
-    from bnncore.packed.layouts import rounded
-
-    return rounded(channels)
+        return cls(np.array([side, apart, pieces, wide, high], np.int64), columns, taps)
 
 
 def picks(weights: Array) -> Array:
@@ -115,48 +110,57 @@ def picks(weights: Array) -> Array:
     return found
 
 
-def start(window: Window, lay: Lay, out: tuple[int, ...], most: Array) -> tuple[Array, Array]:
-    """Where counting starts, so that more than `most` (classes,O) carries into the topmost plane.
+def start(
+    window: Window, lay: Lay, out: tuple[int, ...], first: Array, planes: int
+) -> tuple[Array, Array]:
+    """Where counting starts.
+
+    Args:
+        first: counts, (classes,O).
 
     Returns:
         uint32 (kinds, O, planes, L), and the kind of each row of a part, int64.
     """
     side, apart, pieces, wide, high = (int(n) for n in lay.lay)
-    planes = lay.planes
-    top = 1 << (planes - 1)
-    value = np.clip(top - 1 - most, 0, top)[window.class_of]  # (Ho,Wo,O)
-    filters = most.shape[1]
+    value = first[window.class_of]  # (Ho,Wo,O)
+    filters = first.shape[1]
     tiles = -(-out[1] // wide)
     rows = np.zeros((high, filters, planes, slices.LANES), np.uint32)
     for lane in range(slices.LANES):
         piece = lane % pieces
         y0, x0 = piece // tiles * high, piece % tiles * wide
         part = value[y0 : y0 + high, x0 : x0 + wide]  # (h,w,O)
-        bits = (part[..., None] >> np.arange(planes)) & 1  # (h,w,O,planes)
-        for s in range(side):
-            places = 1 << (s * apart + np.arange(part.shape[1], dtype=np.uint64))
-            rows[: len(part), :, :, lane] |= np.einsum(
-                "hwop,w->hop", bits.astype(np.uint64), places.astype(np.uint64)
-            ).astype(np.uint32)
+        bits = ((part[..., None] >> np.arange(planes)) & 1).astype(np.uint64)  # (h,w,O,planes)
+        places = np.arange(part.shape[1])[:, None] + apart * np.arange(side)
+        words = (1 << places).sum(1).astype(np.uint64)
+        rows[: len(part), ..., lane] = np.einsum("hwop,w->hop", bits, words)
     kinds, of = np.unique(rows, axis=0, return_inverse=True)
     return kinds, of.reshape(-1).astype(np.int64)
 
 
-def most(constants: Array, low: Array, high: Array) -> tuple[Array, Array] | None:
-    """Bits ``low <= sum <= high`` as limits on the count of differing bits.
+def limits(constants: Array, low: Array, high: Array, planes: int) -> tuple[Array, Array] | None:
+    """Bits ``low <= sum <= high`` as counts to begin with, so high that what is above a limit carries
+    into the topmost plane.
 
     Args:
         constants: (classes,O): a sum is its class's less twice the count.
 
     Returns:
-        the most that is not yet above, (classes,O), and where the bit is 1 up to there instead of
-        above, (O,); None where both ends matter.
+        counts (classes,O), and where the bit is 1 up to the limit instead of above it, (O,); None
+        where both ends matter.
     """
     up = np.isposinf(high)
     if not (up | np.isneginf(low)).all():
         return None
     far = 1 << 30
-    low, high = (np.clip(np.nan_to_num(f(v)), -far, far) for f, v in ((np.ceil, low), (np.floor, high)))
-    rising = np.floor((constants - low) / 2)
-    falling = np.ceil((constants - high) / 2) - 1
-    return np.where(up, rising, falling).astype(np.int64), up
+    low, high = np.clip(np.ceil(low), -far, far), np.clip(np.floor(high), -far, far)
+    most = np.where(up, np.floor((constants - low) / 2), np.ceil((constants - high) / 2) - 1)
+    top = 1 << (planes - 1)
+    return np.clip(top - 1 - most, 0, top).astype(np.int64), up
+
+
+def sums(constants: Array) -> tuple[Array, Array]:
+    """Counts to begin with, (classes,O), after which a sum is its filter's constant, (O,), less
+    twice the count, whatever the class. Channels are even, or there is one class."""
+    most = constants.max(0)
+    return (most - constants).astype(np.int64) >> 1, most

@@ -30,7 +30,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from bnncore.packed.tiles import ROWS, _Emit, _finish_row, features
+from bnncore.packed.tiles import ROWS, _Emit, _epilogue, features
 
 Array = np.ndarray
 
@@ -39,7 +39,8 @@ UNIT = 16  # triples that are added up at a time
 KINDS = 10  # vectors of a triple's table: eight carries, the sum, its complement
 LOW_PLANES = 8  # of a sum's first byte; a second one holds the others
 
-_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+_F32 = ir.FloatType()
 _WIDE = "avx512f" in features()
 LANES = 16 if _WIDE else 8
 VECTOR = 4 * LANES  # bytes
@@ -140,22 +141,22 @@ def _tabulate(
 
 @intrinsic
 def _count(
-    typing: Any, table: Any, picks: Any, units: Any, start: Any, step: Any, planes: Any, to: Any
+    typing: Any, table: Any, picks: Any, units: Any, start: Any, planes: Any, to: Any
 ) -> tuple[Any, Callable[..., ir.Value]]:
     """Add up a filter's triples.
 
     Addresses: ``table``; ``picks`` of pairs of uint32, where in the table a triple's sum and carry
-    lie; ``start`` of `planes` planes to begin with, `step` bytes apart; ``to`` of the resulting
+    lie; ``start`` of `planes` planes to begin with; ``to`` of the resulting
     planes. ``units``: of `UNIT` triples; ``planes``: at least 7.
     """
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        table, picks, units, start, step, planes, to = args
+        table, picks, units, start, planes, to = args
         emit = _Emit(builder)
         above = builder.sub(planes, _I64(6))  # planes that are held in memory
 
         def begin(k: ir.Value) -> ir.Value:
-            return emit.load(_VECTOR, builder.add(start, builder.mul(step, k)))
+            return emit.load(_VECTOR, emit.at(start, k, VECTOR))
 
         def copy(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
             k = builder.add(index, _I64(6))
@@ -214,7 +215,7 @@ def _count(
             emit.store(plane, emit.at(to, k * VECTOR))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), body
+    return types.void(*[types.int64] * 6), body
 
 
 _GALOIS = {"avx512f", "avx512vbmi", "gfni"} <= features()
@@ -298,6 +299,74 @@ def _turn(typing: Any, bytes_: Any) -> tuple[Any, Callable[..., ir.Value]]:
 
 
 @intrinsic
+def _finish(
+    typing: Any, flips: Any, constant: Any, sums: Any, bytes_: Any, parts: Any, params: Any,
+    flip: Any, residual: Any, numbers: Any, bits: Any, count: Any, blocks: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
+    """`tiles._finish` for `count` pixels, one after another.
+
+    Addresses: ``constant`` of the filters', ``sums`` of the first pixel among those that `_turn`
+    made, of a byte or two by ``bytes_``. ``blocks`` of filters, of which this is one.
+    """
+    lanes = flips.dtype.bitwidth
+    vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
+    quarter = ir.VectorType(_I8, 16)
+    area = LANES // 2 * 1024  # bytes of 16 filters
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, constant, sums, bytes_, parts, params, flip, residual, numbers, bits, count, blocks = args
+        emit, b = _Emit(builder), builder
+        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
+        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
+        pixels = _epilogue(emit, lanes, parts, flip, rows.__getitem__)
+        start = emit.load(whole, constant)
+        two = b.icmp_signed("==", bytes_, _I64(2))
+
+        def read(at: ir.Value) -> ir.Value:
+            value = emit.load(quarter, at)
+            if lanes == 32:
+                both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
+                value = b.shuffle_vector(value, emit.load(quarter, emit.at(at, area)), both)
+            return b.zext(value, whole)
+
+        def loop(first: ir.Value, end: ir.Value, many: int) -> None:
+            turns = b.sdiv(b.sub(end, first), _I64(many))
+
+            def body(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+                index = b.add(first, b.mul(index, _I64(many)))
+                at = emit.at(sums, index, 64)
+                where = [emit.at(at, 64 * k) for k in range(many)]
+
+                def widen(totals: list[ir.Value]) -> list[ir.Value]:
+                    eight = ir.Constant(whole, [8] * lanes)
+                    high = [read(emit.at(at, area * lanes // 16)) for at in where]
+                    return [b.or_(t, b.shl(h, eight)) for t, h in zip(totals, high, strict=True)]
+
+                totals = emit.when(two, [read(at) for at in where], widen)
+                place = b.mul(index, blocks)
+                places = [b.add(place, b.mul(blocks, _I64(k))) for k in range(many)]
+                pixels(
+                    [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals],
+                    [emit.at(residual, place, 4 * lanes) for place in places],
+                    [emit.at(numbers, place, 4 * lanes) for place in places],
+                    [emit.at(bits, place, lanes // 8) for place in places],
+                )
+                return []
+
+            def run(none: list[ir.Value]) -> list[ir.Value]:
+                return emit.loop(turns, [], body, unroll=False)
+
+            emit.when(b.icmp_signed(">", turns, _I64(0)), [], run)
+
+        fours = b.and_(count, _I64(-4))
+        loop(_I64(0), fours, 4)
+        loop(fours, count, 1)
+        return context.get_dummy_value()
+
+    return types.void(flips, *[types.int64] * 11), body
+
+
+@intrinsic
 def _move(typing: Any, source: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """A vector, from one address to another."""
 
@@ -329,9 +398,8 @@ def _fill(typing: Any, to: Any, count: Any) -> tuple[Any, Callable[..., ir.Value
 @njit(cache=True, nogil=True)
 def convolve(
     x: Array, shape: Array, lay: Array, columns: Array, taps: Array, picks: Array, start: Array,
-    start_of: Array, planes: int, as_bits: bool, room: Array, classes: Array, constants: Array,
-    parts: int, params: Array, flips: Array, negated: Array, residual: Array, numbers: Array,
-    bits: Array,
+    start_of: Array, planes: int, as_bits: bool, constants: Array, parts: int, params: Array,
+    flips: Array, negated: Array, residual: Array, numbers: Array, bits: Array,
 ) -> None:  # fmt: skip
     """A binary convolution with its epilogue.
 
@@ -347,9 +415,9 @@ def convolve(
         start: uint32 (kinds, O, planes, L), see `_count`; start_of: int64 (rows of a part,).
         planes: of a count.
         as_bits: whether the topmost plane is the result, else it is sums.
-        room: int8, see `room_bytes`.
-        classes, constants, parts, params, flips, residual, numbers, bits: as in `tiles.convolve`;
-            negated: words (blocks,), of bits to negate where `as_bits`.
+        constants: int32 (filters,): a sum is its filter's less twice the count.
+        parts, params, flips, residual, numbers, bits: as in `tiles.convolve`; negated: words
+            (blocks,), of bits to negate where `as_bits`.
     """
     B, H, W, Ho, Wo, kernel, stride, pad = shape
     side, apart, pieces, wide, high = lay
@@ -363,7 +431,9 @@ def convolve(
     size = lanes // 8  # bytes of a word of the result
     per = LANES // pieces  # sides of images of a vector
     tiles = (Wo + wide - 1) // wide
-    # Where things lie in the room.
+    vectors = stride * (channels + 1) + kernel * triples * KINDS + 1
+    vectors += lanes * (max(planes, 16) + 1 + PIXELS // 2)
+    room = np.empty(vectors * VECTOR + 64, np.uint8)
     planes_at = (room.ctypes.data + 63) // 64 * 64
     table_at = planes_at + stride * (channels + 1) * VECTOR
     zero_at = table_at + kernel * triples * KINDS * VECTOR
@@ -382,9 +452,7 @@ def convolve(
     x_at, start_at, picks_at, taps_at = (
         x.ctypes.data, start.ctypes.data, picks.ctypes.data, taps.ctypes.data
     )
-    params_at, constants_at, classes_at = (
-        params.ctypes.data, constants.ctypes.data, classes.ctypes.data
-    )
+    params_at, constants_at = params.ctypes.data, constants.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
     span = (high - 1) * stride + kernel
     for block in range(((B + side - 1) // side + per - 1) // per):
@@ -429,12 +497,12 @@ def convolve(
             for group in range(blocks):
                 many = min(lanes, O - group * lanes)
                 begin = picks_at + (slot * O + group * lanes) * units * UNIT * 8
+                origin = start_at + (start_of[row] * O + group * lanes) * planes * VECTOR
                 if as_bits:
-                    origin = start_at + (start_of[row] * O + group * lanes) * planes * VECTOR
                     for f in range(many):
                         _count(
                             table_at, begin + f * units * UNIT * 8, units,
-                            origin + f * planes * VECTOR, VECTOR, planes, counts_at,
+                            origin + f * planes * VECTOR, planes, counts_at,
                         )  # fmt: skip
                         _move(counts_at + (planes - 1) * VECTOR, tops_at + f * VECTOR)
                     for f in range(many, lanes):
@@ -443,7 +511,7 @@ def convolve(
                     for f in range(many):
                         _count(
                             table_at, begin + f * units * UNIT * 8, units,
-                            zero_at, 0, planes, counts_at + f * step,
+                            origin + f * planes * VECTOR, planes, counts_at + f * step,
                         )  # fmt: skip
                     for byte in range(bytes_):
                         for f in range(many):
@@ -470,21 +538,19 @@ def convolve(
                             for k in range(count):
                                 to_[place + k * blocks] = out[s * apart + k]
                         else:
-                            _finish_row(
-                                room, constants, flips,
-                                classes_at + (y * Wo + left) * 8,
-                                constants_at + group * lanes * 4, blocks * lanes * 4,
-                                sums_at, lane * PIXELS + s * apart, bytes_,
-                                parts, params_at + group * ROWS * lanes * 4, np.int64(flips[group]),
-                                residual_at + place * lanes * 4, numbers_at + place * lanes * 4,
-                                bits_at + place * size, count, blocks,
-                            )  # fmt: skip
+                            k = 0
+                            while k < count:  # a quarter of 64 pixels at a time
+                                number = lane * PIXELS + s * apart + k
+                                more = min(16 - number % 16, count - k)
+                                at = number // 64 * 1024 + number % 16 * 64 + number // 16 % 4 * 16
+                                to = place + k * blocks
+                                _finish(
+                                    flips, constants_at + group * lanes * 4, sums_at + at, bytes_,
+                                    parts, params_at + group * ROWS * lanes * 4,
+                                    np.int64(flips[group]), residual_at + to * lanes * 4,
+                                    numbers_at + to * lanes * 4, bits_at + to * size, more, blocks,
+                                )  # fmt: skip
+                                k += more
                         place += Ho * Wo * blocks
     pixels[0] = 0  # numba would free them after their last use, and addresses are none
-    out[0] = 0
-
-
-def room_bytes(kernel: int, stride: int, channels: int, triples: int, planes: int, lanes: int) -> int:
-    """What `convolve` needs; `channels` rounded up to whole words."""
-    vectors = stride * (channels + 1) + kernel * triples * KINDS + 1 + lanes * (max(planes, 16) + 1)
-    return 64 + vectors * VECTOR + 2 * LANES * PIXELS * lanes
+    out[0] = room[0] = 0

@@ -15,7 +15,9 @@ window, over all its channels). Three tiles exist, told apart by the type of the
 
 **The epilogue** runs while the sums are at hand: affine, PReLU, affine, residual add, affine,
 PReLU, affine, each rounded as in float32 arithmetic one at a time, then a store of the numbers, or
-of ``(low <= x <= high) ^ flip`` as a word of bits, or both.
+of ``(low <= x <= high) ^ flip`` as a word of bits, or both. In Programs of integers one or two
+rescalings stand for all of that, in 32 bits; what is stored is floats all the same, which hold
+these integers.
 
 The loops are written in LLVM's own language, as functions that numba calls (`intrinsic`): its
 vectoriser, given plain loops, makes code that is two to three times slower. LLVM lowers them to
@@ -39,10 +41,14 @@ LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
-# Parts of the epilogue, in order.
-FIRST, RESIDUAL, SECOND, CLEAR, NUMBERS, BITS = 1, 2, 4, 8, 16, 32
-# Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift; the bounds of a
-# bit; and above 0 where a filter is, else `CLEAR` writes 0.
+# Parts of the epilogue. The bit of a row asks for the affine or PReLU whose parameters begin there.
+FIRST, SECOND = 0b010101, 0b010101 << 6
+# Instead of a group a rescaling of integers, and which of the two adds the residual.
+RESCALE, AGAIN, ADDED, ADDED_AGAIN = 1 << 12, 1 << 13, 1 << 14, 1 << 15
+RESIDUAL, CLEAR, NUMBERS, BITS = 1 << 16, 1 << 17, 1 << 18, 1 << 19
+# Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift (or, as int32:
+# scale, slope, shift, right, low, high); the bounds of a bit; and above 0 where a filter is, else
+# `CLEAR` writes 0.
 GROUP, LOW, HIGH, LIVE, ROWS = 6, 12, 13, 14, 15
 
 
@@ -148,21 +154,31 @@ class _Emit:
         return new
 
     def when(
-        self, condition: ir.Value, value: ir.Value, body: Callable[[ir.Value], ir.Value]
-    ) -> ir.Value:
-        """``body(value) if condition else value``."""
+        self,
+        condition: ir.Value,
+        values: list[ir.Value],
+        body: Callable[[list[ir.Value]], list[ir.Value]],
+    ) -> list[ir.Value]:
+        """``body(values) if condition else values``."""
         before = self.b.block
         inside, after = self.b.append_basic_block(), self.b.append_basic_block()
         self.b.cbranch(condition, inside, after)
         self.b.position_at_end(inside)
-        new = body(value)
+        changed = body(values)
         last = self.b.block
         self.b.branch(after)
         self.b.position_at_end(after)
-        joined = self.b.phi(value.type)
-        joined.add_incoming(value, before)
-        joined.add_incoming(new, last)
+        joined = []
+        for value, new in zip(values, changed, strict=True):
+            joined.append(self.b.phi(value.type))
+            joined[-1].add_incoming(value, before)
+            joined[-1].add_incoming(new, last)
         return joined
+
+    def when_each(
+        self, condition: ir.Value, values: list[ir.Value], body: Callable[[ir.Value], ir.Value]
+    ) -> list[ir.Value]:
+        return self.when(condition, values, lambda values: [body(value) for value in values])
 
 
 @intrinsic
@@ -368,74 +384,100 @@ _TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32
 
 
 def _epilogue(
-    emit: _Emit, lanes: int, kinds: tuple[Any, Any], parts: ir.Value, flip: ir.Value,
-    row: Callable[[int], ir.Value],
-) -> Callable[..., None]:  # fmt: skip
-    """Code of the epilogue for the filters of one pixel, see `_finish`.
+    emit: _Emit, lanes: int, parts: ir.Value, flip: ir.Value, row: Callable[[int], ir.Value]
+) -> Callable[..., None]:
+    """Code of the epilogue for 16 or 32 filters, see `_finish`.
 
     Args:
-        kinds: types of the weights and constants.
         row: the parameters of a row.
 
     Returns:
-        what emits it, from the addresses: constant, total, residual, numbers, bits.
+        what emits it for some pixels at once, from lists: their values, and addresses of residual,
+        numbers and bits.
     """
     b = emit.b
-    weights, constants = kinds
     word = ir.IntType(lanes)
     vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
-    zero = ir.Constant(vector, None)
+    zero, none = ir.Constant(vector, None), ir.Constant(whole, None)
 
     def asked(part: int) -> ir.Value:
         return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
 
-    def group(first: int) -> Callable[[ir.Value], ir.Value]:
+    def affine(first: int) -> Callable[[ir.Value], ir.Value]:
+        return lambda x: b.fadd(b.fmul(x, row(first)), row(first + 1))
+
+    def prelu(first: int) -> Callable[[ir.Value], ir.Value]:
         def apply(x: ir.Value) -> ir.Value:
-            x = b.fadd(b.fmul(x, row(first)), row(first + 1))
-            up = b.fcmp_ordered(">=", x, zero)
             # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
-            low = b.fcmp_ordered("<", x, row(first + 2))
-            down = b.fmul(b.select(low, row(first + 2), x), row(first + 3))
-            x = b.select(up, x, down)
-            return b.fadd(b.fmul(x, row(first + 4)), row(first + 5))
+            low = b.fcmp_ordered("<", x, row(first))
+            down = b.fmul(b.select(low, row(first), x), row(first + 1))
+            return b.select(b.fcmp_ordered(">=", x, zero), x, down)
 
         return apply
 
-    def clear(x: ir.Value) -> ir.Value:
-        return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
+    def group(first: int) -> Callable[[list[ir.Value]], list[ir.Value]]:
+        def apply(xs: list[ir.Value]) -> list[ir.Value]:
+            for place, part in ((0, affine), (2, prelu), (4, affine)):
+                xs = emit.when_each(asked(1 << first + place), xs, part(first + place))
+            return xs
 
-    def sums(constant: ir.Value, total: ir.Value) -> ir.Value:
-        if constants.dtype != types.int32:
-            return b.fadd(emit.load(vector, constant), emit.load(vector, total))
-        if weights.dtype == types.uint8:
-            total = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
-        elif weights.dtype != types.int8:
-            total = emit.load(whole, total)
-        return b.sitofp(b.sub(emit.load(whole, constant), b.add(total, total)), vector)
+        return apply
 
-    def pixel(
-        constant: ir.Value, total: ir.Value, residual: ir.Value, numbers: ir.Value, bits: ir.Value
+    def rescale(
+        first: int, added: int, residual: list[ir.Value]
+    ) -> Callable[[list[ir.Value]], list[ir.Value]]:
+        def level(index: int) -> ir.Value:
+            return b.bitcast(row(first + index), whole)
+
+        def one(x: ir.Value) -> ir.Value:
+            x = b.fptosi(x, whole)
+            scale = b.select(b.icmp_signed(">=", x, none), level(0), level(1))
+            return b.ashr(b.add(b.mul(x, scale), level(2)), level(3))
+
+        def limit(x: ir.Value) -> ir.Value:
+            x = b.select(b.icmp_signed("<", x, level(4)), level(4), x)
+            return b.sitofp(b.select(b.icmp_signed(">", x, level(5)), level(5), x), vector)
+
+        def more(xs: list[ir.Value]) -> list[ir.Value]:
+            return [
+                b.add(x, b.fptosi(emit.load(vector, at), whole))
+                for x, at in zip(xs, residual, strict=True)
+            ]
+
+        return lambda xs: [limit(x) for x in emit.when(asked(added), [one(x) for x in xs], more)]
+
+    def pixels(
+        xs: list[ir.Value], residual: list[ir.Value], numbers: list[ir.Value], bits: list[ir.Value]
     ) -> None:
-        def store_numbers(x: ir.Value) -> ir.Value:
-            emit.store(x, numbers)
-            return x
+        def add(xs: list[ir.Value]) -> list[ir.Value]:
+            return [b.fadd(x, emit.load(vector, at)) for x, at in zip(xs, residual, strict=True)]
 
-        def store_bits(x: ir.Value) -> ir.Value:
-            above = b.fcmp_ordered(">=", x, row(LOW))
-            below = b.fcmp_ordered("<=", x, row(HIGH))
-            within = b.bitcast(b.and_(above, below), word)
-            emit.store(b.xor(within, b.trunc(flip, word)), bits, lanes // 8)
-            return x
+        def store_numbers(xs: list[ir.Value]) -> list[ir.Value]:
+            for x, at in zip(xs, numbers, strict=True):
+                emit.store(x, at)
+            return xs
 
-        x = sums(constant, total)
-        x = emit.when(asked(FIRST), x, group(0))
-        x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
-        x = emit.when(asked(SECOND), x, group(GROUP))
-        x = emit.when(asked(CLEAR), x, clear)
-        x = emit.when(asked(NUMBERS), x, store_numbers)
-        emit.when(asked(BITS), x, store_bits)
+        def store_bits(xs: list[ir.Value]) -> list[ir.Value]:
+            for x, at in zip(xs, bits, strict=True):
+                above = b.fcmp_ordered(">=", x, row(LOW))
+                below = b.fcmp_ordered("<=", x, row(HIGH))
+                within = b.bitcast(b.and_(above, below), word)
+                emit.store(b.xor(within, b.trunc(flip, word)), at, lanes // 8)
+            return xs
 
-    return pixel
+        def clear(x: ir.Value) -> ir.Value:
+            return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
+
+        xs = emit.when(asked(FIRST), xs, group(0))
+        xs = emit.when(asked(RESCALE), xs, rescale(0, ADDED, residual))
+        xs = emit.when(asked(AGAIN), xs, rescale(GROUP, ADDED_AGAIN, residual))
+        xs = emit.when(asked(RESIDUAL), xs, add)
+        xs = emit.when(asked(SECOND), xs, group(GROUP))
+        xs = emit.when_each(asked(CLEAR), xs, clear)
+        xs = emit.when(asked(NUMBERS), xs, store_numbers)
+        emit.when(asked(BITS), xs, store_bits)
+
+    return pixels
 
 
 @intrinsic
@@ -446,90 +488,33 @@ def _finish(
     """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
 
     The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
-    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats (``x = constant + total``). Addresses, for so many
-    filters: ``constant``, ``total``, ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits``
-    of a word. ``parts``: which parts to do; ``flip``: a word of bits to negate.
+    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
+    (``x = constant + total``). Addresses, for so many filters: ``constant``, ``total``,
+    ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits`` of a word.
+    ``parts``: which parts to do; ``flip``: a word of bits to negate.
     """
     lanes = flips.dtype.bitwidth
+    vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
-        emit = _Emit(builder)
-        vector = ir.VectorType(_F32, lanes)
-        rows = lambda index: emit.load(vector, emit.at(params, 4 * lanes * index))  # noqa: E731
-        pixel = _epilogue(emit, lanes, (weights, constants), parts, flip, rows)
-        pixel(constant, total, residual, numbers, bits)
+        emit, b = _Emit(builder), builder
+        pixels = _epilogue(
+            emit, lanes, parts, flip, lambda k: emit.load(vector, emit.at(params, 4 * lanes * k))
+        )
+        if constants.dtype == types.int32:
+            start = emit.load(whole, constant)
+            if weights.dtype == types.uint8:
+                minus = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
+            else:
+                minus = emit.load(whole, total)
+            x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
+        else:
+            x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
+        pixels([x], [residual], [numbers], [bits])
         return context.get_dummy_value()
 
     return types.void(weights, constants, flips, *[types.int64] * 8), body
-
-
-@intrinsic
-def _finish_row(
-    typing: Any, weights: Any, constants: Any, flips: Any, classes: Any, constant: Any, wide: Any,
-    sums: Any, first: Any, bytes_: Any, parts: Any, params: Any, flip: Any, residual: Any,
-    numbers: Any, bits: Any, count: Any, blocks: Any,
-) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
-    """`_finish` for `count` pixels, one after another.
-
-    Args:
-        weights: of int8.
-        classes: the address of their border classes.
-        wide: bytes from the constants of a class to the next.
-        sums: the address of those that `slices._turn` made, of a byte or two by ``bytes_``.
-        first: the first pixel's number among them.
-    """
-    lanes = flips.dtype.bitwidth
-
-    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        (_, _, _, classes, constant, wide, sums, start, bytes_, parts, params, flip, residual,
-         numbers, bits, count, blocks) = args  # fmt: skip
-        emit = _Emit(builder)
-        vector = ir.VectorType(_F32, lanes)
-        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
-        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
-        pixel = _epilogue(emit, lanes, (weights, constants), parts, flip, rows.__getitem__)
-        whole, half = ir.VectorType(_I32, lanes), ir.VectorType(_I8, 16)
-        vectors = "avx512f" in features() and 16 or 8
-        area = vectors * 512  # bytes of 16 filters
-        two = builder.icmp_signed("==", bytes_, _I64(2))
-
-        def byte(at: ir.Value) -> ir.Value:
-            value = emit.load(half, at, 16)
-            if lanes == 32:
-                both = ir.Constant(ir.VectorType(_I32, 32), list(range(32)))
-                value = builder.shuffle_vector(value, emit.load(half, emit.at(at, area), 16), both)
-            return builder.zext(value, whole)
-
-        def one(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
-            kind = emit.load(_I64, emit.at(classes, index, 8))
-            place = builder.mul(index, blocks)
-            number = builder.add(start, index)
-            row = builder.and_(number, _I64(15))
-            quarters = builder.and_(builder.lshr(number, _I64(4)), _I64(3))
-            at = emit.at(sums, builder.lshr(number, _I64(6)), 1024)
-            at = emit.at(emit.at(at, row, 64), quarters, 16)
-            total = emit.when(
-                two,
-                byte(at),
-                lambda low: builder.or_(
-                    low,
-                    builder.shl(byte(emit.at(at, area * lanes // 16)), ir.Constant(whole, [8] * lanes)),
-                ),
-            )
-            pixel(
-                builder.add(constant, builder.mul(kind, wide)),
-                total,
-                emit.at(residual, place, 4 * lanes),
-                emit.at(numbers, place, 4 * lanes),
-                emit.at(bits, place, lanes // 8),
-            )
-            return []
-
-        emit.loop(count, [], one, unroll=False)
-        return context.get_dummy_value()
-
-    return types.void(weights, constants, flips, *[types.int64] * 14), body
 
 
 # ---- kernels ----------------------------------------------------------------------------------
@@ -654,9 +639,10 @@ def finish(
 
 @njit(cache=True, nogil=True)
 def pool(
-    x: Array, kernel: int, stride: int, pad: int, divisor: Array, maximum: bool, out: Array
-) -> None:
-    """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo)."""
+    x: Array, kernel: int, stride: int, pad: int, divisor: Array, factor: Array, maximum: bool,
+    out: Array,
+) -> None:  # fmt: skip
+    """Max or average pooling of (B,H,W,S); sums are divided by divisor (Ho,Wo), times factor."""
     images, high, wide, channels = out.shape
     for n in range(images):
         for i in range(high):
@@ -684,4 +670,4 @@ def pool(
                         first = False
                 if not maximum:
                     for c in range(channels):
-                        room[c] /= divisor[i, j]
+                        room[c] = room[c] / divisor[i, j] * factor[i, j]

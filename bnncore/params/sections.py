@@ -251,10 +251,13 @@ class PackParams:
     Attributes:
         affine: numbers of batch norms, scales and PReLUs that do not fold away.
         weights: first convolution, shortcuts and dense layers; int8 has a scale a channel.
+        integer: no floats from bytes to logits, whatever the others say: the same scores on every
+            device, few instructions on those without a float unit.
     """
 
     affine: Literal["float32", "float16"] = "float32"
     weights: Literal["float32", "int8"] = "float32"
+    integer: Flag = False
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
-from bnncore.packed import lanes, layouts, numpy_kernels, slices, tiles
+from bnncore.packed import layouts, numpy_kernels, slices, slicing, tiles
 from bnncore.packed.arena import Kernel
 from bnncore.packed.borders import Window, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
@@ -29,27 +28,34 @@ Array = np.ndarray
 Run = Callable[[Sequence[Array], int, Sequence[Array]], Sequence[Array]]
 
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
+_MOST_SLICED = 1 << 15  # products
 _FLOAT = np.dtype("f4")
 _POOLS = ("maxpool", "avgpool", "global_avg", "sumpool", "global_sum")
 
 
-def plan(
-    program: Program, binary: np.dtype | None = None, sliced: bool = False
-) -> list[Kernel]:
+TILES: dict[str, np.dtype | None] = {
+    "words": np.dtype("u4"),
+    "nibbles": np.dtype("u1"),
+    "sliced": None,
+}
+
+
+def plan(program: Program, tile: str | None = None) -> list[Kernel]:
     """Steps for `bnncore.packed.execute`.
 
     Args:
-        binary: the type of weights, and so the tile, of binary convolutions (default: the fastest
-            here, see `tiles.binary_tile`).
+        tile: what does binary convolutions, where it can: a key of `TILES` (default: for each layer
+            and number of images the fastest here, see `tiles.binary_tile` and `slicing.wins`).
     """
-    return _Planner(program, binary or tiles.binary_tile(), sliced).steps()
+    return _Planner(program, tile).steps()
 
 
 class _Planner:
     """Makes steps of the groups of a Program."""
 
-    def __init__(self, program: Program, binary: np.dtype, sliced: bool) -> None:
-        self.program, self.binary, self.sliced = program, np.dtype(binary), sliced
+    def __init__(self, program: Program, tile: str | None) -> None:
+        self.program, self.tile = program, tile
+        self.binary = TILES[tile or "sliced"] or tiles.binary_tile()
         self.shapes = validate(program)
         self.last = len(program.nodes)
         self.table = layouts.nibble_table()
@@ -169,8 +175,6 @@ class _Planner:
         kh, kw = kernel or (1, 1)
         stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
         stored = self.stride(source)
-        if binary and self.sliced:
-            return _bit_sliced(self, group, epilogue), ()
         dtype = self.binary if binary else _FLOAT
         if binary and kh * kw * stored > tiles.LONGEST:
             dtype = np.dtype("u4")
@@ -214,6 +218,7 @@ class _Planner:
             return layouts.lay_out(words.reshape(filters, -1), dtype), inside, whole
 
         prepared = each_member(lay_out, slots.values())
+        sliced = self.sliced(group, epilogue) if binary else None
         zeros = each_member(
             lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
         )
@@ -221,6 +226,8 @@ class _Planner:
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
             x = values[0]
             images = len(x)
+            if sliced and (self.tile or slicing.worth(outputs[:2], images)):
+                return sliced(values, member, rooms)
             weights, inside, whole = prepared(member)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             # Tiles of images leave out padding, but the last ones may be half empty.
@@ -242,73 +249,65 @@ class _Planner:
 
         return run, (padded.bytes,) if pad or bytes_ else ()
 
+    def sliced(self, group: Group, epilogue: _Epilogue) -> Run | None:
+        """A binary convolution by `slices`, where it can and should be."""
+        node = group.node
+        tensor = self.program.tensors[node.tensors["weight"]]
+        filters, kh, kw, channels = tensor.shape
+        stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
+        inputs, outputs = self.dims(node.inputs[0]), self.dims(group.value)
+        window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
+        places = [self.room(number) for number in group.outputs]
+        plain = not (group.rows or group.residual or group.numbers)
+        products = kh * kw * channels
+        if (window.classes > 1 and channels % 2) or products > _MOST_SLICED:
+            return None  # `slicing.sums` says why; and sums are two bytes
+        if self.tile not in (None, "sliced") or (
+            self.tile is None and not slicing.wins(tensor.shape, stride, outputs[:2], plain)
+        ):
+            return None
+        whole = rounded(filters)
 
-def _bit_sliced(planner: _Planner, group: Group, epilogue: _Epilogue) -> Run:
-    """A binary convolution by `slices`."""
-    node = group.node
-    tensor = planner.program.tensors[node.tensors["weight"]]
-    filters, kh, kw, channels = tensor.shape
-    stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
-    inputs, outputs = planner.dims(node.inputs[0]), planner.dims(group.value)
-    window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
-    places = [planner.room(number) for number in group.outputs]
-    products = kh * kw * channels
-    whole = rounded(filters)
+        def prepare(member: int) -> slicing.Weights:
+            bits = unpack_bits(_copy(tensor, member))
+            constants = window.constants(bits.sum(3, dtype=np.int32), channels)
+            zeros, found = np.zeros(whole, np.int32), None
+            if plain:
+                planes = max(7, products.bit_length() + 1)
+                found = slicing.limits(constants, *epilogue.limits(member), planes)
+            if found:
+                first, up = found
+                negated = layouts.to_words(np.pad(up, (0, whole - filters)))
+                return slicing.Weights(slicing.picks(bits), planes, True, first, zeros, negated, {})
+            first, most = slicing.sums(constants)
+            planes = max(7, int(first.max() + products).bit_length())
+            zeros[:filters] = most
+            none = np.zeros(whole // lanes_of(filters), layouts.word_of(filters))
+            return slicing.Weights(slicing.picks(bits), planes, False, first, zeros, none, {})
 
-    def prepare(member: int) -> _Sliced:
-        bits = unpack_bits(_copy(tensor, member))
-        constants = window.constants(bits.sum(3, dtype=np.int32), channels)
-        zeros, found = np.zeros(whole, np.int32), None
-        if not (group.rows or group.residual or group.numbers):
-            planes = max(7, products.bit_length() + 1)
-            found = lanes.limits(constants, *epilogue.limits(member), planes)
-        if found:
-            first, up = found
-            negated = layouts.to_words(np.pad(up, (0, whole - filters)))
-            return _Sliced(lanes.picks(bits), planes, True, first, zeros, negated, {})
-        first, most = lanes.sums(constants)
-        planes = max(7, int(first.max() + products).bit_length())
-        zeros[:filters] = most
-        none = np.zeros(whole // lanes_of(filters), layouts.word_of(filters))
-        return _Sliced(lanes.picks(bits), planes, False, first, zeros, none, {})
+        prepared = each_member(prepare, [tensor, *epilogue.tensors])
+        lays: dict[int, slicing.Lay] = {}
 
-    prepared = each_member(prepare, [tensor, *epilogue.tensors])
-    lays: dict[int, lanes.Lay] = {}
+        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+            x = values[0]
+            images = len(x)
+            if images not in lays:
+                lays[images] = slicing.Lay.of(window, outputs[:2], channels, images)
+            lay, mine = lays[images], prepared(member)
+            if lay.key not in mine.starts:
+                mine.starts[lay.key] = slicing.start(
+                    window, lay, outputs[:2], mine.first, mine.planes
+                )
+            outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
+            parts, params, flips, *rest = epilogue.arguments(member, values, outs)
+            slices.convolve(
+                x, np.array([images, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64),
+                lay.lay, lay.columns, lay.taps, mine.picks, *mine.starts[lay.key], mine.planes,
+                mine.as_bits, mine.constants, parts, params, flips, flips ^ mine.negated, *rest,
+            )  # fmt: skip
+            return outs
 
-    def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
-        x = values[0]
-        images = len(x)
-        if images not in lays:
-            lays[images] = lanes.Lay.of(window, outputs[:2], channels, images)
-        lay, mine = lays[images], prepared(member)
-        if lay.key not in mine.starts:
-            mine.starts[lay.key] = lanes.start(window, lay, outputs[:2], mine.first, mine.planes)
-        outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
-        parts, params, flips, *rest = epilogue.arguments(member, values, outs)
-        slices.convolve(
-            x, np.array([images, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64), lay.lay,
-            lay.columns, lay.taps, mine.picks, *mine.starts[lay.key], mine.planes, mine.as_bits,
-            mine.constants, parts, params, flips, flips ^ mine.negated, *rest,
-        )  # fmt: skip
-        return outs
-
-    return run
-
-
-class _Sliced(NamedTuple):
-    """What `_bit_sliced` prepares of a member's weights: see `slices.convolve`.
-
-    Attributes:
-        first, starts: with which counts to begin, (classes,O), and as they lie in lanes.
-    """
-
-    picks: Array
-    planes: int
-    as_bits: bool
-    first: Array
-    constants: Array
-    negated: Array
-    starts: dict[int, tuple[Array, Array]]
+        return run
 
 
 def _words(tensor: Tensor, member: int) -> Array:
@@ -387,7 +386,9 @@ class _Epilogue:
                 whole[:] = 0
                 scale = self.get(node, "scale", member)
                 whole[0, :count] = scale
-                whole[1, :count] = self.get(node, "slope", member) if "slope" in node.tensors else scale
+                whole[1, :count] = (
+                    self.get(node, "slope", member) if "slope" in node.tensors else scale
+                )
                 whole[2, :count] = numpy_kernels.plain(
                     self.program.tensors[node.tensors["shift"]], member
                 )

@@ -1,4 +1,4 @@
-"""The bit-sliced tile: binary convolutions of few channels, a word holding one channel of 32 pixels.
+"""The bit-sliced tile: binary convolutions of few channels; a word holds one channel of 32 pixels.
 
 `tiles` counts differing bits of a pixel's channels, of which narrow layers have few. Here *pixels
 are the bits of a lane*, so that nothing depends on the number of channels and nothing is ever
@@ -104,9 +104,7 @@ def _join(
 
 
 @intrinsic
-def _tabulate(
-    typing: Any, planes: Any, taps: Any, to: Any
-) -> tuple[Any, Callable[..., ir.Value]]:
+def _tabulate(typing: Any, planes: Any, taps: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """The table of a triple: what its three words, each with a weight of either sign, add up to.
 
     Addresses; ``taps`` of three records of four int64: where a word lies in ``planes``, by how much
@@ -314,7 +312,9 @@ def _finish(
     area = LANES // 2 * 1024  # bytes of 16 filters
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, constant, sums, bytes_, parts, params, flip, residual, numbers, bits, count, blocks = args
+        _, constant, sums, bytes_, parts, params, flip, residual, numbers, bits, count, blocks = (
+            args
+        )
         emit, b = _Emit(builder), builder
         # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
         rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
@@ -424,7 +424,7 @@ def convolve(
     words, unit = x.shape[3], x.itemsize
     channels = words * unit * 8
     triples = len(taps)
-    O = picks.shape[1]
+    filters = picks.shape[1]
     units = picks.shape[2] // UNIT
     blocks = len(params)
     lanes = flips.itemsize * 8
@@ -443,14 +443,17 @@ def convolve(
     sums_at = tops_at + lanes * VECTOR
     bytes_ = 1 if planes <= 8 else 2  # of a sum
     for k in range(stride):
-        _fill(planes_at + (k * (channels + 1) + channels) * VECTOR, 1)
-    _fill(zero_at, (sums_at - zero_at) // VECTOR)
+        _fill(planes_at + (k * (channels + 1) + channels) * VECTOR, 1)  # type: ignore[call-arg]
+    _fill(zero_at, (sums_at - zero_at) // VECTOR)  # type: ignore[call-arg]
     pixels = np.zeros(PIXELS, x.dtype)
     out = np.zeros(PIXELS, bits.dtype)
     pixels_at, out_at = pixels.ctypes.data, out.ctypes.data
     from_, to_ = x.reshape(-1), bits.reshape(-1)
     x_at, start_at, picks_at, taps_at = (
-        x.ctypes.data, start.ctypes.data, picks.ctypes.data, taps.ctypes.data
+        x.ctypes.data,
+        start.ctypes.data,
+        picks.ctypes.data,
+        taps.ctypes.data,
     )
     params_at, constants_at = params.ctypes.data, constants.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
@@ -495,9 +498,9 @@ def convolve(
                 continue
             row //= stride
             for group in range(blocks):
-                many = min(lanes, O - group * lanes)
-                begin = picks_at + (slot * O + group * lanes) * units * UNIT * 8
-                origin = start_at + (start_of[row] * O + group * lanes) * planes * VECTOR
+                many = min(lanes, filters - group * lanes)
+                begin = picks_at + (slot * filters + group * lanes) * units * UNIT * 8
+                origin = start_at + (start_of[row] * filters + group * lanes) * planes * VECTOR
                 if as_bits:
                     for f in range(many):
                         _count(
@@ -529,7 +532,9 @@ def convolve(
                     count = min(wide, Wo - left)
                     place = ((first * Ho + y) * Wo + left) * blocks + group
                     if as_bits and blocks == 1 and count == PIXELS:
-                        _join(flips, tops_at + 4 * lane, np.int64(negated[0]), bits_at + place * size)
+                        _join(
+                            flips, tops_at + 4 * lane, np.int64(negated[0]), bits_at + place * size
+                        )
                         continue
                     if as_bits:
                         _join(flips, tops_at + 4 * lane, np.int64(negated[group]), out_at)

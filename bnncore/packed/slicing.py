@@ -11,9 +11,35 @@ import numpy as np
 
 from bnncore.packed import slices
 from bnncore.packed.borders import Window
-from bnncore.packed.layouts import rounded
+from bnncore.packed.layouts import aligned, rounded
+from bnncore.packed.tiles import features
 
 Array = np.ndarray
+
+
+def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bool) -> bool:
+    """Whether bit slices are faster here than `tiles`, as `benchmarks/packed.py` found.
+
+    Args:
+        weight: (O,kh,kw,C).
+        out: (Ho,Wo).
+        as_bits: whether sums become bits at once.
+    """
+    have, (_, kh, kw, channels), pixels = features(), weight, out[0] * out[1]
+    if stride > 1 or kh * kw < 9 or "avx2" not in have:
+        return False
+    # channels up to so many, on maps of at least so many pixels
+    if "avx512f" in have:
+        found = ((32, 1024), (16, 64)) if as_bits else ((16, 64),)
+    else:
+        found = ((32, 256), (16, 64)) if as_bits else ((16, 1024), (8, 256))
+    return any(channels <= most and pixels >= least for most, least in found)
+
+
+def worth(out: tuple[int, ...], images: int) -> bool:
+    """Whether so many images fill at least half of the lanes with strips of two rows and more."""
+    side = max(1, slices.PIXELS // out[1])
+    return -(-images // side) * (out[0] // 2) * 2 >= slices.LANES
 
 
 class Taps(NamedTuple):
@@ -66,7 +92,11 @@ class Lay(NamedTuple):
             apart = slices.PIXELS
         groups = -(-images // side)
         strips = 1
-        while strips * 2 * tiles <= slices.LANES and groups * strips * tiles < slices.LANES and strips * 2 <= high:
+        while (
+            strips * 2 * tiles <= slices.LANES
+            and groups * strips * tiles < slices.LANES
+            and strips * 2 <= high
+        ):
             strips *= 2
         high = -(-high // strips)
         pieces = strips * tiles
@@ -75,7 +105,9 @@ class Lay(NamedTuple):
         taps = np.zeros((*found.channel.shape, 4), np.int64)
         real = found.channel < channels
         by = shift[found.column]
-        taps[..., 0] = (parity[found.column] * (words + 1) + np.where(real, found.channel, words)) * slices.VECTOR
+        taps[..., 0] = (
+            parity[found.column] * (words + 1) + np.where(real, found.channel, words)
+        ) * slices.VECTOR
         taps[..., 1] = np.maximum(by - left, 0)
         taps[..., 2] = np.maximum(left - by, 0)
         keep = np.full(len(shift), (1 << slices.PIXELS) - 1, np.int64)
@@ -87,6 +119,23 @@ class Lay(NamedTuple):
                 keep[j] = sum(1 << int(s * apart + k) for s in range(side) for k in inside)
         taps[..., 3] = keep[found.column]
         return cls(np.array([side, apart, pieces, wide, high], np.int64), columns, taps)
+
+
+class Weights(NamedTuple):
+    """What is prepared of a member's weights; see `slices.convolve`.
+
+    Attributes:
+        first: with which counts to begin, (classes,O).
+        starts: the same as they lie in lanes (`start`), by `Lay.key`.
+    """
+
+    picks: Array
+    planes: int
+    as_bits: bool
+    first: Array
+    constants: Array
+    negated: Array
+    starts: dict[int, tuple[Array, Array]]
 
 
 def picks(weights: Array) -> Array:
@@ -106,7 +155,9 @@ def picks(weights: Array) -> Array:
         slot = (last - (kh - 1) + np.arange(kh)) % kh
         first = (slot[:, None] * triples + np.arange(triples)) * slices.KINDS
         for k, kind in enumerate((8 + parity, pattern)):
-            found[last, :, : kh * triples, k] = ((first + kind) * slices.VECTOR).reshape(filters, -1)
+            found[last, :, : kh * triples, k] = ((first + kind) * slices.VECTOR).reshape(
+                filters, -1
+            )
     return found
 
 
@@ -135,12 +186,12 @@ def start(
         words = (1 << places).sum(1).astype(np.uint64)
         rows[: len(part), ..., lane] = np.einsum("hwop,w->hop", bits, words)
     kinds, of = np.unique(rows, axis=0, return_inverse=True)
-    return kinds, of.reshape(-1).astype(np.int64)
+    return aligned(kinds), of.reshape(-1).astype(np.int64)
 
 
 def limits(constants: Array, low: Array, high: Array, planes: int) -> tuple[Array, Array] | None:
-    """Bits ``low <= sum <= high`` as counts to begin with, so high that what is above a limit carries
-    into the topmost plane.
+    """Bits ``low <= sum <= high`` as counts to begin with: what is above a limit carries into the
+    topmost plane.
 
     Args:
         constants: (classes,O): a sum is its class's less twice the count.

@@ -223,7 +223,7 @@ class _Planner:
             lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
         )
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> Sequence[Array]:
             x = values[0]
             images = len(x)
             if sliced and (self.tile or slicing.worth(outputs[:2], images)):

@@ -17,8 +17,13 @@ def link(body: Body, before: int, value: int, node: Node) -> None:
     if node.op in BITS:
         _to_bits(body, value, node)
         return
+    if node.op == "rescale":
+        _rescale(body, value, node)
+        return
     body.to_float()
-    if node.op == "affine":
+    if node.op == "fixed":
+        body.each.append(f"v *= {c_float(2.0 ** -node.attrs['fraction'])};")
+    elif node.op == "affine":
         scale, shift = (
             f"{body.floats(node, slot)}[c]" if slot in node.tensors else ""
             for slot in ("scale", "shift")
@@ -39,8 +44,23 @@ def link(body: Body, before: int, value: int, node: Node) -> None:
         other = others[0] if others else before
         cast = "(float)" if body.shapes[other].kind == "i32" else ""
         body.each.append(f"v += {cast}{body.element(other)};")
-    if value in body.step.stored:
-        body.each.append(f"{body.element(value)} = v;")
+    body.store(value)
+
+
+def _rescale(body: Body, value: int, node: Node) -> None:
+    """In 32 bits, to which `rules` hold it."""
+    names = node.tensors
+    scale, shift = body.whole(names["scale"]), body.whole(names["shift"])
+    factor = f"{scale}[c]"
+    if "slope" in names:
+        factor = f"(u >= 0 ? {factor} : {body.whole(names['slope'])}[c])"
+    right, low, high = (int(node.attrs[key]) for key in ("right", "low", "high"))
+    # Of numbers below 0 all compilers shift the sign in.
+    body.each.append(f"u = (u * {factor} + {shift}[c]) >> {right};")
+    if len(node.inputs) == 2:
+        body.each.append(f"u += {body.element(node.inputs[1])};")
+    body.each += [f"u = u > {high} ? {high} : u;", f"u = u < {low} ? {low} : u;"]
+    body.store(value)
 
 
 def _to_bits(body: Body, value: int, node: Node) -> None:

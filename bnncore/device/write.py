@@ -16,7 +16,7 @@ class Writer(Body):
         """The source; then `scratch` is known too."""
         step = self.step
         if step.anchor is None:
-            self.take(self.element(step.start), self.shapes[step.start].kind)
+            self.take(self.element(step.start), "i32" if step.start == 0 else self.kind(step.start))
         else:
             ANCHORS[step.anchor.op](self, step.anchor, step.start)
         if not self.done:

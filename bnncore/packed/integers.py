@@ -123,7 +123,10 @@ def in_order(program: Program) -> Program:
     place = {0: 0, **{number: at for at, number in enumerate(order, 1)}}
     nodes = [program.nodes[number - 1] for number in order]
     moved = [replace(n, inputs=tuple(place[source] for source in n.inputs)) for n in nodes]
-    return replace(program, nodes=tuple(moved))
+    used = {name for node in moved for name in node.tensors.values()}
+    used |= set(program.combine_tensors.values())
+    tensors = {name: tensor for name, tensor in program.tensors.items() if name in used}
+    return replace(program, nodes=tuple(moved), tensors=tensors)
 
 
 class _Converter:

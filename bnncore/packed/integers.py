@@ -38,6 +38,7 @@ TOP = 32767  # of 16 bits; the smallest is one further from 0, which processors 
 OUTPUT = 8191  # of members' outputs: 1,024 of them add up within 2**24
 ROOM = 2.0  # how much larger than on validation images numbers may become
 SHARED_VOTES, ALL_VOTES = 1 << 10, 1 << 23  # into how many parts votes are weighed
+EVEN = 0.15  # by which channels' scales may differ for binary weights of bytes to stay binary
 IMAGES = 256  # enough to see ranges
 SUMS = MAX_INT >> 3  # of products: leaves their factors ten bits of the 31 that a product has
 
@@ -329,7 +330,8 @@ class _Converter:
 
     def concat(self, node: Node, number: int) -> _Real:
         parts = [self.reals[source] for source in node.inputs]
-        if parts[0].units is None or len({part.units for part in parts}) > 1:
+        wide = any(self.shapes[part.value].bound > TOP + 1 for part in parts)
+        if wide or parts[0].units is None or len({part.units for part in parts}) > 1:
             parts = [self.stored(source) for source in node.inputs]
         value = self.emit("concat", node, [part.value for part in parts])
         return self.plain(value, parts[0].units or 1)
@@ -377,7 +379,7 @@ class _Converter:
         slots: dict[str, Tensor | str] = {}
         taps = math.prod(weight.shape[2:])
         if image:
-            even = np.ptp(real.scale) <= 1e-6 * np.abs(real.scale).max()
+            even = np.ptp(real.scale) <= EVEN * np.abs(real.scale).max()
             if not (binary and even):
                 weight, own, binary = weight * real.scale[:, None, None, None], own, False
             zero = -real.shift / np.where(real.scale == 0, 1, real.scale)
@@ -391,7 +393,7 @@ class _Converter:
             q, step = _quantized(weight, most)
             slots["weight"] = self.tensor("int8", "weight", q, own)
         if image:
-            factor = np.broadcast_to(real.scale[:, :1] if binary else 1.0, (1, 1))
+            factor = real.scale.mean(1, keepdims=True) if binary else np.ones((1, 1))
             steps = (weight if binary else q) * (step * factor)[lead]
             shift = -(steps * zero[0]).reshape(*weight.shape[:2], -1).sum(2)
             real, unit = replace(real, units=1.0), factor

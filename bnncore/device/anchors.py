@@ -63,11 +63,11 @@ def _sliced(body: Body, node: Node, value: int, g: str) -> None:
     body.group += [taps, body.code.call("triples", inputs, n, table)]
     limits = _limits(body, value, products)
     if limits is None:
-        sums = body.room("sums", "bnn_i16", 32 * filters)
-        body.group.append(body.code.call("bconv_sums", table, array, filters, n // 24, planes,
-                                         products, sums))  # fmt: skip
-        body.take(f"sums[(p - q) * {filters} + c]", "i32")
-        body.store(value)
+        column = body.room("column", "bnn_i16", 32)
+        body.column.append(body.code.call(
+            "bconv_column", table, f"{array} + c * {n // 24}", n // 24, 8 if planes <= 8 else 16,
+            products, column))  # fmt: skip
+        body.take_column("column[p - q]", value)
     else:
         body.done = True
         bits = body.step.last
@@ -136,16 +136,15 @@ def _bytes_by_bits(body: Body, node: Node, value: int, g: str) -> None:
     filters, *window = body.program.tensors[name].shape
     taps = int(np.prod(window))
     array = body.code.array(
-        name, "triples", "uint32_t", lambda t, m: sliced.triples(one_copy(t, m).reshape(filters, -1))
+        name, "picks", "uint8_t", lambda t, m: sliced.picks(one_copy(t, m).reshape(filters, -1))
     )
     triples = -(-taps // 3)
     rooms = [body.room("lanes", "bnn_u32", 3 * triples), body.room("table", "bnn_u32", 8 * triples),
              body.room("window", "bnn_i16", taps), body.room("sums", "bnn_i16", 32 * filters)]  # fmt: skip
     zero, (h, w) = body.whole(node.tensors["zero"]), body.size
-    body.group.append(body.code.call("bytes_bits", g, "image", zero, w, h * w, "q", array, filters,
-                                     sliced.padded(taps) // 24, *rooms))  # fmt: skip
-    body.take(f"sums[(p - q) * {filters} + c]", "i32")
-    body.store(value)
+    call = body.code.call("bytes_bits", g, "image", zero, w, h * w, "q", array, filters, *rooms)
+    body.group.append(call)
+    body.take_column("sums[32 * c + p - q]", value)
 
 
 def _weights(body: Body, node: Node, tensor: Tensor) -> tuple[str, str]:

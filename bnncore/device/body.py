@@ -19,6 +19,8 @@ class Body:
         self.lines: list[str] = []  # of one pixel
         self.each: list[str] = []  # of one channel of it
         self.group: list[str] = []  # of 32 pixels, before the first of them
+        self.column: list[str] = []  # of a channel of theirs
+        self.columns = False  # whether channels go over 32 pixels, not pixels over channels
         self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
         self.done = False  # whether the anchor has made the bits
         self.word: tuple[str, str] | None = None  # where bits go, and words to negate them by
@@ -78,6 +80,12 @@ class Body:
     def take(self, element: str, kind: str) -> None:
         self.number = "v" if kind == "f32" else "u"
         self.each.append(f"{'float v' if kind == 'f32' else 'int32_t u'} = {element};")
+
+    def take_column(self, element: str, value: int) -> None:
+        """As `take`, of the next of 32 pixels of a channel."""
+        self.columns = True
+        self.take(element, "i32")
+        self.store(value)
 
     def store(self, value: int) -> None:
         """Keep the channel's number, if a later step reads it."""

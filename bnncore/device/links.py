@@ -72,15 +72,23 @@ def _to_bits(body: Body, value: int, node: Node) -> None:
             node.tensors[turn], "flip", "uint32_t", lambda t, m: words(~one_copy(t, m))
         )
     if node.op == "sign":
-        test = f"{body.number} >= 0"
+        levels = ["0", ""]
     elif node.op == "threshold":
-        level = _level(body, node, "threshold", "direction")
-        test = f"{body.number} >= {level}"
+        levels = [_level(body, node, "threshold", "direction"), ""]
     else:
-        low, high = (_level(body, node, slot) for slot in ("low", "high"))
-        test = f"{low} <= {body.number} && {body.number} <= {high}"
-    body.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
-    body.word = body.pixel(value), flip
+        levels = [_level(body, node, slot) for slot in ("low", "high")]
+    low, high = levels
+    x = body.number
+    if not body.columns:
+        test = f"{low} <= {x} && {x} <= {high}" if high else f"{x} >= {low}"
+        body.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
+    elif x == "u":  # the sign of a difference
+        less = f"(u - {low})" + (f" | ({high} - u)" if high else "")
+        body.each.append(f"word = word >> 1 | (~(uint32_t)({less}) & 0x80000000u);")
+    else:
+        test = f"{low} <= v && v <= {high}" if high else f"v >= {low}"
+        body.each.append(f"word = word >> 1 | (uint32_t)({test}) << 31;")
+    body.word = body.pixel(value, "q" if body.columns else "p"), flip
 
 
 def _level(body: Body, node: Node, slot: str, direction: str = "") -> str:

@@ -1,20 +1,21 @@
 /* needs window_bytes */
-/* 32 pixels of a binary convolution of bytes, filters of a pixel together. Two pixels share a word,
+/* 32 pixels of a binary convolution of bytes, pixels of a filter together. Two pixels share a word,
    16 bits each. Three inputs have eight sums of some of them, which the weights pick from a table:
-   those of weight 1 twice, less all, is what a filter gives. A word of weights holds eight triples. */
+   those of weight 1 twice, less all, is what a filter gives. A weight is where in the tables of eight
+   triples the sum of its triple lies. */
 static void bnn_bytes_bits(const bnn_window *g, const uint8_t *image, const int16_t *zero, int width,
-                           int pixels, int q, const uint32_t *w, int filters, int words,
+                           int pixels, int q, const uint8_t *w, int filters,
                            bnn_u32 *lanes, bnn_u32 *table, bnn_i16 *room, bnn_i16 *to)
 {
     const int row = g->kw * g->channels, taps = g->kh * row, triples = (taps + 2) / 3;
     int p, i, k, o;
     for (k = taps; k < 3 * triples; k++)
         lanes[k] = 0;
-    for (p = q; p < q + 32 && p < pixels; p += 2, to += 2 * filters) {
+    for (p = q; p < q + 32 && p < pixels; p += 2, to += 2) {
         const int oy = p / width, ox = p % width, next = p + 1 < pixels ? p + 1 : p;
         const int y = oy * g->stride - g->pad, z = ox * g->stride - g->pad;
         const bnn_u32 *a = lanes;
-        const uint32_t *u = w;
+        const uint8_t *u = w;
         bnn_u32 *t = table;
         uint32_t all = 0;
         if (y >= 0 && y + g->kh <= g->height && ox + 1 < width && z >= 0 &&
@@ -46,21 +47,17 @@ static void bnn_bytes_bits(const bnn_window *g, const uint8_t *image, const int1
             t[7] = three;
             all += three;
         }
-        for (o = 0; o < filters; o++, u += words) {
-            const uint32_t *v = u;
-            uint32_t sum = 0, x;
+        for (o = 0; o < 32 * filters; o += 32) {
+            uint32_t sum = 0;
             t = table;
-            for (k = triples; k >= 8; k -= 8, t += 64) {
-                x = *v++;
-                sum += t[x & 7u] + t[8 + (x >> 4 & 7u)] + t[16 + (x >> 8 & 7u)];
-                sum += t[24 + (x >> 12 & 7u)] + t[32 + (x >> 16 & 7u)] + t[40 + (x >> 20 & 7u)];
-                sum += t[48 + (x >> 24 & 7u)] + t[56 + (x >> 28)];
+            for (k = triples; k >= 8; k -= 8, t += 64, u += 8) {
+                sum += t[u[0]] + t[u[1]] + t[u[2]] + t[u[3]];
+                sum += t[u[4]] + t[u[5]] + t[u[6]] + t[u[7]];
             }
-            if (k)
-                for (x = *v; k; k--, t += 8, x >>= 4)
-                    sum += t[x & 7u];
+            for (; k; k--)
+                sum += t[*u++];
             to[o] = (bnn_i16)(2 * (int32_t)(sum & 0xffffu) - (int32_t)(all & 0xffffu));
-            to[filters + o] = (bnn_i16)(2 * (int32_t)(sum >> 16) - (int32_t)(all >> 16));
+            to[o + 1] = (bnn_i16)(2 * (int32_t)(sum >> 16) - (int32_t)(all >> 16));
         }
     }
 }

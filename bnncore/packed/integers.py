@@ -23,14 +23,22 @@ import numpy as np
 from bnncore.errors import UserError
 from bnncore.packed import borders, execute, numpy_kernels
 from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits
-from bnncore.packed.rules import MAX_INT, infer, largest_sum, validate
+from bnncore.packed.rules import (
+    LEAST_FRACTION,
+    MAX_INT,
+    MOST_FRACTION,
+    infer,
+    largest_sum,
+    validate,
+)
 
 Array = np.ndarray
 
-TOP = 32766  # the largest of 16 bits that leaves levels above and below all numbers
+TOP = 32767  # of 16 bits; the smallest is one further from 0, which processors saturate to
 OUTPUT = 8191  # of members' outputs: 1,024 of them add up within 2**24
 ROOM = 2.0  # how much larger than on validation images numbers may become
 SHARED_VOTES, ALL_VOTES = 1 << 10, 1 << 23  # into how many parts votes are weighed
+EVEN = 0.15  # by which channels' scales may differ for binary weights of bytes to stay binary
 IMAGES = 256  # enough to see ranges
 SUMS = MAX_INT >> 3  # of products: leaves their factors ten bits of the 31 that a product has
 
@@ -99,6 +107,29 @@ def converted(program: Program, sizes: Sequence[float]) -> Program:
     return _Converter(program, sizes).run()
 
 
+def in_order(program: Program) -> Program:
+    """The same Program, what a rescaling adds made before what it rescales: sums need not wait."""
+    order: list[int] = []  # values, of nodes
+    todo = [len(program.nodes)]
+    while todo:
+        number = todo[-1]
+        inputs = program.nodes[number - 1].inputs
+        missing = [source for source in inputs if source and source not in order]
+        if missing:
+            todo.append(missing[-1])
+        else:
+            todo.pop()
+            if number not in order:
+                order.append(number)
+    place = {0: 0, **{number: at for at, number in enumerate(order, 1)}}
+    nodes = [program.nodes[number - 1] for number in order]
+    moved = [replace(n, inputs=tuple(place[source] for source in n.inputs)) for n in nodes]
+    used = {name for node in moved for name in node.tensors.values()}
+    used |= set(program.combine_tensors.values())
+    tensors = {name: tensor for name, tensor in program.tensors.items() if name in used}
+    return replace(program, nodes=tuple(moved), tensors=tensors)
+
+
 class _Converter:
     def __init__(self, program: Program, sizes: Sequence[float]) -> None:
         self.program, self.sizes = program, sizes
@@ -125,7 +156,7 @@ class _Converter:
             if self.users[number] > 1 and real.units is None and real.value:
                 self.stored(number)
         self.output(last)
-        return replace(self.made, nodes=tuple(self.nodes))
+        return in_order(replace(self.made, nodes=tuple(self.nodes)))
 
     # units
 
@@ -201,7 +232,7 @@ class _Converter:
     def stored(self, number: int) -> _Real:
         """The value as integers in its group's units."""
         real, units = self.reals[number], self.units(number)
-        if real.units != units or self.shapes[real.value].bound > TOP:
+        if real.units != units or self.shapes[real.value].bound > TOP + 1:
             self.reals[number] = self.rescaled(self.node(number), real, units, TOP)
         return self.reals[number]
 
@@ -212,7 +243,7 @@ class _Converter:
     def within(self, number: int, bound: int) -> _Real:
         """The value as integers up to `bound`."""
         real = self.reals[number]
-        if bound >= TOP or real.second is not None:
+        if bound > TOP or real.second is not None:
             real = self.alone(number)
         if real.units and self.shapes[real.value].bound <= bound:
             return real
@@ -231,7 +262,7 @@ class _Converter:
         scale, shift = real.scale * units, real.shift * units
         slope = None if real.slope is None else real.slope * units
         steep = max(float(np.abs(a).max()) for a in (scale, slope) if a is not None)
-        far = bound * steep + 2 * top + added  # beyond, all is saturated anyway
+        far = bound * steep + 2 * top + added + 1  # beyond, all is saturated anyway
         shift = np.clip(shift, -far, far)
         largest = bound * steep + float(np.abs(shift).max()) + 0.5
         most = min(32767 / (steep or 1), (2**31 - 2 - bound - added) / largest)
@@ -250,7 +281,8 @@ class _Converter:
         }  # fmt: skip
         if slope is not None:
             slots["slope"] = replace(whole(slope, "int16"), role="slope")
-        low, high = (round(np.clip(x * units, -top, top)) for x in (real.low, real.high))
+        least = -top - 1 if top == TOP else -top
+        low, high = (round(np.clip(x * units, least, top)) for x in (real.low, real.high))
         inputs = [real.value] if real.second is None else [real.value, real.second]
         attrs = {"right": right, "low": low, "high": high}
         return self.plain(self.emit("rescale", node, inputs, slots, attrs), units)
@@ -258,8 +290,8 @@ class _Converter:
     # numbers
 
     def normalize(self, node: Node, number: int) -> _Real:
-        (scale, own), (shift, _) = (self.floats(node, slot) for slot in ("scale", "shift"))
-        return _Real(0, scale, shift, own)
+        (scale, own), (shift, owned) = (self.floats(node, slot) for slot in ("scale", "shift"))
+        return _Real(0, scale, shift, own or owned)
 
     def affine(self, node: Node, number: int) -> _Real:
         source = node.inputs[0]
@@ -298,7 +330,8 @@ class _Converter:
 
     def concat(self, node: Node, number: int) -> _Real:
         parts = [self.reals[source] for source in node.inputs]
-        if parts[0].units is None or len({part.units for part in parts}) > 1:
+        wide = any(self.shapes[part.value].bound > TOP + 1 for part in parts)
+        if wide or parts[0].units is None or len({part.units for part in parts}) > 1:
             parts = [self.stored(source) for source in node.inputs]
         value = self.emit("concat", node, [part.value for part in parts])
         return self.plain(value, parts[0].units or 1)
@@ -346,7 +379,7 @@ class _Converter:
         slots: dict[str, Tensor | str] = {}
         taps = math.prod(weight.shape[2:])
         if image:
-            even = np.ptp(real.scale) <= 1e-6 * np.abs(real.scale).max()
+            even = np.ptp(real.scale) <= EVEN * np.abs(real.scale).max()
             if not (binary and even):
                 weight, own, binary = weight * real.scale[:, None, None, None], own, False
             zero = -real.shift / np.where(real.scale == 0, 1, real.scale)
@@ -360,7 +393,7 @@ class _Converter:
             q, step = _quantized(weight, most)
             slots["weight"] = self.tensor("int8", "weight", q, own)
         if image:
-            factor = np.broadcast_to(real.scale[:, :1] if binary else 1.0, (1, 1))
+            factor = real.scale.mean(1, keepdims=True) if binary else np.ones((1, 1))
             steps = (weight if binary else q) * (step * factor)[lead]
             shift = -(steps * zero[0]).reshape(*weight.shape[:2], -1).sum(2)
             real, unit = replace(real, units=1.0), factor
@@ -386,7 +419,6 @@ class _Converter:
         if not real.linear or real.value == 0:
             real = self.stored(source)
         bound = self.shapes[real.value].bound
-        kind = "int16" if bound < 2**15 - 1 else "int32"
         falls = real.scale < 0
         turned = real.units is None  # a scale may be negative
 
@@ -408,8 +440,7 @@ class _Converter:
             always = (low <= real.shift) & (real.shift <= high)
             first = clipped(np.ceil(begin), np.where(always, -np.inf, np.inf))
             last = clipped(np.floor(end), np.where(always, np.inf, -np.inf))
-            slots = {"low": self.tensor(kind, "threshold", first, own),
-                     "high": self.tensor(kind, "threshold", last, own)}  # fmt: skip
+            slots = {"low": self.levels(first, own), "high": self.levels(last, own)}
             if "inside" in node.tensors:
                 slots["inside"] = node.tensors["inside"]
             return self.emit("interval", node, [real.value], slots)
@@ -427,10 +458,15 @@ class _Converter:
         holds = np.where(up, real.shift >= array, real.shift <= array)
         exact = clipped(exact, np.where(holds == rises, -np.inf, np.inf))
         exact, rises = np.broadcast_arrays(exact, rises)
-        slots["threshold"] = self.tensor(kind, "threshold", exact, own)
+        slots["threshold"] = self.levels(exact, own)
         if turned:
             slots["direction"] = self.tensor("binary", "direction", rises, own)
         return self.emit("threshold", node, [real.value], slots)
+
+    def levels(self, array: Array, own: bool) -> Tensor:
+        """Of 16 bits, unless they bound a value of as many that never is, or always."""
+        fit = array.min() >= -(2**15) and array.max() < 2**15
+        return self.tensor("int16" if fit else "int32", "threshold", array, own)
 
     # votes
 
@@ -447,8 +483,8 @@ class _Converter:
             real = replace(real, scale=real.scale * weight, shift=real.shift * weight, own=True,
                            units=None)  # fmt: skip
             size *= float(np.abs(weight).max()) or 1.0
-        fraction = int(np.clip(math.floor(math.log2(OUTPUT / (ROOM * size))), -64, 64))
-        if fraction == 64 or fraction == -64:
+        fraction = min(MOST_FRACTION, math.floor(math.log2(OUTPUT / (ROOM * size))))
+        if fraction < LEAST_FRACTION:
             raise IntegerError(f"expected outputs of ordinary size, got up to {size:g}")
         node = self.node(number)
         real = self.rescaled(node, real, 2.0**fraction, OUTPUT)

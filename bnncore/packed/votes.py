@@ -65,8 +65,8 @@ def table_softmax(z: np.ndarray, fraction: int) -> np.ndarray:
     return (e << 14) // e.sum(-1, keepdims=True) / 2.0**14
 
 
-# 2**16 / 2**(k / 256); and 256 log2(e) 2**4.
-TABLE = np.rint(2.0 ** (16 - np.arange(256) / 256)).astype(np.int64)
+# 2**-(k / 256) of 16 bits; and 256 log2(e) 2**4.
+TABLE = np.rint(65535 * 2.0 ** (-np.arange(256) / 256)).astype(np.int64)
 STEPS_OF_E = 5909
 MOST_BELOW = 1 << 18  # times STEPS_OF_E is below 2**31
 

@@ -124,12 +124,14 @@ def test_dropout_draws_from_its_own_generator():
 
 
 def test_unknown_backbone_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"expected one of nin, .*reactnet10 .* got 'resnet999'"):
+    with pytest.raises(ValueError, match=r"expected one of nin, .*leanplain .* got 'resnet999'"):
         build(ModelSpec("resnet999", (8, 8, 1), 4))
 
 
 @pytest.mark.parametrize("image", [(8, 8, 1), (12, 13, 1), (17, 5, 1)], ids=str)
-@pytest.mark.parametrize("backbone", ["resnet9", "resnet20", "birealnet18", "reactnet10"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet9", "resnet20", "birealnet18", "reactnet10", "leanresnet8"]
+)
 def test_shortcuts_meet_their_blocks_at_any_size(backbone, image):
     """Maps of unequal size would be broadcast without a word."""
     torch.manual_seed(0)

@@ -75,18 +75,21 @@ class _Planner:
 
     def step(self, group: Group) -> Kernel:
         scratch: tuple[int, ...] = ()
+        tile: Callable[[int], str] | None = None
         if not group.fits:
             run = self.plain(group)
         else:
             epilogue = _Epilogue(self.program, group, self.shapes[group.value].dims[-1])
             if group.node.op in SUMS:
-                run, scratch = self.sums(group, epilogue)
+                run, scratch, tile = self.sums(group, epilogue)
             else:
                 run = self.elementwise(group, epilogue)
         if group.outputs == (self.last,):
             run = self.result(run)
         rooms = tuple(self.room(number).bytes for number in group.outputs)
-        return Kernel(group.inputs, group.outputs, group.own, run, rooms + scratch)
+        nodes = [group.node, *group.rows.values(), *([group.level] if group.level else [])]
+        about = f"{nodes[0].name}: {', '.join(dict.fromkeys(node.op for node in nodes))}"
+        return Kernel(group.inputs, group.outputs, group.own, run, rooms + scratch, about, tile)
 
     def room(self, number: int) -> Room:
         return layouts.room_of(self.shapes[number], self.stride(number))
@@ -111,6 +114,23 @@ class _Planner:
         words = not any(self.shapes[number].dims[-1] % tiles.LANES for number in node.inputs)
         if node.op in _POOLS and group.value != self.last:
             return self.pool(group)
+        if node.op == "normalize" and group.value != self.last:
+            values_of = each_member(
+                lambda member: [
+                    numpy_kernels.plain(self.program.tensors[node.tensors[slot]], member)
+                    for slot in ("scale", "shift")
+                ],
+                [self.program.tensors[name] for name in node.tensors.values()],
+            )
+
+            def normalize(
+                values: Sequence[Array], member: int, rooms: Sequence[Array]
+            ) -> list[Array]:
+                out = place.array(rooms[0], len(values[0]))
+                tiles.normalize(values[0], *values_of(member), out)
+                return [out]
+
+            return normalize
         if node.op == "concat" and words and group.value != self.last:
 
             def join(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
@@ -164,8 +184,11 @@ class _Planner:
 
         return run
 
-    def sums(self, group: Group, epilogue: _Epilogue) -> tuple[Run, tuple[int, ...]]:
-        """A convolution, or a dense layer as a convolution of a map of one pixel."""
+    def sums(
+        self, group: Group, epilogue: _Epilogue
+    ) -> tuple[Run, tuple[int, ...], Callable[[int], str]]:
+        """A convolution, or a dense layer as a convolution of a map of one pixel: how it runs, with
+        how much room, and on which tile for so many images."""
         node, program = group.node, self.program
         binary = node.op == "bconv"
         slots = {slot: program.tensors[name] for slot, name in node.tensors.items()}
@@ -219,6 +242,12 @@ class _Planner:
 
         prepared = each_member(lay_out, slots.values())
         sliced = self.sliced(group, epilogue) if binary else None
+
+        def tile(images: int) -> str:
+            if sliced and (self.tile or slicing.worth(outputs[:2], images)):
+                return "sliced"
+            return "floats" if not binary else "nibbles" if dtype == np.uint8 else "words"
+
         zeros = each_member(
             lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
         )
@@ -226,7 +255,7 @@ class _Planner:
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> Sequence[Array]:
             x = values[0]
             images = len(x)
-            if sliced and (self.tile or slicing.worth(outputs[:2], images)):
+            if sliced and tile(images) == "sliced":
                 return sliced(values, member, rooms)
             weights, inside, whole = prepared(member)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
@@ -247,7 +276,7 @@ class _Planner:
             )  # fmt: skip
             return outs
 
-        return run, (padded.bytes,) if pad or bytes_ else ()
+        return run, (padded.bytes,) if pad or bytes_ else (), tile
 
     def sliced(self, group: Group, epilogue: _Epilogue) -> Run | None:
         """A binary convolution by `slices`, where it can and should be."""

@@ -638,6 +638,19 @@ def finish(
 
 
 @njit(cache=True, nogil=True)
+def normalize(x: Array, scale: Array, shift: Array, out: Array) -> None:
+    """Bytes (B,H,W,C) times scale (C,), plus shift, into (B,H,W,S)."""
+    images, high, wide, channels = x.shape
+    for n in range(images):
+        for i in range(high):
+            for j in range(wide):
+                for c in range(channels):
+                    out[n, i, j, c] = np.float32(x[n, i, j, c]) * scale[c] + shift[c]
+                for c in range(channels, out.shape[3]):
+                    out[n, i, j, c] = 0
+
+
+@njit(cache=True, nogil=True)
 def pool(
     x: Array, kernel: int, stride: int, pad: int, divisor: Array, factor: Array, maximum: bool,
     out: Array,

@@ -14,7 +14,7 @@ from bnncore import modules
 from bnncore.training import jobs
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate", "search")
+STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate")
 
 # What stages reach and DVC need not watch, and why. Imports are not followed through it.
 CHANGES_NOTHING = {
@@ -52,8 +52,7 @@ def covered(file: str, by) -> bool:
 
 
 def declared(stage: str, root: Path) -> list[str]:
-    file = root / ("search/dvc.yaml" if stage == "search" else "dvc.yaml")
-    found = yaml.safe_load(file.read_text())["stages"][stage]["deps"]
+    found = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage]["deps"]
     assert found == sorted(found)
     return [dep for dep in found if dep.startswith(("bnncore", "pipeline"))]
 

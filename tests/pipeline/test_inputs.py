@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +232,27 @@ def test_help_does_not_run_a_stage(name, tmp_path):
 
 def test_an_argument_that_a_stage_does_not_know(tmp_path):
     assert stage("inputs", tmp_path, "--no-such-option").returncode == 2
+
+
+@pytest.mark.parametrize("columns", [None, 0, 200])
+def test_progress_says_how_long(columns, monkeypatch):
+    """In a log, in a terminal without a width (what a new pty is), and in one with a width."""
+    from pipeline.stage import Stage
+
+    reader, writer = os.pipe() if columns is None else os.openpty()
+    if columns:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    with open(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        running = Stage(params.Params(), None)
+        state = {"epoch": 2, "train_loss": 0.5, "val_top1": 90.0, "seconds": 30.0}
+        running._show("fused", state, 4)
+        said = os.read(reader, 10_000).decode()
+    os.close(reader)
+    if columns:
+        assert "2/4 [" in said or "0/4 [" in said
+    else:
+        assert "epoch 2/4, loss 0.500, validation 90.0 %, after 00:00, about 01:00 left" in said
 
 
 def test_a_users_error_is_one_line_and_a_bug_is_not(tmp_path, monkeypatch, capsys):

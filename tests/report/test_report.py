@@ -161,13 +161,6 @@ def test_kind_is_told_from_the_scheme_and_the_members():
     assert [row["kind"] for row in rows] == ["fp32", "bnn", "ensemble"]
 
 
-def test_bad_results_are_named():
-    with pytest.raises(ValueError, match="result 1: expected a text as 'name', got None"):
-        report.complete([{"name": "a"}, {}])
-    with pytest.raises(ValueError, match="got 'a' again"):
-        report.complete([{"name": "a"}, {"name": "a"}])
-
-
 def test_families_by_what_tells_them_apart():
     results, _, _ = a_run()
     families = table.families(results)

@@ -329,38 +329,31 @@ def _finish(
                 value = b.shuffle_vector(value, emit.load(quarter, emit.at(at, area)), both)
             return b.zext(value, whole)
 
-        def loop(first: ir.Value, end: ir.Value, many: int) -> None:
-            turns = b.sdiv(b.sub(end, first), _I64(many))
+        last = b.sub(count, _I64(1))
 
-            def body(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
-                index = b.add(first, b.mul(index, _I64(many)))
-                at = emit.at(sums, index, 64)
-                where = [emit.at(at, 64 * k) for k in range(many)]
+        def four(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            where, places = [], []
+            for k in range(4):  # beyond the end the last pixel is done again, which changes nothing
+                one = b.add(b.mul(index, _I64(4)), _I64(k))
+                one = b.select(b.icmp_signed("<", one, last), one, last)
+                where.append(emit.at(sums, one, 64))
+                places.append(b.mul(one, blocks))
 
-                def widen(totals: list[ir.Value]) -> list[ir.Value]:
-                    eight = ir.Constant(whole, [8] * lanes)
-                    high = [read(emit.at(at, area * lanes // 16)) for at in where]
-                    return [b.or_(t, b.shl(h, eight)) for t, h in zip(totals, high, strict=True)]
+            def widen(totals: list[ir.Value]) -> list[ir.Value]:
+                eight = ir.Constant(whole, [8] * lanes)
+                high = [read(emit.at(at, area * lanes // 16)) for at in where]
+                return [b.or_(t, b.shl(h, eight)) for t, h in zip(totals, high, strict=True)]
 
-                totals = emit.when(two, [read(at) for at in where], widen)
-                place = b.mul(index, blocks)
-                places = [b.add(place, b.mul(blocks, _I64(k))) for k in range(many)]
-                pixels(
-                    [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals],
-                    [emit.at(residual, place, 4 * lanes) for place in places],
-                    [emit.at(numbers, place, 4 * lanes) for place in places],
-                    [emit.at(bits, place, lanes // 8) for place in places],
-                )
-                return []
+            totals = emit.when(two, [read(at) for at in where], widen)
+            pixels(
+                [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals],
+                [emit.at(residual, place, 4 * lanes) for place in places],
+                [emit.at(numbers, place, 4 * lanes) for place in places],
+                [emit.at(bits, place, lanes // 8) for place in places],
+            )
+            return []
 
-            def run(none: list[ir.Value]) -> list[ir.Value]:
-                return emit.loop(turns, [], body, unroll=False)
-
-            emit.when(b.icmp_signed(">", turns, _I64(0)), [], run)
-
-        fours = b.and_(count, _I64(-4))
-        loop(_I64(0), fours, 4)
-        loop(fours, count, 1)
+        emit.loop(b.lshr(b.add(count, _I64(3)), _I64(2)), [], four, unroll=False)
         return context.get_dummy_value()
 
     return types.void(flips, *[types.int64] * 11), body

@@ -276,9 +276,10 @@ def layers(bench: Bench, quick: bool = False) -> None:
     lines += [
         "",
         f"The peak: {peak / 1e9:.2f} billion 64-bit words a second, XORed, counted and added on "
-        "data in registers; bit slices count without counting bits, and may be above it. With few channels, and in 1x1 layers, a tile has too few products to "
-        "hide what begins and ends it; 16 filters also share what is read of the input less well "
-        "than 32. From numbers to numbers a layer also reads and writes 4 bytes a value, 33 MB "
+        "data in registers; bit slices do without that, and may be above it. With few channels, "
+        "and in 1x1 layers, a tile has too few products to hide what begins and ends it; 16 "
+        "filters also share what is read of the input less well than 32. From numbers to numbers a "
+        "layer also reads and writes 4 bytes a value, 33 MB "
         "for 64 channels of 32x32: that is memory's pace, not the kernel's.",
     ]
     bench.note("\n".join(lines))

@@ -253,7 +253,9 @@ def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
     runs = [model.layers(images) for _ in range(repeats)]
     operations = zip(program.nodes, costs.operations(program), strict=True)
     products = {node.name: binary for node, (binary, _) in operations}
-    medians = [statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)]
+    medians = [
+        statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)
+    ]
     rows = [("step", "tile", "ms", "share", "binary MAC/ns")]
     for (step, _), seconds in zip(runs[0], medians, strict=True):
         done = products[step.about.rpartition(": ")[0]] * len(images)

@@ -187,7 +187,8 @@ class Builder:
         kind, dims = self.values[x]
         kinds = ("float32", "float16", "int8", "int16", "int32")
         level = str(self.one(kinds if kind == "i32" else kinds[:2]))
-        return self.tensor(level, "threshold", dims[-1:], 6 if kind == "i32" else 1)
+        spread = int(self.one((6, 300, 40000))) if level.startswith("int") else 6 if kind == "i32" else 1  # type: ignore
+        return self.tensor(level, "threshold", dims[-1:], spread)
 
     def grow_bits(self, x: int) -> int:
         _, dims = self.values[x]

@@ -54,6 +54,7 @@ def _sliced(body: Body, node: Node, value: int, g: str) -> None:
     source = node.inputs[0]
     stride, pad = int(node.attrs["stride"]), int(node.attrs["pad"])
     if (stride, kh, kw) == (1, 2 * pad + 1, 2 * pad + 1):
+        body.sliced = True
         flat = body.room("flat", "bnn_u32", -(-pixels // 32) * channels)
         slice_ = body.code.call("slice", f"V{source}", pixels, channels, room, flat)
         body.head.append(slice_)

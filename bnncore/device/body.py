@@ -20,6 +20,7 @@ class Body:
         self.each: list[str] = []  # of one channel of it
         self.group: list[str] = []  # of 32 pixels, before the first of them
         self.column: list[str] = []  # of a channel of theirs
+        self.sliced = False  # whether it reads its bits whole before it writes anything
         self.columns = False  # whether channels go over 32 pixels, not pixels over channels
         self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
         self.done = False  # whether the anchor has made the bits

@@ -206,23 +206,68 @@ def _places(
     """Offsets of values and votes, and of what steps need for themselves; the arena's bytes."""
     program = code.program
     timed = [plan.Step(step.inputs, step.outputs, step.own) for step in work]
-    alive = [
-        life
+    lives = {
+        life.value: life
         for life in plan.lifetimes(timed, len(program.nodes), lambda n: _bytes(code, n) if n else 0)
-        if life.value > 0
-    ]
+    }
+    twins = _in_place(code, work, lives)
     size, end = 4 * len(program.classes), len(work) - 1
-    alive += [plan.Lifetime(n, 0, end, size) for n in VOTES if doubt or VOTES[n] != "DOUBT"]
+    alive = [plan.Lifetime(n, 0, 2 * end + 1, size)
+             for n in VOTES if doubt or VOTES[n] != "DOUBT"]  # fmt: skip
+    # A step is two points of time: one that reads its map of bits whole into words of 32 pixels has
+    # done so before it writes.
+    early = [writer.sliced for writer in writers]
+    for number, life in lives.items():
+        if number in twins or not number:
+            continue
+        first, last = 2 * life.first + early[life.first], 2 * life.last + 1
+        reader = work[life.last]  # the last for good, if what it reads is made anew for each member
+        if code.kinds[number] == "bits" and code.shapes[number].own == reader.own:
+            last -= early[life.last] and number in reader.inputs
+        alive.append(plan.Lifetime(number, first, last, life.bytes))
     own: dict[tuple[int, str], int] = {}
     for time, writer in enumerate(writers):
         for room, (kind, count) in writer.scratch.items():
             own[time, room] = min(VOTES) - 1 - len(own)
             size = WIDTHS.get(kind.removeprefix("bnn_"), 4) * count
-            alive.append(plan.Lifetime(own[time, room], time, time, size))
+            alive.append(plan.Lifetime(own[time, room], 2 * time, 2 * time + 1, size))
     offsets, total = plan.place(alive, ALIGN)
+    for number in sorted(twins, reverse=True):
+        offsets[number] = offsets[twins[number]]
     scratch = {key: offsets[number] for key, number in own.items()}
-    values = {n: at for n, at in offsets.items() if n >= min(VOTES)}
+    values = {n: at for n, at in sorted(offsets.items()) if n >= min(VOTES)}
     return values, scratch, total, plan.peak(alive, ALIGN)
+
+
+def _in_place(
+    code: Code, work: list[Step], lives: dict[int, plan.Lifetime]
+) -> dict[int, int]:
+    """Values that lie where a later one does: the last to read them, number by number, writes it.
+
+    The lives of those later ones begin with theirs.
+    """
+    found: dict[int, int] = {}
+    for time, step in enumerate(work):
+        taken: set[int] = set()
+        for at, (value, node) in enumerate(step.links):
+            source = node.inputs[-1]
+            if at == 0 and step.anchor is None and len(node.inputs) == 1:
+                source = step.start
+            elif len(node.inputs) < 2 or source in step.made:
+                continue
+            after = [value, *(later for later, _ in step.links[at + 1 :])]
+            stored = [number for number in after if number in step.stored and number not in taken]
+            whole = (step.anchor is None or source not in step.anchor.inputs) and source > 0
+            if not stored or not whole or lives[source].last != time or source in found:
+                continue
+            twin = stored[0]
+            a, b = code.shapes[source], code.shapes[twin]
+            same = code.kinds[source] == code.kinds[twin] and a.dims == b.dims and a.own == b.own
+            if same:
+                taken.add(twin)
+                found[source] = twin
+                lives[twin] = lives[twin]._replace(first=lives[source].first)
+    return found
 
 
 def _place(number: int, offset: int, code: Code) -> str:

@@ -101,7 +101,8 @@ def _level(body: Body, node: Node, slot: str, direction: str = "") -> str:
         body.to_float()
         if len(names) == 1:
             return f"{body.floats(node, slot)}[c]"
-    wide = not real and tensors[0].data.max(initial=0) >= np.iinfo(np.int16).max
+    least, most = tensors[0].data.min(initial=0), tensors[0].data.max(initial=0)
+    wide = not real and (least < -(1 << 15) or most >= (1 << 15) - 1)
     kind = "float" if real else "int32_t" if wide else "int16_t"
 
     def make(copies: list[np.ndarray]) -> np.ndarray:

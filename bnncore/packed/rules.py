@@ -30,6 +30,7 @@ MAX_CLASSES = 65536
 MAX_TEXT = 500  # characters of a name
 MAX_WINDOW = 255  # kernel and stride
 MAX_INT = 1 << 24  # size of an integer: float32 is exact up to here
+MAX_OUTPUT = 1 << 17  # of integers that become outputs: differences take 18 bits
 LEAST_FRACTION, MOST_FRACTION = -4, 24  # binary places of outputs
 MAX_TAPS = MAX_INT  # products in one sum
 MAX_VALUE = 1 << 24  # elements of one value, for one image
@@ -362,6 +363,7 @@ def _rescale(look: _Look) -> tuple[str, tuple[int, ...]]:
 
 def _fixed(look: _Look) -> tuple[str, tuple[int, ...]]:
     (x,) = look.inputs(1, ("i32",), 1)
+    require(x.bound <= MAX_OUTPUT, look.where, f"integers up to {MAX_OUTPUT}", x.bound)
     look.attr("fraction", LEAST_FRACTION, MOST_FRACTION)
     return "f32", x.dims
 

@@ -59,8 +59,7 @@ def table_softmax(z: np.ndarray, fraction: int) -> np.ndarray:
     Powers of two, of a table for each 256th of an exponent; all is rounded down, to 2**-14.
     """
     x = np.ldexp(z, fraction).astype(np.int64)
-    below = np.minimum(x.max(-1, keepdims=True) - x, MOST_BELOW)
-    steps = below * STEPS_OF_E >> (fraction + 4)
+    steps = (x.max(-1, keepdims=True) - x) * STEPS_OF_E >> (fraction + 4)
     e = TABLE[steps & 255] >> np.minimum(steps >> 8, 31)
     return (e << 14) // e.sum(-1, keepdims=True) / 2.0**14
 
@@ -68,7 +67,6 @@ def table_softmax(z: np.ndarray, fraction: int) -> np.ndarray:
 # 2**-(k / 256) of 16 bits; and 256 log2(e) 2**4.
 TABLE = np.rint(65535 * 2.0 ** (-np.arange(256) / 256)).astype(np.int64)
 STEPS_OF_E = 5909
-MOST_BELOW = 1 << 18  # times STEPS_OF_E is below 2**31
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

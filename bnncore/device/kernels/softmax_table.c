@@ -12,9 +12,7 @@ static void bnn_softmax_table(bnn_f32 *to, const bnn_f32 *z, float weight, int f
         most = z[c] > most ? z[c] : most;
     for (pass = 0; pass < 2; pass++)
         for (c = 0; c < n; c++) {
-            const float gap = (most - z[c]) * whole;
-            const uint32_t below = gap > 262144.0f ? 262144u : (uint32_t)gap;
-            const uint32_t steps = below * 5909u >> (fraction + 4);
+            const uint32_t steps = (uint32_t)((most - z[c]) * whole) * 5909u >> (fraction + 4);
             const uint32_t e = (uint32_t)table[steps & 255u] >> (steps >> 8 < 31u ? steps >> 8 : 31u);
             if (pass)
                 to[c] += weight * ((float)((e << 14) / sum) * unit);

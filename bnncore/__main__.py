@@ -19,7 +19,7 @@ from bnncore.device import commands as device
 from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
 from bnncore.packed.program import Program, Tensor
-from bnncore.packed.rules import validate
+from bnncore.packed.rules import validate, version
 from bnncore.terminal import columns, command, printable
 
 
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--batch", type=int, default=64, help="images (default 64)")
             command.add_argument("--torch", action="store_true", help="also torch fp32 eager")
             command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+            command.add_argument("--layers", action="store_true", help="what each layer takes")
     device.register(commands)
     return parser
 
@@ -69,7 +70,7 @@ def _inspect(options: argparse.Namespace) -> None:
     counted = sum(tensor.data.nbytes for tensor in program.tensors.values())
     members = f"{program.members} member{'s' if program.members > 1 else ''}"
     height, width, channels = program.image
-    print(printable(f"{options.file}: format {packfile.VERSION}, {members}, combined by "
+    print(printable(f"{options.file}: format {version(program, shapes)}, {members}, combined by "
                     f"{program.combine}"))  # fmt: skip
     print(printable(f"image {height}x{width}x{channels}, {len(program.classes)} classes: "
                     f"{_shorten(', '.join(program.classes), 60)}"))  # fmt: skip
@@ -241,6 +242,32 @@ def _bench(options: argparse.Namespace) -> None:
         rows.append((ops, str(threads), f"{1e3 * median:.1f}", f"{options.batch / median:.0f}"))
     print(f"batch of {options.batch}, median of {options.repeats}:")
     print(*columns(rows, "<>"), sep="\n")
+    if options.layers:
+        _bench_layers(program, images, options.repeats)
+
+
+def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
+    """Print the compiled kernels' steps for one member: time, tile, binary products a second."""
+    model = execute.Model(program)
+    model.layers(images)
+    runs = [model.layers(images) for _ in range(repeats)]
+    operations = zip(program.nodes, costs.operations(program), strict=True)
+    products = {node.name: binary for node, (binary, _) in operations}
+    medians = [
+        statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)
+    ]
+    rows = [("step", "tile", "ms", "share", "binary MAC/ns")]
+    for (step, _), seconds in zip(runs[0], medians, strict=True):
+        done = products[step.about.rpartition(": ")[0]] * len(images)
+        rows.append((
+            printable(step.about),
+            step.tile(len(images)) if step.tile else "",
+            f"{1e3 * seconds:.3f}",
+            f"{seconds / sum(medians):.1%}",
+            f"{done / seconds / 1e9:.0f}" if done else "",
+        ))  # fmt: skip
+    print("\none thread, one member:")
+    print(*columns(rows, "<<>"), sep="\n")
 
 
 def _check_members(members: int | None, program: Program) -> None:

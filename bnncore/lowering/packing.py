@@ -72,7 +72,7 @@ def packed(
     program = lower(trained.ensemble(), data.mean, data.std, data.classes, info)
     _, predicted = votes.combine(program, outputs["val"])
     program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
-    return narrowed(program, params.pack), outputs
+    return narrowed(program, params.pack, data.val.images), outputs
 
 
 def torch_outputs(trained: Ensembled, data: Dataset, parts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Smaller files: the tensors of a `Program` in fewer bits, where `pack` asks for it.
 
-Two options (`params.PackParams`), both lossy, both off by default:
+Three options (`params.PackParams`), all lossy, all off by default:
 
 affine: float16
     batch norms that do not fold, scales, PReLU slopes, biases, and thresholds on floats, each
@@ -9,7 +9,11 @@ weights: int8
     first convolution, full-precision shortcuts and dense layers: ``w ~ q * s`` with one scale a
     filter, ``s = max|w| / 127``, ``q = round(w / s)``.
 
-Arithmetic stays float32: a narrowed Program computes what the wide one would with rounded values.
+integer: true
+    no floats at all, of activations neither: see `packed.integers`. It goes before the others.
+
+Of the first two arithmetic stays float32: a narrowed Program computes what the wide one would with
+rounded values.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnncore.errors import UserError
+from bnncore.packed import integers
 from bnncore.packed.program import KINDS, Program, Tensor
 
 if TYPE_CHECKING:  # what runs packed files needs no pydantic
@@ -33,12 +38,22 @@ class NarrowError(UserError, ValueError):
     """A value does not fit the narrower type; names the layer and what to choose instead."""
 
 
-def narrowed(program: Program, pack: PackParams) -> Program:
+def narrowed(program: Program, pack: PackParams, images: np.ndarray | None = None) -> Program:
     """`program` with the kinds of tensors that `pack` asks for.
+
+    Args:
+        images: uint8 (B,H,W,C) that show the ranges of values, for `integer`; None for a drawing,
+            which has no values.
 
     Raises:
         NarrowError: a value is too large for float16; names the layer.
+        IntegerError: a layer needs larger integers than there are.
     """
+    if pack.integer:
+        sizes = [1.0] * (len(program.nodes) + 1)
+        return integers.converted(
+            program, sizes if images is None else integers.ranges(program, images)
+        )
     tensors = dict(program.tensors)
     nodes = []
     for node in program.nodes:

@@ -227,7 +227,7 @@ class EnsembleParams:
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
-        recipe: fields of the section's recipe that differ here.
+        recipe: fields of ``ensembles.recipe`` that differ here.
         teacher: who teaches where the recipe has ``distill``: ``fp32``; the name of an ensemble
             earlier in the list; or ``ensemble``: the members themselves, together, each of them
             (Lan et al. 2018), where they are trained jointly.
@@ -302,10 +302,13 @@ class PackParams:
     Attributes:
         affine: numbers of batch norms, scales and PReLUs that do not fold away.
         weights: first convolution, shortcuts and dense layers; int8 has a scale a channel.
+        integer: no floats from bytes to logits, whatever the others say: the same scores on every
+            device, few instructions on those without a float unit.
     """
 
     affine: Literal["float32", "float16"] = "float32"
     weights: Literal["float32", "int8"] = "float32"
+    integer: Flag = False
 
 
 @dataclass(frozen=True, config=SECTION)

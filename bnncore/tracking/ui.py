@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from bnncore.tracking.log import project, resolve_uri
+from bnncore.tracking.runs import project, resolve_uri
 from bnncore.tracking.sync import Store
 
 _TRAINING = "#/experiments?workflowType=machine_learning"  # else it opens its view of traces

@@ -138,7 +138,7 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     assert test_pipeline.ran(test_pipeline.dvc(folder, "repro")) == []
     # Nothing lives on.
     assert len(watch.seen) > 10
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while left := [p for p, t in watch.seen.items() if t is not None and processes.began(p) == t]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)

@@ -45,7 +45,7 @@ def test_a_stage_ends_with_what_started_it(tmp_path, started, words, ends):
     try:
         starter.kill()
         starter.wait()
-        assert processes.gone([child], 10 if ends else 2) == ends
+        assert processes.gone([child], 60 if ends else 2) == ends
     finally:
         processes.kill(those)
         starter.stdout.close()

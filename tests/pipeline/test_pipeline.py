@@ -255,7 +255,7 @@ def test_sigkill_of_dvc_ends_its_stage_and_the_next_goes_on(finished, tmp_path):
         try:
             os.kill(running.pid, signal.SIGKILL)
             running.wait()
-            assert processes.gone(those, 30)
+            assert processes.gone(those, 120)
         finally:
             processes.kill(p for p, at in those.items() if at and processes.began(p) == at)
 

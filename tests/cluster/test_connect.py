@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
@@ -128,7 +127,7 @@ except ClusterError as error:
 @pytest.mark.slow
 @pytest.mark.parametrize("server", connect.SERVERS)
 def test_a_cluster_that_dies_while_it_starts_is_told(server):
-    """By us, and not by Ray, whose own attempts take 30 s for one of them and, for the other, 60."""
+    """By us, not by Ray, whose own attempts take 30 s for one of them and, for the other, 60."""
     process = subprocess.Popen(
         [sys.executable, "-c", DIES, server],
         env=processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

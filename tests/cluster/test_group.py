@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import ray
 
+from bnncore import check
 from bnncore.cluster import group
 from bnncore.networks.ensemble import Ensemble
 from bnncore.params import RayParams
-from bnncore.training import loop, schemes
+from bnncore.training import loop, plans, schemes
+from tests import tiny
 from tests.small import differences, plan
 
 IN_SEQUENCE_OR_ALONE = [
@@ -81,6 +83,30 @@ def test_same_bits_over_members_times_shards(cluster, count, scheme, sharing, ex
     assert differences(alone.state, spread.state) == []
     if scheme != "voting":
         assert [e["actors"] for h in spread.histories.values() for e in h] == [count] * 2
+
+
+@pytest.mark.slow
+def test_a_users_network_trains_over_actors_to_the_same_bits(cluster):
+    """Its function, and a binarizer of the user's own, are found by name in other processes."""
+    data = tiny.dataset((12, 12, 1), 4, train=32)
+    sections = [{"name": n, "scheme": n, "sharing": "no_shared", "members": 2}
+                for n in ("fusion", "snapshot")]  # fmt: skip
+    p = tiny.parse(
+        model={
+            "backbone": "examples.own_cnn:small_cnn",
+            "binarizer": {"weight": "tests.networks.test_binarize:half"},
+        },
+        ensembles={"train": sections},
+    )
+    check.check(p, data.image, 4)
+    (fp32,) = loop.train_many([plans.first_job(p, data, None)], data)
+    (bnn,) = loop.train_many([plans.first_job(p, data, fp32.state)], data)
+    cluster.params = RayParams(actors=2)
+    for section in p.ensembles.train:
+        its = plans.plan(p, section, data, fp32.state, bnn.state)
+        here = schemes.train(its, lambda jobs: loop.train_many(jobs, data)).state
+        there = schemes.train(its, lambda jobs: cluster.train_many(jobs, data)).state
+        assert differences(here, there) == []
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ def test_blocks_that_are_no_power_of_two_agree_within_rounding(cluster):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_exchange_stays_within_its_bytes(cluster):
     p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=1)
     shared = sum(
@@ -144,6 +145,7 @@ def test_blocks(members, count):
     assert len(sizes) <= 1
 
 
+@pytest.mark.slow
 def test_the_members_share_one_copy_of_the_data(local_ray):
     _, images = plan()
 
@@ -154,6 +156,7 @@ def test_the_members_share_one_copy_of_the_data(local_ray):
     assert ray.get(shares.remote(ray.put(images)))
 
 
+@pytest.mark.slow
 def test_order_of_results_is_the_order_of_jobs(cluster):
     p, images = plan("voting", "all_frozen", members=5, epochs=1)
     jobs = [p.job((i,), f"e.{i}") for i in range(5)]

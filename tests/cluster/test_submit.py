@@ -54,7 +54,6 @@ def submitted(folder: Path, environment: dict[str, str], *arguments: str):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
     )
 
 

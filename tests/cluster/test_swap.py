@@ -225,6 +225,7 @@ def killed_recovery(root: Path, at: int) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_sigkill_at_every_step_is_put_right_by_the_next(tmp_path):
     """Killed while it mends what is half old, half new, too: at each of its steps in turn."""
     steps = steps_of_a_swap(tmp_path / "quiet")

@@ -31,6 +31,7 @@ def spec(backbone, width, members, sharing="shared_conv", combine="mean") -> Ens
     return EnsembleSpec(model, members, SHARING[sharing], combine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize(("width", "members"), [(10**5, 2), (8, 10**6), (10**5, 10**6)])
 def test_networks_of_any_size_are_drawn_at_once_and_without_memory(backbone, width, members):

@@ -165,6 +165,7 @@ def test_packed_equals_torch(name, sharing):
     packed_equals_torch(Ensemble(row, seed=0), GRAY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "binarizer", [Binarizer("sign"), Binarizer("learned", "bireal"), Binarizer("xnor", "float")]
 )

@@ -326,6 +326,7 @@ REFUSED = (
 VALID = (many_nodes, many_adds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", REFUSED + VALID)
 def test_extremes_keep_to_time_and_memory(make):
     content = put_together(*make())

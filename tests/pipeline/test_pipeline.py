@@ -71,7 +71,7 @@ def environment(**more: str) -> dict[str, str]:
 def dvc(folder: Path, *arguments: str, ok: bool = True, **more: str) -> str:
     done = subprocess.run(
         ["dvc", *arguments], cwd=folder, env=environment(**more),
-        capture_output=True, text=True, timeout=500,
+        capture_output=True, text=True,
     )  # fmt: skip
     output = done.stdout + done.stderr
     if ok:

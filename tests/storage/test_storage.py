@@ -188,12 +188,15 @@ def test_papers_command_says_which_file_is_missing(tmp_path, capsys):
 
 # -- trained files, and before training ----------------------------------------------------------
 
+# Every backbone, and every sharing with two of them; soak: all with all.
+USUAL = ("shared_conv", "tentaclenet")
 STRUCTURES = [
-    (backbone, sharing)
+    pytest.param(backbone, sharing, marks=() if sharing in USUAL or backbone in ("resnet8", "nin")
+                 else pytest.mark.soak)
     for backbone in ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10")
     for sharing in SHARING
     if not (backbone in ("nin", "fernet") and sharing in ("c2", "c3_blocks"))
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("negative", [True, False])

@@ -439,6 +439,7 @@ def test_a_full_disk_is_named_in_a_line_and_leaves_nothing_empty(root, migrated,
     assert curve(root, children["bnn"]) == [(e, float(e)) for e in range(1, 10)]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_lose_nothing(tmp_path):
     """Two stages beside each other, a search say, on a store that is not there yet."""
 
@@ -513,13 +514,14 @@ def hanging_server():
             connection.close()
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=500):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_hanging_server_does_not_hold_up_training(root, capfd, monkeypatch):
     """Not while it trains, and not longer than it is told to at its end."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
@@ -572,6 +574,7 @@ def test_a_store_in_trouble_is_asked_again_later(root, capfd):
     assert main(["--flush", "--root", str(root)]) == 0
 
 
+@pytest.mark.slow
 def test_the_follower_of_a_killed_stage_ends_and_loses_nothing(root):
     """Neither a process that the stage forked nor its death keeps the follower."""
     script = (

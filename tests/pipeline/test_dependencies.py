@@ -108,6 +108,7 @@ HOLES = {
 }
 
 
+@pytest.mark.slow
 def test_planted_holes_are_seen(tmp_path):
     """In a copy, a stage's code uses modules that no dependency names, each in its own way."""
     for name in ("bnncore", "pipeline"):

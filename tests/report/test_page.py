@@ -207,6 +207,7 @@ CHART = "document.querySelector('section[aria-label=\"{}\"] figure')"
 TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
 
 
+@pytest.mark.slow
 @browser_only
 def test_the_page_in_a_browser(reports, tmp_path):
     url = page.write(reports).as_uri()

@@ -155,11 +155,9 @@ class Cluster:
         local = self._owner and address(self.params) == "local"
         if self.slots() < wanted and not local and self.params.wait_s:
             waited = self.params.wait_s
-            deadline = time.monotonic() + waited
             place = placement_group(self._bundles(wanted))  # an autoscaler adds nodes for it
             try:
-                while self.slots() < wanted and time.monotonic() < deadline:
-                    time.sleep(0.5)
+                place.wait(waited)
             finally:
                 remove_placement_group(place)
         if self.slots() >= wanted:

@@ -135,7 +135,8 @@ def test_an_actor_that_dies_right_after_an_answer(pair, monkeypatch):
     trained = schemes.train(p, lambda jobs: pair.train_many(jobs, images))
     assert sorted(struck) == sorted(calls)
     assert differences(expected, trained.state) == []
-    assert pair.lost - before == len(calls)
+    # To close an actor may be quicker than to kill it.
+    assert pair.lost - before in (len(calls) - 1, len(calls))
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ NETWORKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize(("backbone", "sharing", "combine"), NETWORKS)
 def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing, combine, whole):
@@ -108,6 +109,7 @@ PACKS = [PackParams("float16"), PackParams("float32", "int8"), PackParams("float
          PackParams(integer=True)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", PACKS, ids=str)
 def test_narrowed_files(tmp_path, pack):
     plain = network("resnet8", "shared_conv")
@@ -144,6 +146,7 @@ SANITIZED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SANITIZED)
 @pytest.mark.skipif(COMPILER[0] == sys.executable, reason="sanitizers need gcc")
 def test_the_self_test_passes_under_sanitizers_as_c_and_as_cpp(tmp_path, make):
@@ -169,6 +172,7 @@ def test_the_self_test_can_fail(tmp_path):
     assert subprocess.run(["./t"], cwd=tmp_path).returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize("core", emulate.CORES)
 @pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")

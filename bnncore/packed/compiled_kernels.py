@@ -127,7 +127,8 @@ class _Planner:
                 values: Sequence[Array], member: int, rooms: Sequence[Array]
             ) -> list[Array]:
                 out = place.array(rooms[0], len(values[0]))
-                tiles.normalize(values[0], *values_of(member), out)
+                scale, shift = values_of(member)
+                tiles.normalize(values[0], scale, shift, out)
                 return [out]
 
             return normalize

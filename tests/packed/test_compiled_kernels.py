@@ -380,7 +380,7 @@ def test_other_processors(tmp_path: Path) -> None:
         "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt",
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-m", "not soak"]
     names = "grid and (33 or 64) or integer or sums"
     root = Path(__file__).parents[2]
     done = subprocess.run(

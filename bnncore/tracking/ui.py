@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from bnncore.tracking.log import project, resolve_uri
+from bnncore.tracking.runs import project, resolve_uri
 from bnncore.tracking.sync import Store
 
 # In MLflow's view of model training (else it opens that of traces), the most accurate first.

@@ -82,6 +82,7 @@ NETWORKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "sharing", "combine"), NETWORKS)
 def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing, combine):
     program = network(backbone, sharing, combine)
@@ -91,6 +92,7 @@ def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing
         agree(program, images, members, *called(library, program, images, members))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [PackParams("float16"), PackParams("float32", "int8"),
                                   PackParams("float16", "int8")], ids=str)  # fmt: skip
 def test_narrowed_files(tmp_path, pack):
@@ -126,6 +128,7 @@ SANITIZED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SANITIZED)
 @pytest.mark.skipif(COMPILER[0] == sys.executable, reason="sanitizers need gcc")
 def test_the_self_test_passes_under_sanitizers_as_c_and_as_cpp(tmp_path, make):
@@ -151,6 +154,7 @@ def test_the_self_test_can_fail(tmp_path):
     assert subprocess.run(["./t"], cwd=tmp_path).returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", emulate.CORES)
 @pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
 def test_cores_agree_with_the_evaluator(core):

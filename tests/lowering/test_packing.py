@@ -25,6 +25,7 @@ def parse(pack: PackParams):
     return tiny.parse(ensembles={"train": train}, pack=values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [PackParams(), PackParams("float16", "int8")])
 @pytest.mark.parametrize("name", ["fp32", "bnn", "one"])
 def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):

@@ -202,6 +202,7 @@ CHAINS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 16, 31, 32, 33, 64, 96, 100, 160, 192, 256])
 def test_grid(channels: int, tile: np.dtype) -> None:

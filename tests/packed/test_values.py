@@ -184,6 +184,7 @@ def test_what_the_chains_begin_with(channels: int) -> None:
     assert [name for name, found in kinds.items() if not found.any()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", OPERATORS)
 def test_chains_of_two(first: str) -> None:
     for number, second in enumerate(OPERATORS):

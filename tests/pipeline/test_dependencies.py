@@ -107,18 +107,21 @@ HOLES = {
 }
 
 
-@pytest.mark.parametrize("kind", HOLES)
-def test_a_planted_hole_is_seen(kind, tmp_path):
-    """In a copy, a stage's code uses a module that no dependency names."""
+@pytest.mark.slow
+def test_planted_holes_are_seen(tmp_path):
+    """In a copy, a stage's code uses modules that no dependency names, each in its own way."""
     for name in ("bnncore", "pipeline"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.html")
         )
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
-    (tmp_path / "bnncore/hole.py").write_text("something = 1\n")
-    file, code = HOLES[kind]
-    with open(tmp_path / file, "a") as opened:
-        opened.write(f"\n{code}\n")
+    expected = set()
+    for kind, (file, code) in HOLES.items():
+        hole = f"hole_{kind.replace(' ', '_')}"
+        (tmp_path / f"bnncore/{hole}.py").write_text("something = 1\n")
+        with open(tmp_path / file, "a") as opened:
+            opened.write("\n" + code.replace("hole", hole) + "\n")
+        expected |= set() if kind == "only for types" else {f"bnncore/{hole}.py"}
     # In a process of its own, where the copy is what is imported.
     ask = (
         "import sys; from pathlib import Path\n"
@@ -131,5 +134,4 @@ def test_a_planted_hole_is_seen(kind, tmp_path):
         [sys.executable, "-c", ask], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    expected = "" if kind == "only for types" else "bnncore/hole.py"
-    assert done.stdout.strip() == expected
+    assert set(done.stdout.split()) == expected

@@ -206,6 +206,7 @@ CHART = "document.querySelector('section[aria-label=\"{}\"] figure')"
 TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
 
 
+@pytest.mark.slow
 @browser_only
 def test_the_page_in_a_browser(reports, tmp_path):
     url = page.write(reports).as_uri()
@@ -310,6 +311,7 @@ def test_the_page_in_a_browser(reports, tmp_path):
     in_browser(tmp_path, drive)
 
 
+@pytest.mark.slow
 @browser_only
 def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
     url = page.write(reports).as_uri()

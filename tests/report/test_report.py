@@ -203,6 +203,7 @@ def test_members_are_whole_numbers(members):
     assert all(tick == round(tick) for tick in ticks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$", "$\\frac$", "_hidden", "a_b^c", "{m}", "%s", "\\n"])
 def test_any_name_is_drawn_as_it_is(name, tmp_path):
     """Names that matplotlib would read as a formula, or leave out of a legend."""

@@ -57,6 +57,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_best_is_the_best_of_everything_trained(tmp_path, case):
     rows, others, expected = CASES[case]

@@ -43,7 +43,10 @@ class Stage:
 
     def images(self) -> data.Dataset:
         """The images that the parameters name."""
-        return read(self.params.data)
+        images = read(self.params.data)
+        source = self.params.data.path or self.params.data.name
+        self.tracker.dataset(images.name, images.digest, source)
+        return images
 
     def on_epoch(self, job: Any, epoch: Mapping[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""

@@ -183,6 +183,13 @@ class Tracker(Run):
         self._follower: subprocess.Popen[bytes] | None = None
         self._said: set[str] = set()
 
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """The images of all models of this run, for MLflow's column; logged with what comes next.
+
+        name: as people call them; digest: of their content; source: where they are read from.
+        """
+        self._wanted["dataset"] = {"name": name, "digest": digest, "source": source}
+
     def model(self, name: str, params: Mapping[str, Any]) -> ModelRun:
         """The child run of the model `name`: begun, or the one it has in this parent."""
         run = ModelRun(self, name, name, params)

@@ -145,6 +145,9 @@ class Store:
             if path in todo or made:
                 had = {} if made else json.loads(_synced(path) or "{}").get("files", {})
                 self._fill(client, run, wanted, tags)
+                if "dataset" in parent and not (run.inputs and run.inputs.dataset_inputs):
+                    with self._refusals(f"the data set of {wanted['name']}"):
+                        _log_dataset(client, run, parent["dataset"])
                 for name, kept in wanted["files"].items():
                     if had.get(name) != kept:
                         self._attach(client, run, folder / "files" / kept, name)
@@ -254,6 +257,15 @@ def _run(client: Any, place: str, wanted: dict[str, Any], tags: dict[str, str]) 
     if run is not None:
         return run, False
     return client.create_run(place, _ms(wanted["began"]), tags, wanted["name"]), True
+
+
+def _log_dataset(client: Any, run: Any, dataset: dict[str, str]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag  # lazily: see _fill
+
+    used = DatasetInput(
+        Dataset(source_type="local", **dataset), [InputTag("mlflow.data.context", "training")]
+    )
+    client.log_inputs(run.info.run_id, [used])
 
 
 def _synced(path: Path) -> bytes:

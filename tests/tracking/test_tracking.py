@@ -155,6 +155,7 @@ def test_stages_log_into_one_parent_with_a_child_a_model(root, monkeypatch):
         with tracker.model("fp32", {"scheme": "single", "width": 16}) as run:
             run.metrics({"val_top1": 53.0, "test_top1": 52.0})
             run.artifact(packed)
+        tracker.dataset("folder", "0123abcd", "mydata")
         tracker.metrics({"seconds": 3})
         tracker.artifact(packed, "packed")
     packed.write_bytes(b"of a later run")
@@ -192,6 +193,10 @@ def test_stages_log_into_one_parent_with_a_child_a_model(root, monkeypatch):
         place = artifacts / child.info.run_id / "artifacts" / packed.name
         assert place.read_bytes() == b"bits", "as it was when it was logged"
     assert (artifacts / parent.info.run_id / "artifacts" / "packed" / packed.name).exists()
+
+    for run in (parent, children["bnn"], children["fp32"]):
+        (used,) = client(root).get_run(run.info.run_id).inputs.dataset_inputs
+        assert (used.dataset.name, used.dataset.digest) == ("folder", "0123abcd")
 
     kind = client(root).get_experiment_by_name("bnncore").tags["mlflow.experimentKind"]
     assert kind == "custom_model_development"

@@ -254,6 +254,7 @@ def _inspected(folder: Path, count: int) -> int:
     return calls
 
 
+@pytest.mark.slow
 def test_inspecting_takes_as_long_as_the_graph_is(tmp_path, capsys):
     quarter, whole = (_inspected(tmp_path, count) for count in (1024, 4096))
     assert whole < 5 * quarter

@@ -160,6 +160,7 @@ def _set(chain: Chain, roll: int, positive_slopes: bool) -> None:
         chain.conv.weight.data[roll] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integer", [True, False], ids=["sums", "floats"])
 @pytest.mark.parametrize("chain", [c for c in CHAINS if c != "nothing"])
 def test_values_that_training_and_pruning_leave(chain, integer):

@@ -79,6 +79,7 @@ def test_packed_equals_torch(backbone, sharing):
     assert own  # norms are always a member's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "binarizer",
     [

@@ -313,7 +313,9 @@ class _Epilogue:
                 whole[:] = 0
                 scale = self.get(node, "scale", member)
                 whole[0, :count] = scale
-                whole[1, :count] = self.get(node, "slope", member) if "slope" in node.tensors else scale
+                whole[1, :count] = (
+                    self.get(node, "slope", member) if "slope" in node.tensors else scale
+                )
                 whole[2, :count] = numpy_kernels.plain(
                     self.program.tensors[node.tensors["shift"]], member
                 )

@@ -1,6 +1,6 @@
 """What packed networks take on microcontrollers: instructions an image, flash, RAM, stack.
 
-    python benchmarks/device.py                  Cortex-M4 and what fits in minutes elsewhere
+    python benchmarks/device.py                  networks of integers on all cores, of floats on M4
     python benchmarks/device.py --quick          the layers alone
     python benchmarks/device.py --write          also benchmarks/device.md and device.json
 
@@ -31,32 +31,42 @@ from bnncore.lowering.lower import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING
+from bnncore.packed import narrow
 from bnncore.packed.program import Node, Program, Tensor, pack_bits
 from tests import tiny
 
 OPTIMIZE = "-O2"
-# name: backbone, image, width, members; and whether it is counted on cores without a float unit,
-# where one image takes hundreds of millions of instructions.
+# name: backbone, image, members, and whether it is packed with `integer`. All of width 16. Those of
+# floats are counted on Cortex-M4 alone: without a float unit an image takes hundreds of millions.
 NETWORKS = {
-    "digits NiN, width 16": ("nin", (8, 8, 1), 16, 1, True),
-    "digits NiN, four members": ("nin", (8, 8, 1), 16, 4, True),
-    "ResNet-8 16/32/64": ("resnet8", (32, 32, 3), 16, 1, True),
-    "ResNet-8, four members": ("resnet8", (32, 32, 3), 16, 4, False),
-    "ResNet-20 16/32/64": ("resnet20", (32, 32, 3), 16, 1, False),
-    "ResNet-20, four members": ("resnet20", (32, 32, 3), 16, 4, False),
+    "digits NiN": ("nin", (8, 8, 1), 1, True),
+    "digits NiN, four members": ("nin", (8, 8, 1), 4, True),
+    "digits NiN, floats": ("nin", (8, 8, 1), 1, False),
+    "lean ResNet-8": ("leanresnet8", (32, 32, 3), 1, True),
+    "lean ResNet-8, four members": ("leanresnet8", (32, 32, 3), 4, True),
+    "lean ResNet-8, floats": ("leanresnet8", (32, 32, 3), 1, False),
+    "lean ResNet-20": ("leanresnet20", (32, 32, 3), 1, True),
+    "lean ResNet-20, four members": ("leanresnet20", (32, 32, 3), 4, True),
+    "ResNet-8 of the papers": ("resnet8", (32, 32, 3), 1, True),
+    "ResNet-8 of the papers, floats": ("resnet8", (32, 32, 3), 1, False),
 }
+WIDTH = 16
 # CMSIS-NN's figures of int8 ResNet-8: core -> instructions.
 PEER = {"cortex-m4": 29_850_000, "cortex-m3": 41_750_000, "cortex-m0+": 97_400_000}
 LAYERS = ((16, 32), (32, 16), (64, 8))  # channels, height and width
 
 
-def network(backbone: str, image: tuple[int, int, int], width: int, members: int) -> Program:
-    """An ensemble with random weights that shares its binary filters."""
-    spec = ModelSpec(backbone, image, 10, width, binarizer=P.Binarizer())
+def network(backbone: str, image: tuple[int, int, int], members: int, integer: bool) -> Program:
+    """An ensemble with random weights that shares its binary filters; stems of lean ones are binary
+    too."""
+    stem = "binary" if backbone.startswith("lean") else "float"
+    spec = ModelSpec(backbone, image, 10, WIDTH, binarizer=P.Binarizer(stem=stem))
     ensemble = Ensemble(EnsembleSpec(spec, members, SHARING["shared_conv"]), seed=1)
     tiny.scramble(ensemble)
     channels = image[2]
-    return lower(ensemble, (0.5,) * channels, (0.25,) * channels, tuple("abcdefghij"))
+    program = lower(ensemble, (0.5,) * channels, (0.25,) * channels, tuple("abcdefghij"))
+    images = export.self_images(program, 16)
+    return narrow.narrowed(program, P.PackParams(integer=integer), images)
 
 
 def stack(channels: int, size: int, layers: int) -> Program:
@@ -108,10 +118,10 @@ def layer(channels: int, size: int, core: str) -> dict[str, Any]:
 
 
 def rows_of_networks() -> Iterator[dict[str, Any]]:
-    for name, (backbone, image, width, members, everywhere) in NETWORKS.items():
-        program = network(backbone, image, width, members)
+    for name, (backbone, image, members, integer) in NETWORKS.items():
+        program = network(backbone, image, members, integer)
         for core, facts in emulate.CORES.items():
-            if facts.fpu or everywhere:
+            if facts.fpu or integer:
                 device, count = counted(program, core)
                 sizes = device.sizes
                 yield {
@@ -180,9 +190,10 @@ Peer: int8 ResNet-8 (MLPerf Tiny) through CMSIS-NN, gcc -O3, counted alike: 29.8
 Cortex-M4, 41.75 M on M3, 97.4 M on M0; code and tables 18.5 KB, weights 77.4 KB, RAM 51.5 KB. The
 column divides its instructions by this network's; above 1 this network takes fewer.
 
-The stem, norms, PReLUs and residuals here are floats. On cores without a float unit each float
-operation is a call of some fifty to a hundred instructions, which is nearly all of what is counted
-there; the ResNets keep a float residual in RAM.
+All networks have width 16; in the ResNets 16, 32 and 64 channels. Those that are not called
+floats are packed with `integer`: nothing is a float but the ten scores, residuals take 16 bits.
+With floats each float operation is a call of some fifty to a hundred instructions on cores
+without a float unit.
 """
 
 

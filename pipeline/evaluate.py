@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bnncore import data, metrics, params, report, storage
-from bnncore.packed import execute, exits, narrow, packfile, votes
+from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
@@ -19,6 +19,7 @@ OPTIONS = (
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
     params.PackParams(affine="float16", weights="int8"),
+    params.PackParams(integer=True),
 )
 
 
@@ -153,19 +154,29 @@ def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) ->
     for name, counted in counts.items():
         lines += [f"== {name} ==", *storage.described(counted)]
         lines += [
-            f"packed with affine {o['affine']}, weights {o['weights']:<7} {o['bytes']:>9,} bytes, "
-            f"validation {o['val_top1']:.2f} %"
+            f"packed {described(o)} {o['bytes']:>9,} bytes, validation {o['val_top1']:.2f} %"
             for o in narrower[name]
         ]
         lines.append("")
     return lines
 
 
+def described(option: dict) -> str:
+    """What is narrower, for people."""
+    if option["integer"]:
+        return f"{'with integers alone':<36}"
+    return f"with affine {option['affine']}, weights {option['weights']:<7}"
+
+
 def options(program: Program, images: data.Dataset, p: params.EvaluateParams) -> list[dict]:
     """What each narrowing that `pack` offers would do to bytes and validation accuracy."""
     rows = []
     for pack in OPTIONS:
-        smaller = narrow.narrowed(program, pack)
+        try:
+            smaller = narrow.narrowed(program, pack, images.val.images)
+        except (narrow.NarrowError, integers.IntegerError) as error:
+            print(f"{program.info.get('name', '')}: no option: {error}")
+            continue
         model = execute.Model(smaller, p.ops, p.threads)
         predicted = model.predict(images.val.images, batch=p.batch)
         top1 = 100 * metrics.accuracy(predicted, images.val.labels)

@@ -130,7 +130,7 @@ class Builder:
         return self.rescale(x, int(self.one((100, 3000, 32767, 1 << 20))))  # type: ignore
 
     def rescale(self, x: int, most: int) -> int:
-        kind, dims = self.values[x]
+        _, dims = self.values[x]
         largest = validate_to(self, x)
         top = min(32767, (1 << 30) // largest)
         slots = {"scale": self.tensor("int16", "scale", dims[-1:], top),
@@ -187,7 +187,9 @@ class Builder:
         kind, dims = self.values[x]
         kinds = ("float32", "float16", "int8", "int16", "int32")
         level = str(self.one(kinds if kind == "i32" else kinds[:2]))
-        spread = int(self.one((6, 300, 40000))) if level.startswith("int") else 6 if kind == "i32" else 1  # type: ignore
+        spread = (
+            int(self.one((6, 300, 40000))) if level.startswith("int") else 6 if kind == "i32" else 1
+        )  # type: ignore
         return self.tensor(level, "threshold", dims[-1:], spread)
 
     def grow_bits(self, x: int) -> int:
@@ -353,7 +355,7 @@ class Builder:
 def validate_to(builder: Builder, x: int) -> int:
     """The bound of a value, by the rules themselves: the Program so far, made whole."""
     image = builder.values[0][1]
-    kind, dims = builder.values[x]
+    _, dims = builder.values[x]
     if x == 0:
         return 255
     nodes, tensors = list(builder.nodes[:x]), dict(builder.tensors)

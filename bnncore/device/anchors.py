@@ -140,8 +140,9 @@ def _bytes_by_bits(body: Body, node: Node, value: int, g: str) -> None:
         name, "picks", "uint8_t", lambda t, m: sliced.picks(one_copy(t, m).reshape(filters, -1))
     )
     triples = -(-taps // 3)
-    rooms = [body.room("lanes", "bnn_u32", 3 * triples), body.room("table", "bnn_u32", 8 * triples),
-             body.room("window", "bnn_i16", taps), body.room("sums", "bnn_i16", 32 * filters)]  # fmt: skip
+    sizes = {"lanes": ("u32", 3 * triples), "table": ("u32", 8 * triples), "window": ("i16", taps),
+             "sums": ("i16", 32 * filters)}  # fmt: skip
+    rooms = [body.room(room, f"bnn_{kind}", count) for room, (kind, count) in sizes.items()]
     zero, (h, w) = body.whole(node.tensors["zero"]), body.size
     call = body.code.call("bytes_bits", g, "image", zero, w, h * w, "q", array, filters, *rooms)
     body.group.append(call)

@@ -150,7 +150,7 @@ READ = {"f16": "bnn_half(", "i8f32": "(float)("}
 
 
 def _text(name: str) -> str:
-    stem, ends = name, []
+    stem, ends = name, list[str]()
     while not (KERNELS / f"{stem}.c").exists():
         stem, end = stem.rsplit("_", 1)
         ends.insert(0, end)
@@ -159,7 +159,8 @@ def _text(name: str) -> str:
         return text
     weight, kind = ends[0], ends[-1]
     words = {
-        "TYPE": kind, "NUMBER": kind, "WEIGHT": weight, "SUM": "float" if kind == "f32" else "int32_t",
+        "TYPE": kind, "NUMBER": kind, "WEIGHT": weight,
+        "SUM": "float" if kind == "f32" else "int32_t",
         "KEPT": CTYPES.get(weight, ""), "READ(": READ.get(weight, READ.get(weight + kind, "(")),
         "/* needs FIRST */\n": "/* needs half */\n" if weight == "f16" else "",
     }  # fmt: skip
@@ -183,10 +184,9 @@ def _kinds(program: Program, shapes: list[Shape]) -> list[str]:
             kinds.append(shape.kind)
         elif node.op in ("maxpool", "flatten", "concat"):
             kinds.append(max((kinds[source] for source in node.inputs), key=WIDTHS.__getitem__))
-        elif -(1 << 15) <= low and high < 1 << 15:
-            kinds.append("i8" if -128 <= low and high < 128 else "i16")
         else:
-            kinds.append("i32")
+            bits = max(high, -low - 1).bit_length() + 1
+            kinds.append("i8" if bits <= 8 else "i16" if bits <= 16 else "i32")
     return kinds
 
 
@@ -239,9 +239,7 @@ def _places(
     return values, scratch, total, plan.peak(alive, ALIGN)
 
 
-def _in_place(
-    code: Code, work: list[Step], lives: dict[int, plan.Lifetime]
-) -> dict[int, int]:
+def _in_place(code: Code, work: list[Step], lives: dict[int, plan.Lifetime]) -> dict[int, int]:
     """Values that lie where a later one does: the last to read them, number by number, writes it.
 
     The lives of those later ones begin with theirs.

@@ -59,7 +59,7 @@ def triples(bits: np.ndarray) -> np.ndarray:
 
 
 def picks(bits: np.ndarray) -> np.ndarray:
-    """Weights (O, N) as uint8 (O, ceil(N / 3)): where each triple's sum lies in a table of eight."""
+    """Weights (O, N) as uint8 (O, ceil(N / 3)): where a triple's sum lies in tables of eight."""
     filters, products = bits.shape
     room = np.zeros((filters, -(-products // 3) * 3), np.int64)
     room[:, :products] = bits

@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from bnncore.packed.program import Node, Program, Shape
 from bnncore.packed.rules import validate
 
-LINKS = ("affine", "prelu", "relu", "clip", "add", "rescale", "fixed", "sign", "threshold", "interval")
+LINKS = (
+    "affine",
+    "prelu",
+    "relu",
+    "clip",
+    "add",
+    "rescale",
+    "fixed",
+    "sign",
+    "threshold",
+    "interval",
+)
 BITS = ("sign", "threshold", "interval")
 
 

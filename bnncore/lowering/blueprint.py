@@ -43,6 +43,7 @@ INFO = {
 CLASS_NAME = 12  # characters of a class name that is not known yet
 # zlib packs nearly equal graphs to slightly different sizes, in no fixed order.
 GRAPH_SLACK = 1.02, 16
+RESCALED = 8  # bytes that a rescaling's own numbers may take
 
 
 _End = Literal["least", "most"]
@@ -302,6 +303,8 @@ def _sizes(
     graph = len(packfile.graph(narrow))
     factor, more = GRAPH_SLACK
     graph = round(graph * factor) + more if end == "most" else round(graph / factor) - more
+    if end == "most":  # numbers that are not known yet differ from node to node
+        graph += RESCALED * sum(node.op == "rescale" for node in narrow.nodes)
     return *sizes, graph
 
 

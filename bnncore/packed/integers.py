@@ -20,9 +20,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bnncore.errors import UserError
 from bnncore.packed import borders, execute, numpy_kernels
-from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits, unpack_bits
+from bnncore.packed.program import (
+    KINDS,
+    Node,
+    PackedFormatError,
+    Program,
+    Tensor,
+    pack_bits,
+    unpack_bits,
+)
 from bnncore.packed.rules import (
     LEAST_FRACTION,
     MAX_INT,
@@ -43,7 +50,7 @@ IMAGES = 256  # enough to see ranges
 SUMS = MAX_INT >> 3  # of products: leaves their factors ten bits of the 31 that a product has
 
 
-class IntegerError(UserError, ValueError):
+class IntegerError(PackedFormatError):
     """What integers cannot do; names the layer."""
 
 
@@ -223,7 +230,7 @@ class _Converter:
         data = array if own else array[0]
         if kind == "binary":
             return Tensor(kind, role, array.shape[1:], own, pack_bits(data, own))
-        return Tensor(kind, role, array.shape[1:], own, data.astype(KINDS[kind]))
+        return Tensor(kind, role, array.shape[1:], own, data.astype(KINDS[kind], copy=False))
 
     def plain(self, value: int, units: float) -> _Real:
         one = np.full((1, self.shapes[value].dims[-1]), 1 / units)
@@ -250,7 +257,9 @@ class _Converter:
         top = min(bound, TOP)
         if top < 1:
             name = self.node(number).name
-            raise IntegerError(f"layer {name!r}: expected sums that 2**24 can hold, got larger ones")
+            raise IntegerError(
+                f"layer {name!r}: expected sums that 2**24 can hold, got larger ones"
+            )
         return self.rescaled(self.node(number), real, top / (self.sizes[number] or 1), top)
 
     def node(self, number: int) -> Node:
@@ -378,10 +387,12 @@ class _Converter:
         binary = self.program.tensors[name].kind == "binary"
         slots: dict[str, Tensor | str] = {}
         taps = math.prod(weight.shape[2:])
+        drawn = not any(weight.strides)  # without values, and memory for them
         if image:
             even = np.ptp(real.scale) <= EVEN * np.abs(real.scale).max()
             if not (binary and even):
-                weight, own, binary = weight * real.scale[:, None, None, None], own, False
+                binary = False
+                weight = weight if drawn else weight * real.scale[:, None, None, None]
             zero = -real.shift / np.where(real.scale == 0, 1, real.scale)
             limits = np.clip(np.rint(zero[0]), -(2**15), 2**15 - 1)
             slots["zero"] = self.tensor("int16", "input", limits[None], False)
@@ -394,8 +405,10 @@ class _Converter:
             slots["weight"] = self.tensor("int8", "weight", q, own)
         if image:
             factor = real.scale.mean(1, keepdims=True) if binary else np.ones((1, 1))
-            steps = (weight if binary else q) * (step * factor)[lead]
-            shift = -(steps * zero[0]).reshape(*weight.shape[:2], -1).sum(2)
+            shift = np.zeros((1, weight.shape[1]))
+            if not drawn:
+                steps = (weight if binary else q) * (step * factor)[lead]
+                shift = -(steps * zero[0]).reshape(*weight.shape[:2], -1).sum(2)
             real, unit = replace(real, units=1.0), factor
         else:
             tensor = slots["weight"]
@@ -405,7 +418,7 @@ class _Converter:
         if "bias" in node.tensors:
             bias, owned = self.floats(node, "bias")
             shift, own = shift + bias, own or owned
-        attrs = {key: node.attrs[key] for key in ("stride", "pad") if key in node.attrs}
+        attrs = {key: value for key, value in node.attrs.items() if key in ("stride", "pad")}
         value = self.emit(node.op, node, [real.value], slots, attrs)
         return _Real(value, step * unit, shift, own)
 
@@ -440,7 +453,7 @@ class _Converter:
             always = (low <= real.shift) & (real.shift <= high)
             first = clipped(np.ceil(begin), np.where(always, -np.inf, np.inf))
             last = clipped(np.floor(end), np.where(always, np.inf, -np.inf))
-            slots = {"low": self.levels(first, own), "high": self.levels(last, own)}
+            slots = {"low": self.levels(first, bound, own), "high": self.levels(last, bound, own)}
             if "inside" in node.tensors:
                 slots["inside"] = node.tensors["inside"]
             return self.emit("interval", node, [real.value], slots)
@@ -458,15 +471,16 @@ class _Converter:
         holds = np.where(up, real.shift >= array, real.shift <= array)
         exact = clipped(exact, np.where(holds == rises, -np.inf, np.inf))
         exact, rises = np.broadcast_arrays(exact, rises)
-        slots["threshold"] = self.levels(exact, own)
+        slots["threshold"] = self.levels(exact, bound, own)
         if turned:
             slots["direction"] = self.tensor("binary", "direction", rises, own)
         return self.emit("threshold", node, [real.value], slots)
 
-    def levels(self, array: Array, own: bool) -> Tensor:
-        """Of 16 bits, unless they bound a value of as many that never is, or always."""
-        fit = array.min() >= -(2**15) and array.max() < 2**15
-        return self.tensor("int16" if fit else "int32", "threshold", array, own)
+    def levels(self, array: Array, bound: int, own: bool) -> Tensor:
+        """Of 16 bits where numbers have as many: one beyond is reached when they saturate."""
+        if bound > 2**15:
+            return self.tensor("int32", "threshold", array, own)
+        return self.tensor("int16", "threshold", np.clip(array, -(2**15), 2**15 - 1), own)
 
     # votes
 
@@ -493,7 +507,9 @@ class _Converter:
             if slot == "bias":
                 values = np.clip(np.rint(values * 2.0**fraction), -(2**22), 2**22) / 2.0**fraction
             else:
-                values = _votes(values, SHARED_VOTES if program.combine == "soft_vote" else ALL_VOTES)
+                values = _votes(
+                    values, SHARED_VOTES if program.combine == "soft_vote" else ALL_VOTES
+                )
             name = f"c.{slot}"
             self.made.combine_tensors[slot] = name
             self.made.tensors[name] = Tensor(
@@ -515,7 +531,7 @@ def _quantized(weight: Array, most: int) -> tuple[Array, Array]:
     """(M or 1, O, ...) as int8 and its step, (M or 1, O)."""
     axes = tuple(range(2, weight.ndim))
     if not any(weight.strides):  # a drawing's
-        return np.broadcast_to(np.int8(0), weight.shape), np.ones(weight.shape[:2])
+        return np.broadcast_to(np.int8(most), weight.shape), np.ones(weight.shape[:2])
     step = np.abs(weight).max(axes) / most
     step = np.where(step == 0, 1, step)
     whole = np.rint(weight / step.reshape(*step.shape, *(1,) * len(axes)))

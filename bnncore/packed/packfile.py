@@ -185,7 +185,7 @@ def decode(content: bytes) -> Program:
     header = _object(_json(content[8 : 8 + length], "header"), "header")
     metadata = _object(header.get("__metadata__"), "header __metadata__")
     require(metadata.get("format") == FORMAT, "format", FORMAT, metadata.get("format"))
-    version = metadata.get("version")
+    version = str(metadata.get("version"))
     require(version in VERSIONS, "version", " or ".join(VERSIONS), version)
     data = memoryview(content)[8 + length :]
     parts: dict[str, Any] = {}

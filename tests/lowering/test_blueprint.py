@@ -44,7 +44,7 @@ def test_networks_of_any_size_are_drawn_at_once_and_without_memory(backbone, wid
     drawing = blueprint.draw(of)
     for program in (drawing.most, drawing.least):
         assert program.nodes
-    for pack in (PackParams(), PackParams("float16", "int8")):
+    for pack in (PackParams(), PackParams("float16", "int8"), PackParams(integer=True)):
         # Where the maps have more values than a file may ask for, it says so as fast.
         with contextlib.suppress(P.PackedFormatError):
             assert blueprint.file_bound(of, pack) > width * members

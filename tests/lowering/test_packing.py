@@ -21,12 +21,13 @@ DATA = tiny.dataset()
 
 def parse(pack: PackParams):
     train = [{"name": "one", "scheme": "fusion", "sharing": "shared_conv", "members": 2}]
-    values = {"affine": pack.affine, "weights": pack.weights}
+    values = {"affine": pack.affine, "weights": pack.weights, "integer": pack.integer}
     return tiny.parse(ensembles={"train": train}, pack=values)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pack", [PackParams(), PackParams("float16", "int8")])
+@pytest.mark.parametrize("pack", [PackParams(), PackParams("float16", "int8"),
+                                  PackParams(integer=True)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", ["fp32", "bnn", "one"])
 def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
     p = parse(pack)

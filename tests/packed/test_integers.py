@@ -1,4 +1,4 @@
-"""Programs of floats made ones of integers: what they compute, and that all kernels agree exactly."""
+"""Programs of floats as ones of integers: what they compute, and that all kernels agree exactly."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_numbers_in_front_of_their_signs_are_those_of_floats():
 
 def weighted(combine: str, weights: list[float], bias: bool = False) -> Program:
     program = network("leanresnet8", "no_shared", combine)
-    tensors = {**program.tensors,
-               "w": Tensor("float32", "combine", (2,), False, np.array(weights, "<f4"))}  # fmt: skip
+    weight = Tensor("float32", "combine", (2,), False, np.array(weights, "<f4"))
+    tensors = {**program.tensors, "w": weight}
     slots = {"weight": "w"}
     if bias:
         slots["bias"] = "b"

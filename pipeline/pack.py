@@ -30,17 +30,19 @@ def main() -> None:
         order = [e.name for e in s.params.ensembles.train]
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)
-        found = models()
+        folders = models()
         for name in ("fp32", "bnn", *order):
-            trained = ensembled.Ensembled.read(found[name])
+            trained = ensembled.Ensembled.read(folders[name])
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
             parts = ("val", "test")
-            program, theirs = packing.packed(trained, s.params, images, name, section, parts)
-            size = packfile.save(program, PACKED / f"{name}.bnn")
-            np.savez(PACKED / "torch" / f"{name}.npz", val=theirs["val"], test=theirs["test"])
-            flips = differences(trained.ensemble(), program, images, theirs["test"])
+            found = packing.packed(trained, s.params, images, name, section, parts)
+            size = packfile.save(found.program, PACKED / f"{name}.bnn")
+            np.savez(PACKED / "torch" / f"{name}.npz", **found.theirs)
+            flips = differences(trained.ensemble(), found.program, images, found.theirs["test"])
             (PACKED / "torch" / f"{name}.flips.json").write_text(json.dumps(flips))
-            print(f"{name:>16}: {size:8,} bytes", flush=True)
+            taken = packing.words(found.pack)
+            cost = f"  {taken}, {-found.drop:+.2f} points of validation accuracy" if taken else ""
+            print(f"{name:>16}: {size:8,} bytes{cost}", flush=True)
         params.save(s.params, PACKED / "params.yaml")
 
 

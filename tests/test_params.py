@@ -79,7 +79,9 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "chain": OPTIONAL, "residual": OPTIONAL, "shrinkage": OPTIONAL,
     },
     "EnsemblesParams": {"recipe": SECTION, "train": {"[]"}},
-    "PackParams": {"affine": set(), "weights": set()},
+    "PackParams": {
+        "affine": set(), "weights": set(), "choose": set(), "max_drop": {"0", *NUMBER},
+    },
     "EvaluateParams": {"ops": set(), "batch": WHOLE, "threads": WHOLE},
     "RayParams": {
         "address": TEXT, "actors": {"null", *MANY}, "cpus_per_actor": WHOLE,

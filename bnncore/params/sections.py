@@ -250,11 +250,23 @@ class PackParams:
 
     Attributes:
         affine: numbers of batch norms, scales and PReLUs that do not fold away.
-        weights: first convolution, shortcuts and dense layers; int8 has a scale a channel.
+        weights: first convolution, shortcuts and dense layers; int8 has a scale a filter;
+            ``mixed``: the first convolution in float16, the others in int8.
+        choose: ``fixed``: as the keys above say. ``auto``: the smallest packing that costs at most
+            `max_drop`; nothing is trained for that (`lowering.packing`).
+        max_drop: points of validation accuracy that ``auto`` may give away.
     """
 
     affine: Literal["float32", "float16"] = "float32"
-    weights: Literal["float32", "int8"] = "float32"
+    weights: Literal["float32", "float16", "int8", "mixed"] = "float32"
+    choose: Literal["fixed", "auto"] = "fixed"
+    max_drop: Annotated[NotNegative, Field(le=100)] = 0.2
+
+    def __post_init__(self) -> None:
+        if self.choose == "auto" and (self.affine, self.weights) != ("float32", "float32"):
+            raise ValueError(
+                "choose: expected fixed beside affine or weights of one's own, got 'auto'"
+            )
 
 
 @dataclass(frozen=True, config=SECTION)

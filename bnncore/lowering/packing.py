@@ -137,7 +137,8 @@ def packed(
 
 def _by_size(whole: Program, among: Sequence[PackParams]) -> list[tuple[PackParams, Program]]:
     """The packings that hold all values of `whole`, and it in each, the smallest first."""
-    found, errors = [], []
+    found: list[tuple[int, int, PackParams, Program]] = []
+    errors: list[narrow.NarrowError] = []
     for pack in among:
         try:
             program = narrow.narrowed(replace(whole, info={}), pack)

@@ -9,7 +9,6 @@ from pathlib import Path
 from bnncore import params as P
 from bnncore.cluster.crew import Crew, Work
 from bnncore.data import Dataset
-from bnncore.networks.sharing import SHARING
 from bnncore.params import Params
 from bnncore.search import trial
 from bnncore.training import plans
@@ -24,16 +23,16 @@ class Bases:
         self._keys: dict[str, str] = {}  # network -> the name of what is kept of it
 
     def needed(self, crew: Crew, p: Params, todo: list[Work]) -> str | None:
-        """The name of the network that members of the ensemble of `p` start from, or None.
+        """The name of the network that what `p` are about starts from, or None.
 
         It is known to `crew` then, or what must be trained for it is added to `todo`.
         """
-        (ensemble,) = p.ensembles.train
-        if ensemble.start != "bnn" and not SHARING[str(ensemble.sharing)].block:
+        first = trial.base(p)
+        if first is None:
             return None
         key = self._key(p)
         fp32, bnn = f"fp32/{key}", f"bnn/{key}"
-        wanted = bnn if ensemble.start == "bnn" else fp32
+        wanted = bnn if first == "bnn" else fp32
         if not self._known(crew, wanted, todo):
             if wanted == bnn and not self._known(crew, fp32, todo):
                 todo.append(Work(fp32, trial.network, (p,), None, math.inf, keep=True))

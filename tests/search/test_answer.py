@@ -36,9 +36,9 @@ def rival(label: str, top1: float, size: int) -> dict:
     return {"rival": label, **config, "val_top1": top1, "file_bytes": size, **TAKEN}
 
 
-def right(percent: int) -> np.ndarray:
-    """So many of 400 images, the first ones."""
-    return np.arange(400) < 4 * percent
+def right(percent: int, shift: int = 0) -> np.ndarray:
+    """So many of 400 images, the first ones, or those behind."""
+    return np.roll(np.arange(400) < 4 * percent, shift)
 
 
 PAPER = next(iter(rivals.PAPERS))
@@ -58,11 +58,12 @@ CASES = {
     "a trial, another was stopped": (
         [trial(1, 50, 20), trial(2, 0, 10) | {"outcome": S.STOPPED, "stopped_top1": 99.0}], [], 1),
 }  # fmt: skip
-# Bytes and percent right of two finalists -> which is the best.
+# Bytes, and what is right, of two finalists -> which is the best.
 FOLDS = {
-    "the more accurate": ([(20, 95), (10, 80)], 0),
-    "the smaller of two that are equal": ([(20, 90), (10, 90)], 1),
-    "though the other had validated better": ([(10, 80), (20, 95)], 1),
+    "the more accurate": ([(20, right(95)), (10, right(80))], 0),
+    "the smaller of two that are equal": ([(20, right(90)), (10, right(90))], 1),
+    "the smaller of two that differ here and there": ([(20, right(91)), (10, right(90, 200))], 1),
+    "though the other had validated better": ([(10, right(80)), (20, right(95))], 1),
 }
 
 
@@ -114,7 +115,7 @@ def test_finalists_are_told_apart(tmp_path, case):
     two, expected = FOLDS[case]
     rows = [trial(k, 90 - k, size) for k, (size, _) in enumerate(two)]
     p = parse(finalists=2)
-    known = {k: right(percent) for k, (_, percent) in enumerate(two)}
+    known = {k: images for k, (_, images) in enumerate(two)}
     rows.append(trial(2, 87, 1))  # a third that validates almost as well
     found = replace(report(study(tmp_path), p), rows=rows, right=lambda row: known[row["number"]])
     assert [r["number"] for r in found.finalists] == [0, 1]

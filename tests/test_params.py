@@ -91,8 +91,8 @@ GOOD: dict[str, dict[str, set[str]]] = {
     "MlflowParams": {"uri": PATH, "experiment": TEXT},
     "Scale": {"epochs": {"10**5", "10**9", *NUMBER}, "subset": {"1", "0.25"}},
     "SpaceParams": {
-        "backbone": set(), "width": set(), "scheme": set(), "sharing": set(), "members": set(),
-        "start": set(), "affine": set(), "weights": set(),
+        "backbone": set(), "width": set(), "fill": set(), "scheme": set(), "sharing": set(),
+        "members": set(), "start": set(),
     },
     "SearchParams": {
         "trials": MANY, "seed": {"0", *MANY, "10**9"}, "sampler": set(), "objectives": set(),
@@ -100,7 +100,7 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "megaops": {"null", "10**5", "10**9", *NUMBER},
         "activation_kib": {"null", "10**5", "10**9", *NUMBER}, "epochs": {"null", *MANY},
         "rungs": {"[]"}, "keep": {"1", "0.25"}, "batch": WHOLE, "warmup": MANY, "rivals": FLAG,
-        "space": SECTION,
+        "finalists": {"0", "1"}, "folds": set(), "space": SECTION,
     },
     "Params": {
         "scale": SECTION, "seed": {"0", *MANY, "10**9"}, "data": SECTION, "model": SECTION,

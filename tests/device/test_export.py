@@ -92,7 +92,8 @@ def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing
 
 
 @pytest.mark.parametrize("pack", [PackParams("float16"), PackParams("float32", "int8"),
-                                  PackParams("float16", "int8")], ids=str)  # fmt: skip
+                                  PackParams("float16", "int8"), PackParams("float16", "mixed")],
+                         ids=str)  # fmt: skip
 def test_narrowed_files(tmp_path, pack):
     program = narrow.narrowed(network("resnet8", "shared_conv"), pack)
     images = random_images(program, 8)

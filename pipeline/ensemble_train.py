@@ -21,10 +21,7 @@ def main() -> None:
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
         out.mkdir(parents=True)  # the list may be empty
-        todo = [
-            plans.plan(s.params, ensemble, images, fp32, bnn)
-            for ensemble in s.params.ensembles.train
-        ]
+        trained: dict[str, Ensembled] = {}
         with (
             Cluster(s.params.ray) as cluster,
             resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
@@ -32,8 +29,10 @@ def main() -> None:
             train_many = partial(
                 cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
             )
-            for plan in todo:
-                schemes.train(plan, train_many).save(out / plan.params.name)
+            for ensemble in s.params.ensembles.train:
+                plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained)
+                trained[ensemble.name] = schemes.train(plan, train_many)
+                trained[ensemble.name].save(out / ensemble.name)
             params.save(s.params, out / "params.yaml")
 
 

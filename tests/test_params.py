@@ -62,21 +62,26 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "test_fraction": {"0.25"}, "seed": {"0", *MANY, "10**9"}, "size": {"null", "1"},
         "channels": {"null", "1"}, "subset": {"1", "0.25"},
     },
-    "Binarizer": {"weight": set(), "activation": set(), "stochastic": FLAG},
+    "Binarizer": {
+        "weight": set(), "activation": set(), "stochastic": FLAG, "shift": {"null", "true"},
+        "act": OPTIONAL, "stem": set(), "head": set(),
+    },
     "ModelParams": {
         "backbone": set(), "width": {"null"}, "dropout": {"0", "0.25"}, "binarizer": SECTION,
     },
     "Recipe": {
-        "epochs": MANY, "batch_size": WHOLE, "lr": NUMBER, "betas": set(),
-        "weight_decay": {"0", *NUMBER}, "schedule": set(), "patience": MANY, "augment": set(),
+        "epochs": MANY, "batch_size": WHOLE, "lr": NUMBER, "optimizer": set(), "betas": set(),
+        "weight_decay": {"0", *NUMBER}, "warmup": {"0", *MANY}, "schedule": set(),
+        "patience": MANY, "label_smoothing": {"0", "0.25"}, "distill": {"0", "1", "0.25"},
+        "temperature": {"10**5", "10**9", *NUMBER}, "two_step": FLAG, "augment": set(),
         "pad": WHOLE, "prefixes": FLAG, "shards": WHOLE, "compile": set(),
     },
     "CustomSharing": {"own": {"[]"}, "frozen": FLAG, "name": TEXT},
     "EnsembleParams": {
         "name": TEXT, "scheme": set(), "sharing": set(), "members": WHOLE, "start": set(),
         "classifier": set(), "jitter": {"0", "1", "0.25"}, "fresh_classifier": FLAG,
-        "recipe": SECTION, "vote": OPTIONAL, "sampling": OPTIONAL, "boost": OPTIONAL,
-        "chain": OPTIONAL, "residual": OPTIONAL, "shrinkage": OPTIONAL,
+        "recipe": SECTION, "teacher": set(), "vote": OPTIONAL, "sampling": OPTIONAL,
+        "boost": OPTIONAL, "chain": OPTIONAL, "residual": OPTIONAL, "shrinkage": OPTIONAL,
     },
     "EnsemblesParams": {"recipe": SECTION, "train": {"[]"}},
     "PackParams": {
@@ -114,7 +119,7 @@ PLACES: dict[str, list[Any]] = {
     "DataParams": ["data"],
     "Binarizer": ["model", "binarizer"],
     "ModelParams": ["model"],
-    "Recipe": ["pretrain"],
+    "Recipe": ["binarize"],
     "CustomSharing": ["ensembles", "train", 0, "sharing"],
     "EnsembleParams": ["ensembles", "train", 0],
     "EnsemblesParams": ["ensembles"],
@@ -184,6 +189,7 @@ def test_bad_values_are_refused_by_their_key_within_a_second(section, field):
     assert not wrong
 
 
+X = "ensembles.train.x."
 # Keys -> a value that some stage would have refused late, or that is at odds with another.
 TOGETHER = [
     ({"data": {"name": "folder"}}, "data.path: expected a path"),
@@ -214,6 +220,27 @@ TOGETHER = [
     (
         {"model": {"binarizer": {"activation": "os:getcwd"}}},
         "model.binarizer.activation: os:getcwd: expected",
+    ),
+    (
+        {"model": {"backbone": "resnet8", "binarizer": {"head": "binary"}}},
+        "model.binarizer.head: expected float with a backbone that ends in a dense layer",
+    ),
+    ({"pretrain": {"distill": 0.5}}, "pretrain.distill: expected only for binary networks"),
+    ({"pretrain": {"two_step": True}}, "pretrain.two_step: expected only for binary networks"),
+    ({"binarize": {"two_step": True, "epochs": 1}}, "binarize.two_step: expected at least 2"),
+    (
+        {"ensembles": {"recipe": {"two_step": True}, "train": [{"name": "x"}]}},
+        "ensembles.train.x.recipe.two_step: expected only in binarize",
+    ),
+    *(
+        ({"ensembles": {"recipe": {"distill": 0.5}, "train": [{"name": "x", **row}]}}, f"{X}{said}")
+        for row, said in [
+            ({"teacher": "x"}, "teacher: expected fp32, ensemble or the name of an earlier entry"),
+            ({"teacher": "ensemble", "scheme": "voting"}, "teacher: expected ensemble only with"),
+            ({"teacher": "ensemble", "members": 1}, "teacher: expected ensemble only with"),
+            ({"scheme": "gradient_boosting"}, "recipe.distill: expected 0 with scheme gradient_b"),
+            ({"teacher": "ensemble", "recipe": {"distill": 0}}, "teacher: expected a recipe with"),
+        ]
     ),
     ({"search": {"rungs": [0.5, 0.2]}}, "search.rungs: expected rising fractions"),
     ({"search": {"space": {"width": [8, 8]}}}, "search.space.width: expected different values"),

@@ -162,6 +162,8 @@ class Walk:
             return x
         if op in ("conv", "dense"):
             return self.products(name, operation, x)
+        if op == "flatten":
+            inputs = [self.floats(x)]
         modules: list[nn.Module] | None = None
         tensors: dict[str, Arrays] = {}
         if op in ("norm", "shift", "prelu"):
@@ -180,6 +182,10 @@ class Walk:
             modules = [nn.Hardtanh(attrs["low"], attrs["high"])] * len(self.members)
         return self.emit(op, name, inputs, tensors, attrs, modules)
 
+    def floats(self, x: Draft) -> Draft:
+        """`x` for an operator that takes no integers: sums of +-1 are some."""
+        return self.emit("affine", x.name, [x]) if _whole(x) else x
+
     def products(self, name: str, operation: Operation, x: Draft) -> Draft:
         """A convolution or a dense layer."""
         op, layer, attrs = operation.op, operation.layer, dict(operation.attrs)
@@ -196,6 +202,7 @@ class Walk:
                 return layer.weight.flatten(1)  # type: ignore[operator]
             return layer.weight.permute(0, 2, 3, 1)  # type: ignore[operator]
 
+        x = self.floats(x)
         tensors = {"weight": self.arrays("weight", name, weight)}
         if layer.bias is not None:
             tensors["bias"] = self.arrays("bias", name, lambda m: m.bias)
@@ -208,10 +215,11 @@ class Walk:
         signs = self.arrays(
             "weight", name, lambda m: (m.binary()[0] > 0).permute(0, 2, 3, 1), "binary"
         )
-        op = "conv"
         if x.op == "sign":
             op = "bconv"
             attrs["biases"] = 0 if layer.bias is None else layer.out_channels
+        else:
+            op, x = "conv", self.floats(x)
         y = self.emit(op, name, [x], {"weight": signs}, attrs)
         tensors = {}
         if layer.binary()[1] is not None:
@@ -222,6 +230,10 @@ class Walk:
             return y
         modules: list[nn.Module] = [_Epilogue(m.get_submodule(name)) for m in self.members]
         return self.emit("affine", name, [y], tensors, modules=modules)
+
+
+def _whole(x: Draft) -> bool:
+    return x.op == "bconv" or (x.op in ("maxpool", "concat") and all(map(_whole, x.inputs)))
 
 
 class _Epilogue(nn.Module):

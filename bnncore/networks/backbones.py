@@ -1,9 +1,9 @@
 """Backbones of both papers, each with its FP32 twin, at the papers' width and at any other.
 
-Every backbone is a `Backbone` of three parts: `stem` (the full-precision first block), `body` (the
-binary layers) and `head` (the full-precision classifier). A builder describes both twins: where
-`binarizer` is None it gives the FP32 one. Convolutions and dense layers have the same names and
-shapes in both, so that a BNN starts from the FP32 weights by name.
+Every backbone is a `Backbone` of three parts: `stem` (the first block), `body` (the binary layers)
+and `head` (the classifier); `Binarizer` says whether stem and head are binary, too. A builder
+describes both twins: where `binarizer` is None it gives the FP32 one. Convolutions and dense layers
+have the same names and shapes in both, so that a BNN starts from the FP32 weights by name.
 
 `width` is the number of channels of the first convolution; all others follow in proportion.
 """
@@ -12,57 +12,75 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, Shift
+from bnncore.networks.binarize import edge_conv, inner_act, inner_conv, inner_sign
 from bnncore.networks.imports import despite_torchvision, imported
 from bnncore.networks.parts import Backbone, ConvHead, DenseHead, ModelSpec, NetworkError
 from bnncore.networks.template import binarized
 from bnncore.params import Binarizer
 
 
-def _activation(binarizer: Binarizer) -> nn.Module:
-    return (
-        nn.Identity() if binarizer.activation == "float" else BinaryActivation(binarizer.activation)
-    )
-
-
-def _binary_conv(binarizer: Binarizer, *args: Any, **kwargs: Any) -> BinaryConv2d:
-    return BinaryConv2d(
-        *args, binarizer=binarizer.weight, stochastic=binarizer.stochastic, **kwargs
-    )
-
-
-def _stem(channels: int, width: int, kernel: int, bias: bool) -> nn.Sequential:
+def _stem(
+    channels: int, width: int, kernel: int, bias: bool, binarizer: Binarizer | None
+) -> nn.Sequential:
     stem = nn.Sequential()
-    stem.add_module("conv", nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=bias))
+    stem.add_module("conv", edge_conv(binarizer, "stem", channels, width, kernel, bias))
     stem.add_module("norm", nn.BatchNorm2d(width))
     stem.add_module("act", nn.ReLU(inplace=True))
     return stem
+
+
+def _dense_head(
+    features: int, classes: int, dropout: float, binarizer: Binarizer | None
+) -> DenseHead:
+    if binarizer is not None and binarizer.head != "float":
+        raise NetworkError(
+            "model.binarizer.head: expected float with a backbone that ends in a dense layer, got "
+            f"{binarizer.head!r}; nin and the lean ones end in a convolution"
+        )
+    return DenseHead(features, classes, dropout)
+
+
+def _conv_head(
+    features: int, classes: int, binarizer: Binarizer | None, norm: bool = False
+) -> ConvHead:
+    """With binary weights, and in all lean networks, a norm gives each class a scale and a bias."""
+    norm = norm or (binarizer is not None and binarizer.head == "binary")
+    conv = edge_conv(binarizer, "head", features, classes, 1, not norm)
+    return ConvHead(conv, nn.BatchNorm2d(classes) if norm else None)
 
 
 class Unit(nn.Sequential):
     """One inner layer of a plain network.
 
     FP32: conv, BN, ReLU. Binary: BN, sign, binary conv, PReLU (Kim et al. 2022, Fig. 1B; PReLU
-    with one slope).
+    with one slope), or none in a `lean` one, whose convolution has no bias.
     """
 
-    def __init__(self, cin: int, cout: int, kernel: int, binarizer: Binarizer | None):
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        kernel: int,
+        binarizer: Binarizer | None,
+        stride: int = 1,
+        lean: bool = False,
+    ):
         super().__init__()
-        shape = {"kernel_size": kernel, "padding": kernel // 2, "bias": True}
+        shape = (cin, cout, kernel, stride, kernel // 2)
         if binarizer is None:
-            self.add_module("conv", nn.Conv2d(cin, cout, **shape))  # type: ignore[arg-type]
+            self.add_module("conv", nn.Conv2d(*shape, bias=not lean))
             self.add_module("norm", nn.BatchNorm2d(cout))
             self.add_module("act", nn.ReLU(inplace=True))
         else:
             self.add_module("norm", nn.BatchNorm2d(cin))
-            self.add_module("sign", _activation(binarizer))
-            self.add_module("conv", _binary_conv(binarizer, cin, cout, **shape))
-            self.add_module("act", nn.PReLU())
+            self.add_module("sign", inner_sign(binarizer, cin))
+            self.add_module("conv", inner_conv(binarizer, *shape, bias=not lean))
+            self.add_module("act", inner_act(binarizer, cout, "none" if lean else "slope"))
 
 
 Layer = nn.Module | tuple[int, int]  # a pooling module, or (channels, kernel) of a `Unit`
@@ -106,8 +124,8 @@ def nin(
         (width, 5), (width, 1), (width, 1), nn.AvgPool2d(3, 2, 1),
         (width, 3), (width, 1),
     ]  # fmt: skip
-    stem = _stem(channels, width, 5, bias=True)
-    return _plain(stem, layers, lambda k: ConvHead(k, classes), width, binarizer)
+    stem = _stem(channels, width, 5, True, binarizer)
+    return _plain(stem, layers, lambda k: _conv_head(k, classes, binarizer), width, binarizer)
 
 
 def fernet(
@@ -124,8 +142,12 @@ def fernet(
         (w2, 3), (w2, 3), (w2, 3), nn.MaxPool2d(2, 2),
         (w4, 3), (w4, 3), (w4, 3),
     ]  # fmt: skip
-    stem = _stem(channels, width, 3, bias=True)
-    return _plain(stem, layers, lambda k: DenseHead(k, classes, dropout), width, binarizer)
+    stem = _stem(channels, width, 3, True, binarizer)
+
+    def head(features: int) -> nn.Module:
+        return _dense_head(features, classes, dropout, binarizer)
+
+    return _plain(stem, layers, head, width, binarizer)
 
 
 class ResidualBlock(nn.Module):
@@ -152,16 +174,18 @@ class ResidualBlock(nn.Module):
             self.norm2 = nn.BatchNorm2d(cout)
         else:
             self.norm1 = nn.BatchNorm2d(cin)
-            self.sign1 = _activation(binarizer)
-            self.conv1 = _binary_conv(binarizer, cin, cout, 3, stride, 1, bias=False)
-            self.act1 = nn.PReLU()
+            self.sign1 = inner_sign(binarizer, cin)
+            self.conv1 = inner_conv(binarizer, cin, cout, 3, stride, 1, bias=False)
+            self.act1 = inner_act(binarizer, cout, "slope")
             self.norm2 = nn.BatchNorm2d(cout)
-            self.sign2 = _activation(binarizer)
-            self.conv2 = _binary_conv(binarizer, cout, cout, 3, 1, 1, bias=False)
-            self.act2 = nn.PReLU()
+            self.sign2 = inner_sign(binarizer, cout)
+            self.conv2 = inner_conv(binarizer, cout, cout, 3, 1, 1, bias=False)
+            self.act2 = inner_act(binarizer, cout, "slope")
             self.norm3 = nn.BatchNorm2d(cout)
         self.shortcut = shortcut
-        self.act = nn.PReLU() if self.binary else nn.ReLU(inplace=True)
+        self.act = (
+            nn.ReLU(inplace=True) if binarizer is None else inner_act(binarizer, cout, "slope")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.binary:
@@ -203,8 +227,8 @@ def _doubled_shortcut(cin: int, cout: int, stride: int, binarizer: Binarizer | N
         shortcut.add_module("conv", nn.Conv2d(cout, cout, 1, bias=False))
     else:
         shortcut.add_module("norm1", nn.BatchNorm2d(cout))
-        shortcut.add_module("sign", _activation(binarizer))
-        shortcut.add_module("conv", _binary_conv(binarizer, cout, cout, 1, bias=False))
+        shortcut.add_module("sign", inner_sign(binarizer, cout))
+        shortcut.add_module("conv", inner_conv(binarizer, cout, cout, 1, bias=False))
     shortcut.add_module("norm", nn.BatchNorm2d(cout))
     return shortcut
 
@@ -238,8 +262,8 @@ def _residual(
             )
 
         body, features = _stages(block, width, blocks)
-        head = DenseHead(features, classes, dropout)
-        return Backbone(_stem(channels, width, 3, bias=False), body, head)
+        head = _dense_head(features, classes, dropout, binarizer)
+        return Backbone(_stem(channels, width, 3, False, binarizer), body, head)
 
     return build
 
@@ -248,8 +272,8 @@ class ShortcutLayer(nn.Module):
     """One 3x3 convolution with a shortcut of its own.
 
     Binary, Bi-Real Net: ``bn(conv(sign(x))) + shortcut(x)`` (Liu et al. 2018, Fig. 3). With
-    `react`: ``rprelu(bn(conv(rsign(x))) + shortcut(x))`` (Liu et al. 2020, Fig. 5), slopes one a
-    channel. FP32 twin: ``relu(bn(conv(x)) + shortcut(x))``.
+    `react`: ``rprelu(bn(conv(rsign(x))) + shortcut(x))`` (Liu et al. 2020, Fig. 5). FP32 twin:
+    ``relu(bn(conv(x)) + shortcut(x))``.
     """
 
     def __init__(self, cin: int, cout: int, stride: int, binarizer: Binarizer | None, react: bool):
@@ -261,11 +285,9 @@ class ShortcutLayer(nn.Module):
             self.conv = nn.Conv2d(*conv, bias=False)
             self.act = nn.ReLU(inplace=True)
         else:
-            self.conv = _binary_conv(binarizer, *conv, bias=False)
-            self.sign = _activation(binarizer)
-            if react:
-                self.sign = nn.Sequential(Shift(cin), self.sign)
-                self.act = nn.Sequential(Shift(cout), nn.PReLU(cout), Shift(cout))
+            self.conv = inner_conv(binarizer, *conv, bias=False)
+            self.sign = inner_sign(binarizer, cin, shift=react)
+            self.act = inner_act(binarizer, cout, "rprelu" if react else "none")
         self.norm = nn.BatchNorm2d(cout)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or cin != cout:
@@ -273,8 +295,8 @@ class ShortcutLayer(nn.Module):
             self.shortcut.add_module("pool", nn.AvgPool2d(stride, stride, ceil_mode=True))
             if react and binarizer is not None:
                 # Kim et al. 2022 say that ReActNet-10's downsampling 1x1 convolutions are binary.
-                self.shortcut.add_module("sign", nn.Sequential(Shift(cin), _activation(binarizer)))
-                self.shortcut.add_module("conv", _binary_conv(binarizer, cin, cout, 1, bias=False))
+                self.shortcut.add_module("sign", inner_sign(binarizer, cin, shift=True))
+                self.shortcut.add_module("conv", inner_conv(binarizer, cin, cout, 1, bias=False))
             else:
                 self.shortcut.add_module("conv", nn.Conv2d(cin, cout, 1, bias=False))
             self.shortcut.add_module("norm", nn.BatchNorm2d(cout))
@@ -292,10 +314,60 @@ def _shortcut_each(blocks: tuple[int, ...], react: bool) -> Callable[..., Backbo
             width,
             blocks,
         )
-        head = DenseHead(features, classes, dropout)
-        return Backbone(_stem(channels, width, 3, bias=False), body, head)
+        head = _dense_head(features, classes, dropout, binarizer)
+        return Backbone(_stem(channels, width, 3, False, binarizer), body, head)
 
     return build
+
+
+class LeanLayer(nn.Module):
+    """One 3x3 convolution and a shortcut that holds nothing: a layer made for few bytes.
+
+    Binary: ``conv(sign(bn(x))) + shortcut(x)``, Bi-Real Net's shortcut around every convolution
+    (Liu et al. 2018) in the order of He et al. 2016 (pre-activation), so that the norm folds into
+    one threshold a channel, and without scales (``weight: sign``) the sums stay whole numbers. FP32
+    twin: ``conv(relu(bn(x))) + shortcut(x)``. Where shapes change, the shortcut averages 2x2 and
+    gives each channel twice.
+    """
+
+    def __init__(self, cin: int, cout: int, stride: int, binarizer: Binarizer | None):
+        super().__init__()
+        conv = (cin, cout, 3, stride, 1)
+        self.norm = nn.BatchNorm2d(cin)
+        self.act: nn.Module = nn.Identity()
+        if binarizer is None:
+            self.sign: nn.Module = nn.ReLU(inplace=True)
+            self.conv = nn.Conv2d(*conv, bias=False)
+        else:
+            self.sign = inner_sign(binarizer, cin)
+            self.conv = inner_conv(binarizer, *conv, bias=False)
+            self.act = inner_act(binarizer, cout, "none")
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or cin != cout:
+            self.shortcut = nn.Sequential()
+            self.shortcut.add_module("pool", nn.AvgPool2d(stride, stride, ceil_mode=True))
+            self.shortcut.add_module("doubled", _Doubling())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(self.sign(self.norm(x))) + self.shortcut(x))
+
+
+def _lean(blocks: tuple[int, ...], layer: Callable[..., nn.Module]) -> Callable[..., Backbone]:
+    """A network whose file is little more than its bits: no biases, no ReLU behind the stem, a
+    convolution as head. `dropout` is not used."""
+
+    def build(
+        channels: int, classes: int, width: int, dropout: float, binarizer: Binarizer | None
+    ) -> Backbone:
+        stem = _stem(channels, width, 3, False, binarizer)[:2]
+        body, features = _stages(partial(layer, binarizer=binarizer), width, blocks)
+        return Backbone(stem, body, _conv_head(features, classes, binarizer, norm=True))
+
+    return build
+
+
+def _lean_unit(cin: int, cout: int, stride: int, binarizer: Binarizer | None) -> Unit:
+    return Unit(cin, cout, 3, binarizer, stride, lean=True)
 
 
 # name -> (builder, width in the paper)
@@ -308,6 +380,10 @@ BACKBONES: dict[str, tuple[Callable[..., Backbone], int]] = {
     "resnet18": (_residual((2, 2, 2, 2)), 64),
     "birealnet18": (_shortcut_each((4, 4, 4, 4), react=False), 64),
     "reactnet10": (_shortcut_each((2, 2, 2, 2), react=True), 64),
+    # made for bytes, in neither paper: shapes of resnet8 and resnet20
+    "leanresnet8": (_lean((2, 2, 2), LeanLayer), 16),
+    "leanresnet20": (_lean((6, 6, 6), LeanLayer), 16),
+    "leanplain": (_lean((2, 2, 2), _lean_unit), 16),
 }
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from bnncore.networks.imports import imported
 from bnncore.networks.parts import NetworkError
+from bnncore.params import Binarizer
 
 
 def sign(x: Tensor) -> Tensor:
@@ -198,12 +199,15 @@ class BinaryConv2d(nn.Conv2d):
         self.scale = None
         if binarizer == "learned":
             self.scale = nn.Parameter(self.weight.detach().abs().mean(dim=(1, 2, 3)))
+        self.real = False  # see `real_weights`
         self._frozen: tuple | None = None
 
     def binary(self) -> tuple[Tensor, Tensor | None]:
         """Signs (O, C, kh, kw) and alpha (O,) or None; kept while the filters are frozen."""
         if self.weight.requires_grad:
             self._frozen = None
+            if self.real:
+                return self.weight, None
             signs, alpha = self._binarize(self.weight, self.scale)
             if self.stochastic and self.training:
                 with torch.no_grad():
@@ -226,6 +230,14 @@ class BinaryConv2d(nn.Conv2d):
         if self.bias is not None:
             y = y + self.bias[:, None, None]
         return y
+
+
+def real_weights(network: nn.Module, real: bool) -> None:
+    """Whether binary convolutions convolve with their latent weights as they are: the first of two
+    steps of training (Martinez et al. 2020, section 4.1)."""
+    for module in network.modules():
+        if isinstance(module, BinaryConv2d):
+            module.real = real
 
 
 class BinaryActivation(nn.Module):
@@ -259,6 +271,58 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift[:, None, None]
+
+
+# -- the pieces of backbones, as a `Binarizer` asks for them ------------------------------------
+
+
+def inner_sign(binarizer: Binarizer, channels: int, shift: bool = False) -> nn.Module:
+    """What stands in front of an inner convolution.
+
+    Args:
+        shift: whether the backbone's own is ReActNet's RSign, where `binarizer` leaves it open.
+    """
+    if binarizer.activation == "float":
+        sign: nn.Module = nn.Identity()
+    else:
+        sign = BinaryActivation(binarizer.activation)
+    wanted = shift if binarizer.shift is None else binarizer.shift
+    return nn.Sequential(Shift(channels), sign) if wanted else sign
+
+
+def inner_conv(binarizer: Binarizer, *args: Any, **kwargs: Any) -> BinaryConv2d:
+    """An inner convolution."""
+    return BinaryConv2d(
+        *args, binarizer=binarizer.weight, stochastic=binarizer.stochastic, **kwargs
+    )
+
+
+def inner_act(binarizer: Binarizer, channels: int, own: str) -> nn.Module:
+    """What stands behind an inner convolution, or its addition.
+
+    Args:
+        own: the backbone's own, where `binarizer` leaves it open: as `Binarizer.act`, or ``slope``:
+            a PReLU with one slope, as in Kim et al. 2022.
+    """
+    kind = binarizer.act or own
+    if kind == "none":
+        return nn.Identity()
+    if kind == "rprelu":
+        return nn.Sequential(Shift(channels), nn.PReLU(channels), Shift(channels))
+    return nn.PReLU(channels if kind == "prelu" else 1)
+
+
+def edge_conv(
+    binarizer: Binarizer | None, edge: str, cin: int, cout: int, kernel: int, bias: bool
+) -> nn.Conv2d:
+    """The first convolution (`edge` is ``stem``) or the last (``head``), with a norm behind it.
+
+    With binary weights its sums have neither scale nor bias: the norm has.
+    """
+    shape = (cin, cout, kernel, 1, kernel // 2)
+    if binarizer is None or getattr(binarizer, edge) == "float":
+        return nn.Conv2d(*shape, bias=bias)
+    return BinaryConv2d(*shape, bias=False, binarizer="sign", stochastic=binarizer.stochastic)
 
 
 @torch.no_grad()

@@ -55,13 +55,14 @@ class DenseHead(nn.Module):
 class ConvHead(nn.Module):
     """1x1 convolution and global average pooling, no dense layer: (B, K, H, W) to (B, classes)."""
 
-    def __init__(self, features: int, classes: int):
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(features, classes, 1)
+        self.conv = conv
+        self.norm = norm or nn.Identity()
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.flatten(self.pool(self.conv(x)), 1)
+        return torch.flatten(self.pool(self.norm(self.conv(x))), 1)
 
 
 class Dropout(nn.Module):

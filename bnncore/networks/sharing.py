@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from bnncore.networks.backbones import ResidualBlock, ShortcutLayer
-from bnncore.networks.binarize import BinaryConv2d, Shift
+from bnncore.networks.backbones import LeanLayer, ResidualBlock, ShortcutLayer
+from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.parts import Backbone, NetworkError
 
 # Layers are named by pattern over their dotted names, or by one of these groups.
@@ -90,7 +90,7 @@ def layer_groups(member: Backbone, classifier: str | None = None) -> dict[str, s
     for name, module in member.named_modules():
         if isinstance(module, ResidualBlock):
             groups[f"{name}.conv2"].add("block_last_conv")
-        elif isinstance(module, ShortcutLayer) and name.endswith(("2", "4", "6", "8")):
+        elif isinstance(module, ShortcutLayer | LeanLayer) and name.endswith(("2", "4", "6", "8")):
             groups[f"{name}.conv"].add("block_last_conv")  # a basic block is two such layers
     return groups
 
@@ -120,5 +120,5 @@ def _always_own(member: nn.Module, layer: str) -> bool:
     parent, _, _ = layer.rpartition(".shortcut.")
     if not parent:
         return False
-    block = member.get_submodule(parent)
-    return isinstance(block, ShortcutLayer) and any(isinstance(m, Shift) for m in block.modules())
+    binary = isinstance(member.get_submodule(layer), BinaryConv2d)
+    return binary and isinstance(member.get_submodule(parent), ShortcutLayer)

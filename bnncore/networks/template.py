@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
+from bnncore.networks.binarize import BinaryConv2d, inner_act, inner_conv, inner_sign
 from bnncore.networks.operations import Operation, OperationError, read
 from bnncore.networks.parts import Backbone, Dropout, ModelSpec, NetworkError
 from bnncore.params import Binarizer
@@ -78,6 +78,16 @@ def binarized(model: nn.Module, spec: ModelSpec) -> Backbone:
         for node in layers[1:-1]:
             if operations[node].op == "conv" and operations[node].form == "map":
                 _binarize(traced, node, spec.binarizer)
+        if spec.binarizer.stem == "binary":
+            stem.set_submodule("conv", _binary(stem.get_submodule("conv"), spec.binarizer))
+        if spec.binarizer.head == "binary":
+            if operations[last].op == "dense" or operations[last].form != "map":
+                raise TemplateError(
+                    f"model.binarizer.head: expected float with {spec.backbone}, which does not "
+                    "end in a convolution of maps, got 'binary'"
+                )
+            name = str(last.target)
+            traced.set_submodule(name, _binary(traced.get_submodule(name), spec.binarizer))
     body = _part(traced, cut, source, "Body")
     head = _part(traced, source, end, "Head")
     kind = "dense" if operations[last].op == "dense" else "conv"
@@ -343,28 +353,42 @@ def _shortcuts(traced: fx.GraphModule, operations: dict[fx.Node, Operation]) -> 
     return found
 
 
-def _binarize(traced: fx.GraphModule, node: fx.Node, binarizer: Binarizer) -> None:
-    """Put batch norm, sign and a binary convolution in the place of a plain one, under its name."""
-    name = str(node.target)
-    layer = traced.get_submodule(name)
+def _binary(layer: nn.Module, binarizer: Binarizer) -> BinaryConv2d:
+    """A plain convolution as a binary one, with its weights."""
     assert isinstance(layer, nn.Conv2d)
-    binary = BinaryConv2d(
-        layer.in_channels, layer.out_channels, layer.kernel_size,
+    binary = inner_conv(
+        binarizer, layer.in_channels, layer.out_channels, layer.kernel_size,
         layer.stride, layer.padding, layer.dilation, bias=layer.bias is not None,
         padding_mode=layer.padding_mode,
-        binarizer=binarizer.weight, stochastic=binarizer.stochastic,
     )  # fmt: skip
     binary.load_state_dict(layer.state_dict(), strict=False)
     if binary.scale is not None:
         with torch.no_grad():
             binary.scale.copy_(binary.weight.abs().mean(dim=(1, 2, 3)))
-    traced.set_submodule(name, binary)
+    return binary
+
+
+def _binarize(traced: fx.GraphModule, node: fx.Node, binarizer: Binarizer) -> None:
+    """Put batch norm, sign and a binary convolution in the place of a plain one, under its name;
+    behind it an activation, where the binarizer asks for one."""
+    name = str(node.target)
+    layer = _binary(traced.get_submodule(name), binarizer)
+    traced.set_submodule(name, layer)
+    front: list[nn.Module] = []
     if binarizer.activation != "float":
-        (source,) = node.all_input_nodes
+        front.append(nn.BatchNorm2d(layer.in_channels))
+    if binarizer.activation != "float" or binarizer.shift:
+        front.append(inner_sign(binarizer, layer.in_channels))
+    (source,) = node.all_input_nodes
+    for kind, module in zip(("norm", "sign")[2 - len(front) :], front, strict=True):
         with traced.graph.inserting_before(node):
-            norm = _insert(traced, f"{name}_norm", nn.BatchNorm2d(layer.in_channels), source)
-            sign = _insert(traced, f"{name}_sign", BinaryActivation(binarizer.activation), norm)
-        node.args, node.kwargs = (sign,), {}
+            source = _insert(traced, f"{name}_{kind}", module, source)
+    node.args, node.kwargs = (source,), {}
+    if binarizer.act not in (None, "none"):
+        with traced.graph.inserting_after(node):
+            act = inner_act(binarizer, layer.out_channels, "none")
+            behind = _insert(traced, f"{name}_act", act, node)
+        node.replace_all_uses_with(behind, lambda user: user is not behind)
 
 
 def _part(traced: fx.GraphModule, start: fx.Node, end: fx.Node, name: str) -> fx.GraphModule:

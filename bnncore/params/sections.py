@@ -38,7 +38,7 @@ from bnncore.params.types import (
     Whole,
     Width,
 )
-from bnncore.params.validation import validated
+from bnncore.params.validation import ParamsError, validated
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -88,11 +88,22 @@ class Binarizer:
             ``module:function``.
         stochastic: in training, draw each weight's sign at every step with
             P(+1) = (clip(w, -1, 1) + 1) / 2 (BinaryConnect, Eq. 2).
+        shift: a learned shift a channel in front of each sign (RSign; Liu et al. 2020, ReActNet);
+            None for the backbone's own: reactnet10 has them.
+        act: what stands behind each binary convolution, or its addition: ``none``, ``prelu`` (a
+            slope a channel), ``rprelu`` (ReActNet's, with shifts before and behind); None for the
+            backbone's own: the papers'.
+        stem: weights of the first convolution, ``float`` or ``binary``, on the image's numbers.
+        head: weights of the last layer; ``binary`` where it is a convolution (nin, lean backbones).
     """
 
     weight: Text = "xnor"
     activation: Text = "clipped"
     stochastic: Flag = False
+    shift: Flag | None = None
+    act: Literal["none", "prelu", "rprelu"] | None = None
+    stem: Literal["float", "binary"] = "float"
+    head: Literal["float", "binary"] = "float"
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -120,13 +131,24 @@ class Recipe:
         epochs: passes over the training images.
         batch_size: images a step.
         lr: learning rate at the start.
-        betas: Adam's.
-        weight_decay: Adam's (L2, as torch.optim.Adam).
+        optimizer: ``adam`` or ``adamw``.
+        betas: the optimizer's.
+        weight_decay: Adam's, added to gradients (L2), or AdamW's, taken off the weights (Loshchilov
+            & Hutter 2019).
+        warmup: epochs in which the learning rate rises from 0, linearly, by the step, to what the
+            schedule says (Goyal et al. 2017).
         schedule: ``poly``: ``lr * (1 - epoch / epochs)``, changed once an epoch (the second
             paper's formula and published code); ``linear``: the same, by the step; ``plateau``: a
             tenth after `patience` epochs without a lower validation loss; ``cosine``: one half
             wave to 0, by the step; ``constant``.
         patience: epochs, for ``plateau``.
+        label_smoothing: how much of each label is spread over all classes (Szegedy et al. 2016).
+        distill: the part of the loss that is a teacher's (`step.distillation`), 0 for none: the
+            FP32 network's, but for ensembles that name another.
+        temperature: by which logits are divided there.
+        two_step: of stage binarize: the first half of the epochs with binary activations and real
+            weights, the second from there with binary ones, each half with a whole schedule
+            (Martinez et al. 2020).
         augment: ``none``, ``crop`` (pad and random crop), ``crop_flip`` (and horizontal flip).
         pad: pixels that are padded for the crop.
         prefixes: train the mean loss over the first 1..M members instead of that of all M, so
@@ -140,10 +162,16 @@ class Recipe:
     epochs: Annotated[Whole, Field(ge=0, le=MANY)] = 30
     batch_size: Batch = 128
     lr: Rate = 0.001
+    optimizer: Literal["adam", "adamw"] = "adam"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[NotNegative, Field(le=100)] = 0.0
+    warmup: Annotated[Whole, Field(ge=0, le=MANY)] = 0
     schedule: Literal["poly", "linear", "plateau", "cosine", "constant"] = "poly"
     patience: Count = 15
+    label_smoothing: Fraction = 0.0
+    distill: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    temperature: Positive = 2.0
+    two_step: Flag = False
     augment: Literal["none", "crop", "crop_flip"] = "none"
     pad: Annotated[Whole, Field(ge=1, le=256)] = 4
     prefixes: Flag = False
@@ -154,6 +182,11 @@ class Recipe:
         if self.shards > self.batch_size:
             raise ValueError(
                 f"shards: expected at most batch_size ({self.batch_size}), got {self.shards}"
+            )
+        if self.two_step and (self.epochs < 2 or self.schedule == "plateau"):
+            raise ValueError(
+                "two_step: expected at least 2 epochs, and a schedule other than plateau, got "
+                f"{self.epochs} and {self.schedule}"
             )
 
 
@@ -194,6 +227,9 @@ class EnsembleParams:
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
         recipe: fields of the section's recipe that differ here.
+        teacher: who teaches where the recipe has ``distill``: ``fp32``; the name of an ensemble
+            earlier in the list; or ``ensemble``: the members themselves, together, each of them
+            (Lan et al. 2018), where they are trained jointly.
 
     Options of some schemes only; None for the scheme's default (`schemes.SCHEMES`):
         vote: ``soft`` or ``hard``, for schemes that vote.
@@ -217,6 +253,7 @@ class EnsembleParams:
     jitter: Annotated[Number, Field(ge=0, le=1)] = 0.1
     fresh_classifier: Flag = True
     recipe: dict[str, Any] = field(default_factory=dict)
+    teacher: Text = "fp32"
     vote: Literal["soft", "hard"] | None = None
     sampling: Literal["bootstrap", "batch", "partition"] | None = None
     boost: Literal["reweight", "resample"] | None = None
@@ -242,6 +279,14 @@ class EnsemblesParams:
                 raise ValueError(
                     f"train: expected names unlike those of members, got {name!r} beside {stem!r}"
                 )
+        known = ["fp32", "ensemble"]
+        for ensemble in self.train:
+            if ensemble.teacher not in known:
+                raise ValueError(
+                    f"train.{ensemble.name}.teacher: expected fp32, ensemble or the name of an "
+                    f"earlier entry, got {ensemble.teacher!r}"
+                )
+            known.append(ensemble.name)
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -345,7 +390,23 @@ class Params:
     ray: RayParams = field(default_factory=RayParams)
     mlflow: MlflowParams = field(default_factory=MlflowParams)
 
+    def __post_init__(self) -> None:
+        for name in ("distill", "two_step"):
+            if getattr(self.pretrain, name):
+                raise ValueError(
+                    f"pretrain.{name}: expected only for binary networks, got "
+                    f"{getattr(self.pretrain, name)}"
+                )
+
     def recipe(self, ensemble: EnsembleParams) -> Recipe:
         """The recipe of one ensemble: the section's, with the ensemble's own fields."""
         merged = {**dataclasses.asdict(self.ensembles.recipe), **ensemble.recipe}
-        return validated(Recipe, merged, f"ensembles.train.{ensemble.name}.recipe")
+        where = f"ensembles.train.{ensemble.name}"
+        recipe = validated(Recipe, merged, f"{where}.recipe")
+        if recipe.two_step:
+            raise ParamsError(f"{where}.recipe.two_step: expected only in binarize, got true")
+        if ensemble.teacher != "fp32" and not recipe.distill:
+            raise ParamsError(
+                f"{where}.teacher: expected a recipe with distill above 0, got {ensemble.teacher!r}"
+            )
+        return recipe

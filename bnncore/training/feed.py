@@ -22,6 +22,8 @@ from bnncore.networks.ensemble import generator
 from bnncore.params import Recipe
 from bnncore.training.jobs import Job
 
+ROWS = ("weights", "offsets", "targets", "teacher")  # a job's arrays with a row a training image
+
 
 def default_device() -> torch.device:
     """A GPU if there is one."""
@@ -52,7 +54,7 @@ class Normalized:
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Images (B, C, H, W), normalised, labels (B,), and the rows of a job's arrays by their name
-    (``weights``, ``offsets``, ``targets``)."""
+    (`ROWS`)."""
 
     x: Tensor
     y: Tensor
@@ -72,7 +74,7 @@ class Feed:
         self.normalized = Normalized(data, device)
         self.images = uploaded(data.train.images, device)
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(device)
-        extra = {"weights": job.weights, "offsets": job.offsets, "targets": job.targets}
+        extra = {name: getattr(job, name) for name in ROWS}
         self.extra = {k: torch.from_numpy(v).to(device) for k, v in extra.items() if v is not None}
 
     def __len__(self) -> int:

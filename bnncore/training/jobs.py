@@ -45,6 +45,9 @@ class Job:
         weights: a weight for each training image in the loss, (N,) float32; None for 1.
         offsets: logits of earlier members, (N, C) float32, that a new member adds to.
         targets: fit these outputs, (N, C) float32, by squared error instead of the labels.
+        teacher: a teacher's logits on the training images as they are, (N, C) float32, for
+            `Recipe.distill`; where that is above 0 and there is none, members learn from the
+            ensemble that they form.
         keep_optimizer: keep Adam's moments in `Trained.optimizer`, for a job that goes on from
             there: its `start` may hold them.
     """
@@ -60,6 +63,7 @@ class Job:
     weights: np.ndarray | None = None
     offsets: np.ndarray | None = None
     targets: np.ndarray | None = None
+    teacher: np.ndarray | None = None
     keep_optimizer: bool = False
 
     def digest(self, data: Dataset) -> str:

@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnncore.data import Dataset
+from bnncore.networks import binarize
 from bnncore.networks.combine import tree_sum
 from bnncore.networks.ensemble import Ensemble
 from bnncore.params import Recipe
@@ -39,6 +41,7 @@ from bnncore.training.watch import require_finite
 log = logging.getLogger(__name__)
 Sums = dict[str, float]
 OnEpoch = Callable[[Job, Epoch], None]
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam knows of a parameter
 
 
@@ -100,7 +103,7 @@ class Trainer:
         shards = tuple(range(job.recipe.shards)) if shards is None else shards
         self.step = Step(job, self.ensemble, shards, exchange or Alone(), within or Alone())
         recipe = job.recipe
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = OPTIMIZERS[recipe.optimizer](
             self.step.trained.values(),
             lr=recipe.lr,
             betas=recipe.betas,
@@ -157,6 +160,8 @@ class Trainer:
         sent, waited = self.step.exchanged()
         number, recipe = len(history), self.job.recipe
         order = self.feed.order(number)
+        first, _ = phase(recipe, number)
+        binarize.real_weights(self.ensemble, recipe.two_step and first == 0)
         self.step.begin(number)
         self.ensemble.train()
         loss_sum = torch.zeros((), device=self.device)
@@ -260,8 +265,23 @@ class Trainer:
         require_finite(self._entries(), f"{self.job.name}: the state to start from")
 
 
+def phase(recipe: Recipe, epoch: float) -> tuple[int, int]:
+    """The part of a training that an epoch lies in: (its first epoch, how many it has)."""
+    half = recipe.epochs // 2
+    if not recipe.two_step:
+        return 0, recipe.epochs
+    return (0, half) if epoch + 1e-9 < half else (half, recipe.epochs - half)
+
+
 def learning_rate(recipe: Recipe, history: History, done: float) -> float:
     """The learning rate when the fraction `done` of all steps has been taken."""
+    if recipe.two_step:
+        start, epochs = phase(recipe, done * recipe.epochs)
+        half = replace(recipe, epochs=epochs, two_step=False)
+        return learning_rate(half, [], (done * recipe.epochs - start) / epochs)
+    if done * recipe.epochs < recipe.warmup:
+        warm = done * recipe.epochs / recipe.warmup
+        return warm * learning_rate(replace(recipe, warmup=0), history, done)
     if recipe.schedule == "poly":
         return recipe.lr * (1 - math.floor(done * recipe.epochs + 1e-9) / recipe.epochs)
     if recipe.schedule == "linear":

@@ -1,20 +1,26 @@
 """From parameters to structures, starts and plans: what a stage hands to a scheme.
 
-Legend: `M` members.
+Legend: `M` members, `N` training images, `C` classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from bnncore.data import Dataset
 from bnncore.networks.backbones import build
+from bnncore.networks.combine import combine
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec, single_state
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING, Sharing, weight_layers
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError
+from bnncore.training import inference
+from bnncore.training.ensembled import Ensembled
+from bnncore.training.feed import default_device
 from bnncore.training.jobs import Job, State
 from bnncore.training.schemes import SCHEMES, Plan
 
@@ -66,6 +72,7 @@ def ensemble_spec(
             f"{where}.classifier: expected only with scheme tentaclenet, got "
             f"{ensemble.classifier!r} with {ensemble.scheme!r}"
         )
+    _check_teacher(ensemble, params.recipe(ensemble).distill, where)
     if isinstance(ensemble.sharing, CustomSharing):
         sharing = Sharing(**asdict(ensemble.sharing))
     elif ensemble.sharing in SHARING:
@@ -105,14 +112,48 @@ def ensemble_spec(
                 f"{where}.classifier: {params.model.backbone} has no dense layer whose features "
                 "could be concatenated; expected 'logits' or 'auto'"
             )
-    combine = scheme.combine
-    if combine == "vote":
-        combine = f"{ensemble.vote or scheme.options['vote']}_vote"
-    return EnsembleSpec(model, ensemble.members, sharing, combine, classifier)
+    how = scheme.combine
+    if how == "vote":
+        how = f"{ensemble.vote or scheme.options['vote']}_vote"
+    return EnsembleSpec(model, ensemble.members, sharing, how, classifier)
+
+
+def _check_teacher(ensemble: EnsembleParams, distill: float, where: str) -> None:
+    scheme = SCHEMES[ensemble.scheme]
+    if distill and ensemble.scheme == "gradient_boosting":
+        raise ParamsError(
+            f"{where}.recipe.distill: expected 0 with scheme gradient_boosting, whose members fit "
+            f"what others leave over, got {distill:g}"
+        )
+    together = scheme.joint and scheme.combine == "mean" and ensemble.members > 1
+    if ensemble.teacher == "ensemble" and not together:
+        raise ParamsError(
+            f"{where}.teacher: expected ensemble only with scheme fusion and several members, got "
+            f"it with {ensemble.scheme!r} and {ensemble.members}"
+        )
+
+
+def teacher_logits(spec: EnsembleSpec, state: State, data: Dataset) -> np.ndarray:
+    """What a trained ensemble says of the training images as they are: logits (N, C) float32.
+
+    Of votes it is the logarithm of the mean of probabilities.
+    """
+    ensemble = Ensemble(spec)
+    ensemble.load(state)
+    device = default_device()
+    outputs = inference.member_outputs(ensemble, data.train.images, data, device)
+    z = list(torch.from_numpy(outputs))
+    weights = ensemble.weights.cpu()
+    if spec.combine.endswith("vote"):
+        votes = combine("soft_vote", z, weights, None)
+        return votes.clamp(min=torch.finfo(votes.dtype).tiny).log().numpy()
+    bias = None if ensemble.bias is None else ensemble.bias.detach().cpu()
+    return combine(spec.combine, z, weights, bias).numpy()
 
 
 def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
-    """The job of the FP32 network, or of the BNN that starts from its weights."""
+    """The job of the FP32 network, or of the BNN that starts from its weights, and may learn from
+    it."""
     binary = fp32 is not None
     spec = single_spec(params, data.image, len(data.classes), binary)
     network = Ensemble(spec, seed=params.seed)
@@ -120,15 +161,34 @@ def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
         # Not the norms of the body: in the two twins they stand at different places.
         kept = ("stem.", *(f"{name}." for name in weight_layers(network.members[0])))
         network.start_from(single_state(fp32), kept)
-    name, recipe = ("bnn", params.binarize) if binary else ("fp32", params.pretrain)
-    return Job(name, spec, (0,), recipe, params.seed + (1000 if binary else 0), network.state())
+    if fp32 is None:
+        return Job("fp32", spec, (0,), params.pretrain, params.seed, network.state())
+    teacher = _fp32_logits(params, data, fp32) if params.binarize.distill else None
+    seed = params.seed + 1000
+    return Job("bnn", spec, (0,), params.binarize, seed, network.state(), teacher=teacher)
 
 
-def plan(params: Params, ensemble: EnsembleParams, data: Dataset, fp32: State, bnn: State) -> Plan:
+def _fp32_logits(params: Params, data: Dataset, fp32: State) -> np.ndarray:
+    spec = single_spec(params, data.image, len(data.classes), binary=False)
+    return teacher_logits(spec, fp32, data)
+
+
+def plan(
+    params: Params,
+    ensemble: EnsembleParams,
+    data: Dataset,
+    fp32: State,
+    bnn: State,
+    earlier: Mapping[str, Ensembled] | None = None,
+) -> Plan:
     """Everything a scheme needs, with the members' start put together.
 
     A TentacleNet's shared first block starts from the pretrained FP32 one. Members that start from
     the trained BNN are made to differ (`Ensemble.diversify`).
+
+    Args:
+        earlier: by name, the trained ensembles that the list has before this one; one of them may
+            be its teacher.
     """
     spec = ensemble_spec(params, ensemble, data.image, len(data.classes))
     index = [e.name for e in params.ensembles.train].index(ensemble.name)
@@ -141,4 +201,10 @@ def plan(params: Params, ensemble: EnsembleParams, data: Dataset, fp32: State, b
         members.hadamard(seed)
     if spec.sharing.block and ensemble.start != "bnn":
         members.start_from(single_state(fp32), ("stem.",))
-    return Plan(ensemble, spec, params.recipe(ensemble), seed, members.state(), data)
+    recipe, teacher = params.recipe(ensemble), None
+    if recipe.distill and ensemble.teacher == "fp32":
+        teacher = _fp32_logits(params, data, fp32)
+    elif recipe.distill and ensemble.teacher != "ensemble":
+        trained = (earlier or {})[ensemble.teacher]
+        teacher = teacher_logits(trained.spec, trained.state, data)
+    return Plan(ensemble, spec, recipe, seed, members.state(), data, teacher)

@@ -41,6 +41,7 @@ class Plan:
         seed: of everything random in it.
         start: canonical state from which the members start.
         data: for schemes that resample or reweight it.
+        teacher: `Job.teacher` of every job.
     """
 
     params: EnsembleParams
@@ -49,12 +50,13 @@ class Plan:
     seed: int
     start: State
     data: Dataset
+    teacher: np.ndarray | None = None
 
     def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
         """A job that trains members `ids` from the plan's start."""
         seed = self.seed if len(ids) == self.spec.members else self.seed + 1 + ids[0]
         values = {"spec": self.spec, "recipe": self.recipe, "start": self.start, **changes}
-        return Job(name=name, ids=ids, seed=seed, **values)
+        return Job(name=name, ids=ids, seed=seed, teacher=self.teacher, **values)
 
     def member(self, i: int, **changes: Any) -> Job:
         """A job that trains member `i` alone."""

@@ -150,7 +150,7 @@ class Step:
         Args:
             x: images (B, C, H, W), normalised.
             y: labels (B,).
-            extra: the batch's rows of a job's ``weights``, ``offsets`` or ``targets``.
+            extra: the batch's rows of a job's arrays (`feed.ROWS`).
         """
         with exact_convolutions(self.ensemble):
             return self._gradients(x, y, extra)
@@ -166,6 +166,9 @@ class Step:
         ]
         self.watch.see(outputs)
         grads, loss, logits = self._objective(outputs, y, extra, scale)
+        if self.job.recipe.distill and "teacher" not in extra:
+            grads, more = self._from_ensemble(outputs, grads, logits, [p.rows for p in passes])
+            loss = loss + more
         # Trees of one gradient a member and shard: bits do not depend on who holds what.
         shared = TreeSum()
         for k, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
@@ -262,14 +265,54 @@ class Step:
         assert slots.grad is not None
         return [slots.grad[k] for k in mine], loss, sums[-1].detach()
 
+    def _from_ensemble(
+        self, outputs: list[Tensor], grads: list[Tensor], logits: Tensor, parts: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Let members learn from the ensemble's logits: dL/dz with that part, and the part.
+
+        The mean over members of their `distillation`, times ``distill``, on top of the joint loss
+        (Lan et al. 2018, Eq. 8).
+
+        Args:
+            parts: numbers of the images of which this process has outputs, a shard each.
+        """
+        recipe, losses, whole = self.job.recipe, [], []
+        weight = recipe.distill / len(logits) / len(self.job.ids)
+        for z, grad in zip(outputs, grads, strict=True):
+            for rows in parts:
+                own = z[rows].requires_grad_()
+                part = weight * distillation(own, logits[rows], recipe.temperature).sum()
+                part.backward()
+                assert own.grad is not None
+                grad = grad.index_add(0, rows, own.grad)
+                losses.append(part.detach())
+            whole.append(grad)
+        return whole, self.exchange.sum(tree_sum(losses))
+
     def _loss(self, logits: Tensor, y: Tensor, extra: dict[str, Tensor]) -> Tensor:
         """Mean over the batch of each image's loss times its weight."""
+        recipe = self.job.recipe
         if "targets" in extra:
             losses = (logits - extra["targets"]).square().sum(1)
         else:
             logits = logits + extra["offsets"] if "offsets" in extra else logits
-            losses = F.cross_entropy(logits, y, reduction="none")
+            smoothing = recipe.label_smoothing
+            losses = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+            if "teacher" in extra:
+                taught = distillation(logits, extra["teacher"], recipe.temperature)
+                losses = (1 - recipe.distill) * losses + recipe.distill * taught
         return (losses * extra["weights"] if "weights" in extra else losses).mean()
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(logits / T))`` of each image: (B, C) to (B,).
+
+    Source: Hinton et al. 2015, section 2; T^2 keeps gradients at the size of the labels'.
+    """
+    student = F.log_softmax(logits / temperature, dim=1)
+    target = F.log_softmax(teacher / temperature, dim=1)
+    losses = F.kl_div(student, target, reduction="none", log_target=True).sum(1)
+    return losses * temperature**2
 
 
 @dataclass(eq=False)

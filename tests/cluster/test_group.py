@@ -23,11 +23,12 @@ IN_SEQUENCE_OR_ALONE = [
 # These show what threads do not: the sums of real collectives, of two and of four; states that are
 # merged, and jobs that arrive whole. By their numbers of actors, so that those are used again.
 SPREAD = [
-    (1, "voting", "shared_conv", {}),
+    (1, "voting", "shared_conv", {"recipe": {"distill": 0.5, "optimizer": "adamw"}}),
     (2, "tentaclenet", "tentaclenet", {"classifier": "features"}),
     (2, "fusion", "shared_conv", {}),
     (4, "tentaclenet", "tentaclenet", {"classifier": "features"}),
     (4, "fusion", "shared_conv", {}),
+    (4, "fusion", "no_shared", {"recipe": {"distill": 0.5}, "teacher": "ensemble"}),
 ]
 # Members times shards of a batch.
 SHARDED = [

@@ -17,7 +17,7 @@ from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
 from bnncore.packed import execute, narrow, votes
 from bnncore.packed.program import Program
-from bnncore.params import PackParams
+from bnncore.params import Binarizer, PackParams
 from tests import tiny
 from tests.graphs import random_images, random_program
 
@@ -68,14 +68,18 @@ def network(backbone: str, sharing: str, combine: str = "mean", members: int = 2
     classifier = None
     if sharing == "tentaclenet":
         combine, classifier = "sum", "logits" if backbone == "nin" else "features"
-    ensemble = tiny.ensemble(members, sharing, combine, backbone=backbone, classifier=classifier)
+    changes: dict = {"backbone": backbone, "classifier": classifier}
+    if backbone.startswith("lean"):
+        changes["binarizer"] = Binarizer("sign", stem="binary", head="binary")
+    ensemble = tiny.ensemble(members, sharing, combine, **changes)
     tiny.scramble(ensemble)
     return lower(ensemble, (0.4,), (0.3,), tuple("abcd"))
 
 
 NETWORKS = [
     *((backbone, "shared_conv", "mean") for backbone in
-      ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10")),
+      ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10", "leanresnet8",
+       "leanplain")),
     *(("resnet8", sharing, "mean") for sharing in SHARING if sharing != "shared_conv"),
     ("nin", "tentaclenet", "sum"), ("fernet", "no_shared", "soft_vote"),
     ("fernet", "no_shared", "hard_vote"),

@@ -26,7 +26,7 @@ IMAGE = (8, 8, 1)
 def spec(backbone, width, members, sharing="shared_conv", combine="mean") -> EnsembleSpec:
     model = ModelSpec(backbone, IMAGE, 10, width, binarizer=Binarizer())
     if sharing == "tentaclenet":
-        kind = "logits" if backbone == "nin" else "features"
+        kind = "logits" if backbone in ("nin", "leanplain") else "features"
         return EnsembleSpec(model, members, SHARING[sharing], "sum", kind)
     return EnsembleSpec(model, members, SHARING[sharing], combine)
 
@@ -96,6 +96,8 @@ def _of_many(drawn: P.Program, members: int, weights: bool, rng) -> P.Program:
         ("resnet9", 2, "all_frozen", "mean"),
         ("birealnet18", 1, "c3_blocks", "soft_vote"),
         ("reactnet10", 2, "c1", "mean"),
+        ("leanplain", 2, "tentaclenet", "sum"),
+        ("leanresnet8", 2, "c3_blocks", "mean"),
     ],
 )
 def test_bounds_hold_for_files_of_any_number_of_members(backbone, width, sharing, combine, members):

@@ -166,7 +166,14 @@ def test_packed_equals_torch(name, sharing):
 
 
 @pytest.mark.parametrize(
-    "binarizer", [Binarizer("sign"), Binarizer("learned", "bireal"), Binarizer("xnor", "float")]
+    "binarizer",
+    [
+        Binarizer("sign"),
+        Binarizer("learned", "bireal"),
+        Binarizer("xnor", "float"),
+        Binarizer("xnor", shift=True, act="rprelu", stem="binary"),
+        Binarizer("learned", "float", shift=True, act="prelu"),
+    ],
 )
 def test_packed_equals_torch_for_every_binarizer(binarizer):
     row = EnsembleSpec(spec("plain", binarizer=binarizer), 2, SHARING["no_shared"])

@@ -29,7 +29,7 @@ def spec(backbone, members=1, sharing="no_shared", image=DIGITS, classes=10, wid
     binarizer = changes.pop("binarizer", Binarizer())
     model = ModelSpec(backbone, image, classes, width, binarizer=binarizer)
     if sharing == "tentaclenet":
-        kind = "logits" if backbone == "nin" else "features"
+        kind = "logits" if backbone in ("nin", "leanresnet8", "leanplain") else "features"
         return EnsembleSpec(model, members, SHARING[sharing], "sum", kind)
     return EnsembleSpec(model, members, SHARING[sharing], **changes)
 
@@ -190,9 +190,19 @@ def test_papers_command_says_which_file_is_missing(tmp_path, capsys):
 
 STRUCTURES = [
     (backbone, sharing)
-    for backbone in ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10")
+    for backbone in (
+        "nin",
+        "fernet",
+        "resnet8",
+        "resnet9",
+        "birealnet18",
+        "reactnet10",
+        "leanresnet8",
+        "leanplain",
+    )
     for sharing in SHARING
-    if not (backbone in ("nin", "fernet") and sharing in ("c2", "c3_blocks"))
+    if not (backbone in ("nin", "fernet", "leanplain") and sharing in ("c2", "c3_blocks"))
+    if not (backbone == "leanresnet8" and sharing == "c2")
 ]
 
 

@@ -19,7 +19,13 @@ from bnncore.training.step import Alone
 from tests.small import GRID, SHARDED, differences, plan
 
 JOINT = [row for row in GRID if row[0] != "voting"]
-STEPS = [*JOINT, ("fusion", "shared_conv", {"recipe": {"prefixes": True}})]
+RECIPES = [
+    {"recipe": {"prefixes": True}},
+    {"recipe": {"distill": 0.5, "optimizer": "adamw", "warmup": 1, "label_smoothing": 0.1}},
+    {"recipe": {"distill": 0.5}, "teacher": "ensemble"},
+    {"recipe": {"distill": 0.5, "prefixes": True}, "teacher": "ensemble"},
+]
+STEPS = [*JOINT, *(("fusion", "shared_conv", recipe) for recipe in RECIPES)]
 MEMBERS = (0, 1, 2, 3)
 HALVES, QUARTERS, UNEQUAL = [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 1, 2), (3,)]
 

@@ -96,7 +96,7 @@ def shortened(params: Params) -> Params:
     most = params.search.epochs or math.inf
 
     def cut(recipe: P.Recipe) -> P.Recipe:
-        return replace(recipe, epochs=int(min(recipe.epochs, most)))
+        return replace(recipe, epochs=int(max(min(recipe.epochs, most), 1 + recipe.two_step)))
 
     ensembles = replace(params.ensembles, recipe=cut(params.ensembles.recipe))
     return replace(

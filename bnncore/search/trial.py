@@ -41,26 +41,30 @@ def network(
     return Ensembled(job.spec, trained.state, {job.name: trained.history})
 
 
-def base(params: Params) -> str | None:
-    """What must be trained before what `params` are about: ``fp32``, ``bnn`` or nothing."""
-    for ensemble in params.ensembles.train:
-        if ensemble.start == "bnn":
-            return "bnn"
-        if SHARING[str(ensemble.sharing)].block:
-            return "fp32"
-    return None
+Bases = tuple[Ensembled, ...]  # of `bases`, in that order
+
+
+def bases(params: Params) -> tuple[str, ...]:
+    """What must be trained before what `params` are about, of ``fp32`` and ``bnn``."""
+    if not params.ensembles.train:
+        return ()
+    (ensemble,) = params.ensembles.train
+    binary = ensemble.start == "bnn"
+    block = SHARING[str(ensemble.sharing)].block and not binary
+    taught = params.recipe(ensemble).distill > 0 and ensemble.teacher == "fp32"
+    return ("fp32",) * (block or taught) + ("bnn",) * binary
 
 
 def train(
     threads: int, data: Dataset, params: Params, among: Sequence[PackParams], rungs: list[Rung],
-    base: Ensembled | None = None,
+    *given: Ensembled,
 ) -> Result:  # fmt: skip
     """Train what `params` are about, rung by rung, and assess it.
 
     Args:
         among: packings to choose from.
         rungs: (fraction of the epochs, validation accuracy in percent below which to stop there).
-        base: the BNN or the FP32 network that members start from.
+        given: what `bases` names.
 
     Returns:
         What `assess` finds, the accuracies at the rungs, whether it stopped before the last, and
@@ -70,7 +74,7 @@ def train(
     values: list[float] = []
     for fraction, floor in rungs:
         p = space.at_rung(params, fraction)
-        made = _trained(threads, data, p, base)
+        made = _trained(threads, data, p, given)
         found = assess(packed(made, p, data, among), data) | {"history": made.histories}
         values.append(found["val_top1"])
         if floor is not None and values[-1] < floor:
@@ -84,10 +88,13 @@ def fold(threads: int, data: Dataset, params: Params, k: int, folds: int) -> str
     fold it gets right, a digit 0 or 1 each, in the order of the data.
     """
     data = folded(data, k, folds)
-    needed, start = base(params), None
-    for _ in {"fp32": range(1), "bnn": range(2)}.get(str(needed), ()):
-        start = network(threads, data, params, start)
-    found = packed(_trained(threads, data, params, start), params, data, [params.pack])
+    known: dict[str, Ensembled] = {}
+    if needed := bases(params):
+        known["fp32"] = network(threads, data, params)
+    if "bnn" in needed:
+        known["bnn"] = network(threads, data, params, known["fp32"])
+    made = _trained(threads, data, params, tuple(known[name] for name in needed))
+    found = packed(made, params, data, [params.pack])
     _, predicted = votes.combine(found.program, found.val)
     return "".join(map(str, (predicted == data.val.labels).astype(int)))
 
@@ -105,11 +112,12 @@ def folded(data: Dataset, k: int, folds: int) -> Dataset:
     return replace(data, train=whole[of != k], val=whole[of == k])
 
 
-def _trained(threads: int, data: Dataset, params: Params, base: Ensembled | None) -> Ensembled:
+def _trained(threads: int, data: Dataset, params: Params, given: Bases) -> Ensembled:
     if not params.ensembles.train:
         return network(threads, data, params)
-    state = base.state if base else {}
-    plan = plans.plan(params, params.ensembles.train[0], data, state, state)
+    states = {name: one.state for name, one in zip(bases(params), given, strict=True)}
+    fp32, bnn = states.get("fp32", {}), states.get("bnn", {})
+    plan = plans.plan(params, params.ensembles.train[0], data, fp32, bnn)
     return schemes.train(plan, partial(loop.train_many, data=data, threads=threads))
 
 

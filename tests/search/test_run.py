@@ -150,8 +150,9 @@ def test_a_task_that_dies_is_run_once_more(cluster, tmp_path):
         Work("dies once", _die_once, (str(tmp_path / "mark"),), keep=True),
         Work("dies", _die, (), keep=True),
         Work("diverges", _diverge, ()),
-        Work("needs one that dies", _say, (), needs="dies"),
-        Work("needs one that lives", _say, (), needs="dies once"),
+        Work("needs one that dies", _say, (), needs=("dies once", "dies"), keep=True),
+        Work("needs that one", _say, (), needs=("needs one that dies",)),
+        Work("needs one that lives", _say, (), needs=("dies once",)),
     ]
     left = crew.run(work, lambda w, result: results.update({w.name: result}))
     assert left == []
@@ -159,6 +160,7 @@ def test_a_task_that_dies_is_run_once_more(cluster, tmp_path):
     assert results["needs one that lives"] == "fine done"
     assert isinstance(results["dies"], WorkError)
     assert isinstance(results["needs one that dies"], WorkError)
+    assert isinstance(results["needs that one"], WorkError)
     assert "the loss is nan" in str(results["diverges"])
     assert crew.retried == 2  # a loss that is not finite is not tried again
 

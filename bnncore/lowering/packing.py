@@ -125,7 +125,7 @@ def packed(
     for pack, program in _by_size(whole, among or packings(params.pack)):
         outputs = theirs["val"]
         if words(pack):
-            outputs = execute.Model(program, params.evaluate.ops).outputs(data.val.images)
+            outputs = execute.Model(program).outputs(data.val.images)
         reached = top1(outputs)
         program.info.update(facts(replace(params, pack=pack), name, section))
         program.info["val_top1"] = round(reached, 2)

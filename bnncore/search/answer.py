@@ -153,7 +153,7 @@ def write(report: Report, out: Path) -> list[Path]:
     front = [id(row) for row in report.front]
     folds = {id(row): 100 * float(right.mean()) for row, right in report.told_apart}
     rows = [
-        {**r, "front": id(r) in front, "fold_top1": folds.get(id(r))}
+        {**r, "about": described(r), "front": id(r) in front, "fold_top1": folds.get(id(r))}
         for r in (*report.rows, *(r for r in report.rivals if "number" not in r))
     ]
     content = {

@@ -17,12 +17,12 @@ from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
 SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
          "binary_macs", "float_macs", "images_different")  # fmt: skip
-OPTIONS = [
-    params.PackParams(affine, weights)
-    for affine, weights in (
-        ("float16", "float32"), ("float32", "int8"), ("float16", "mixed"), ("float16", "int8"),
-    )
-]  # fmt: skip
+OPTIONS = (
+    params.PackParams(affine="float16"),
+    params.PackParams(weights="int8"),
+    params.PackParams(affine="float16", weights="mixed"),
+    params.PackParams(affine="float16", weights="int8"),
+)
 
 
 def main() -> None:

@@ -305,7 +305,11 @@ def test_the_page_in_a_browser(reports, tmp_path):
         marks = f"[...{search}.querySelectorAll('.point')].length"
         assert await browser.value(marks) == len(a_search()["trials"])
         text = await browser.value(f"{search}.closest('section').textContent")
-        for said in ("over the budget", "The best that fits, nin 40, one BNN", "one that was tried"):
+        for said in (
+            "over the budget",
+            "The best that fits, nin 40, one BNN",
+            "one that was tried",
+        ):
             assert said in text
 
         assert browser.complaints() == []

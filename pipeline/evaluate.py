@@ -15,8 +15,6 @@ from bnncore.packed import execute, exits, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
-SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
-         "binary_macs", "float_macs", "images_different")  # fmt: skip
 OPTIONS = (
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
@@ -27,7 +25,7 @@ OPTIONS = (
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
         found = [evaluated(s, name, images) for name in names]
         counts = {r["name"]: r.pop("counts") for r in found}
@@ -39,17 +37,13 @@ def main() -> None:
         prefixes = {r["name"]: r.pop("anytime") for r in results}
         narrower = {r["name"]: r.pop("options") for r in results}
         REPORTS.mkdir(exist_ok=True)
-        (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
         (REPORTS / "storage.txt").write_text("\n".join(stored(counts, narrower)) + "\n")
         print(*storage.summary(counts), f"by layer and part: {REPORTS / 'storage.txt'}", sep="\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
         confusion = {"classes": images.classes, "models": taken}
         facts = about(s.params, images)
         written = report.write(results, histories, REPORTS, prefixes, confusion, facts)
-        (REPORTS / "metrics").mkdir(exist_ok=True)
-        for r in results:  # a file a model: `dvc metrics show` makes a row of each
-            shown = {key: r[key] for key in SHOWN if key in r}
-            (REPORTS / "metrics" / f"{r['name']}.json").write_text(json.dumps(shown, indent=1))
+        (REPORTS / "metrics.json").write_text(json.dumps(best(results), indent=1) + "\n")
         log(s, results, histories, written)
     if "torch" in sys.modules:
         raise RuntimeError("the packed evaluator imported torch; expected to run without it")
@@ -82,6 +76,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
                     predicted, split.labels, len(images.classes)
                 ).tolist(),
             }
+    print(f"{name:>16}: validation {top1['val']:.2f} %, test {top1['test']:.2f} %", flush=True)
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
@@ -148,6 +143,13 @@ def about(p: params.Params, images: data.Dataset) -> dict:
         "seed": p.seed,
         "params": params.plain(p),
     }
+
+
+def best(results: list[dict]) -> dict:
+    """What `dvc exp show` says of a run: of its BNNs, the one that is best in validation."""
+    row = max(results, key=lambda r: (r["kind"] != "fp32", r["val_top1"], -r["file_bytes"]))
+    figures = {"test_top1": row["test_top1"], "file_kib": row["file_bytes"] / 1024}
+    return {"best": row["name"], **{key: round(value, 2) for key, value in figures.items()}}
 
 
 def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) -> list[str]:

@@ -15,7 +15,7 @@ from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.training import ensembled
-from pipeline.stage import MODELS, PACKED, ROOT, run, stage
+from pipeline.stage import MODELS, PACKED, run, stage
 
 
 def models() -> dict[str, Path]:
@@ -26,7 +26,7 @@ def models() -> dict[str, Path]:
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         order = [e.name for e in s.params.ensembles.train]
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)

@@ -6,6 +6,7 @@ shrinks) and a seeded generator (which makes many fast).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -87,6 +88,63 @@ class Builder:
         attrs = {"stride": stride, "pad": pad, "biases": self.pick(0, 1) * filters}
         return self.node("bconv", [x], "i32", (height, width, filters), {"weight": weight}, attrs)
 
+    def whole_conv(self) -> int:
+        """A convolution of the image's bytes."""
+        _, dims = self.values[0]
+        spot = self.spatial(dims) or (1, 1, 1, 0, dims[0], dims[1])
+        kh, kw, stride, pad, height, width = spot
+        filters = int(self.one(CHANNELS[:12]))  # type: ignore[call-overload]
+        kind = str(self.one(("int8", "binary")))
+        slots = {
+            "weight": self.tensor(kind, "weight", (filters, kh, kw, dims[2]), 127),
+            "zero": self.tensor("int16", "input", dims[2:], 300),
+        }
+        attrs = {"stride": stride, "pad": pad}
+        return self.node("conv", [0], "i32", (height, width, filters), slots, attrs)
+
+    def grow_whole(self, x: int) -> int | None:
+        """From integers to integers: a convolution, a pooling, a rescaling."""
+        _, dims = self.values[x]
+        other = self.pick(0, 5)
+        if other == 0:
+            x = self.rescale(x, 90)
+            spot = self.spatial(dims)
+            if spot is None or dims[2] > 32:
+                return x
+            kh, kw, stride, pad, height, width = spot
+            filters = int(self.one(CHANNELS[:12]))  # type: ignore[call-overload]
+            shape = (filters, kh, kw, dims[2])
+            slots = {"weight": self.tensor(str(self.one(("int8", "binary"))), "weight", shape, 50)}
+            attrs = {"stride": stride, "pad": pad}
+            return self.node("conv", [x], "i32", (height, width, filters), slots, attrs)
+        if other == 1:
+            x = self.rescale(x, 400)
+            kernel = self.pick(1, 3)
+            attrs = {"kernel": kernel, "stride": self.pick(1, 3), "pad": self.pick(0, kernel // 2),
+                     "ceil": self.pick(0, 1)}  # fmt: skip
+            size = [window(size, *attrs.values()) for size in dims[:2]]
+            if min(size) < 1:
+                return x
+            attrs["include_pad"] = self.pick(0, 1)
+            return self.node("sumpool", [x], "i32", (*size, dims[2]), {}, attrs)
+        return self.rescale(x, int(self.one((100, 3000, 32767, 1 << 20))))  # type: ignore
+
+    def rescale(self, x: int, most: int) -> int:
+        kind, dims = self.values[x]
+        largest = validate_to(self, x)
+        top = min(32767, (1 << 30) // largest)
+        slots = {"scale": self.tensor("int16", "scale", dims[-1:], top),
+                 "shift": self.tensor("int32", "shift", dims[-1:], 1 << 20)}  # fmt: skip
+        if self.maybe():
+            slots["slope"] = self.tensor("int16", "slope", dims[-1:], top)
+        inputs = [x]
+        if self.maybe():
+            same = [n for n, value in enumerate(self.values) if value == ("i32", dims)]
+            inputs += [int(self.one(tuple(same)))] if same else []
+        right = max(0, int(largest * top).bit_length() - most.bit_length() - self.pick(0, 2))
+        attrs = {"right": min(31, right), "low": -self.pick(0, most), "high": self.pick(1, most)}
+        return self.node("rescale", inputs, "i32", dims, slots, attrs)
+
     def grow_conv(self, x: int) -> int | None:
         _, dims = self.values[x]
         spot = self.spatial(dims)
@@ -129,7 +187,8 @@ class Builder:
         kind, dims = self.values[x]
         kinds = ("float32", "float16", "int8", "int16", "int32")
         level = str(self.one(kinds if kind == "i32" else kinds[:2]))
-        return self.tensor(level, "threshold", dims[-1:], 6 if kind == "i32" else 1)
+        spread = int(self.one((6, 300, 40000))) if level.startswith("int") else 6 if kind == "i32" else 1  # type: ignore
+        return self.tensor(level, "threshold", dims[-1:], spread)
 
     def grow_bits(self, x: int) -> int:
         _, dims = self.values[x]
@@ -145,7 +204,10 @@ class Builder:
                 slots["inside"] = self.tensor("binary", "direction", dims[-1:])
         return self.node(op, [x], "bits", dims, slots)
 
-    def grow_pool(self, x: int) -> int | None:
+    def grow_maxpool(self, x: int) -> int | None:
+        return self.grow_pool(x, True)
+
+    def grow_pool(self, x: int, largest: bool = False) -> int | None:
         kind, dims = self.values[x]
         kernel = self.pick(1, 3)
         stride, pad, ceil = self.pick(1, 3), self.pick(0, kernel // 2), self.pick(0, 1)
@@ -153,15 +215,18 @@ class Builder:
         if min(height, width) < 1:
             return None
         attrs = {"kernel": kernel, "stride": stride, "pad": pad, "ceil": ceil}
-        if self.maybe():
+        if largest or self.maybe():
             return self.node("maxpool", [x], kind, (height, width, dims[2]), {}, attrs)
         attrs["include_pad"] = self.pick(0, 1)
         return self.node("avgpool", [x], "f32", (height, width, dims[2]), {}, attrs)
 
-    def grow_join(self, x: int) -> int | None:
+    def grow_concat(self, x: int) -> int | None:
+        return self.grow_join(x, True)
+
+    def grow_join(self, x: int, side_by_side: bool = False) -> int | None:
         kind, dims = self.values[x]
         numbers = ("f32", "i32")
-        if kind != "bits" and self.maybe():
+        if kind != "bits" and not side_by_side and self.maybe():
             others = [
                 number
                 for number, value in enumerate(self.values)
@@ -210,18 +275,28 @@ class Builder:
         return kind, slots
 
     def program(self, steps: int = 8, side: int = 9) -> Program:
-        """A whole random Program of about so many nodes on maps up to side x side."""
+        """A whole random Program of about so many nodes on maps up to side x side.
+
+        Half of them are of integers alone.
+        """
+        whole = self.maybe()
         image = (self.pick(1, side), self.pick(1, side), int(self.one((1, 3, 4))))  # type: ignore
         classes = self.pick(1, 6)
         self.values = [("u8", image)]
-        slots = {
-            "scale": self.tensor("float32", "input", image[2:], 0.02),
-            "shift": self.tensor(self.floats(), "input", image[2:]),
-        }
-        x = self.node("normalize", [0], "f32", image, slots)
+        if whole:
+            x = self.whole_conv() if self.pick(0, 3) else self.rescale(0, 20000)
+        else:
+            slots = {
+                "scale": self.tensor("float32", "input", image[2:], 0.02),
+                "shift": self.tensor(self.floats(), "input", image[2:]),
+            }
+            x = self.node("normalize", [0], "f32", image, slots)
         for _ in range(self.pick(1, steps)):
             kind, _ = self.values[x]
-            if kind == "bits":
+            if kind == "i32" and whole:
+                growers = [self.grow_bits] * 3 + [self.grow_whole] * 3 + [self.grow_maxpool]
+                growers += [self.grow_concat]
+            elif kind == "bits":
                 growers = [self.grow_bconv] * 4 + [self.grow_join]
             else:
                 growers = [self.grow_bits] * 5 + [self.grow_affine, self.grow_prelu]
@@ -231,12 +306,15 @@ class Builder:
             x = x if grown is None else grown
         if self.values[x][0] == "bits":
             x = self.grow_bconv(x) or self.grow_back(x)
-        if self.values[x][0] == "f32" and self.maybe():
+        if whole:
+            x = self.whole_head(x, classes)
+        elif self.values[x][0] == "f32" and self.maybe():
             _, (height, width, channels) = self.values[x]
             x = self.node("flatten", [x], "f32", (height * width * channels,))
         else:
             x = self.node("global_avg", [x], "f32", self.values[x][1][2:])
-        self.dense(x, classes)
+        if not whole:
+            self.dense(x, classes)
         combine, combine_tensors = self.combine(classes)
         program = Program(
             nodes=tuple(self.nodes),
@@ -251,12 +329,42 @@ class Builder:
         validate(program)
         return program
 
+    def whole_head(self, x: int, classes: int) -> int:
+        height, width, channels = self.values[x][1]
+        if self.maybe():
+            x = self.rescale(x, 90)
+            x = self.node("flatten", [x], "i32", (height * width * channels,))
+        else:
+            x = self.node("global_sum", [self.rescale(x, 5000)], "i32", (channels,))
+        x = self.rescale(x, 20)
+        slots = {"weight": self.tensor("int8", "weight", (classes, self.values[x][1][0]), 100)}
+        x = self.node("dense", [x], "i32", (classes,), slots)
+        attrs: dict = {"fraction": self.pick(0, 14)}
+        return self.node("fixed", [self.rescale(x, 8000)], "f32", (classes,), {}, attrs)
+
     def grow_back(self, x: int) -> int:
         """From bits back to numbers, where a random kernel did not fit: 1x1 always does."""
         height, width, channels = self.values[x][1]
         weight = self.tensor("binary", "weight", (4, 1, 1, channels))
         attrs = {"stride": 1, "pad": 0, "biases": 0}
         return self.node("bconv", [x], "i32", (height, width, 4), {"weight": weight}, attrs)
+
+
+def validate_to(builder: Builder, x: int) -> int:
+    """The bound of a value, by the rules themselves: the Program so far, made whole."""
+    image = builder.values[0][1]
+    kind, dims = builder.values[x]
+    if x == 0:
+        return 255
+    nodes, tensors = list(builder.nodes[:x]), dict(builder.tensors)
+    if len(dims) == 3:
+        nodes.append(Node("global_avg", "", (x,)))
+    else:
+        nodes.append(Node("affine", "", (x,)))
+    used = {name for node in nodes for name in node.tensors.values()}
+    kept = {name: tensor for name, tensor in tensors.items() if name in used}
+    classes = tuple(map(str, range(dims[-1])))
+    return validate(Program(tuple(nodes), kept, builder.members, "mean", image, classes))[x].bound
 
 
 def random_program(seed: int, steps: int = 8, side: int = 9) -> Program:
@@ -307,8 +415,20 @@ def naive_node(node: Node, inputs: list[np.ndarray], slots: dict[str, np.ndarray
         weight = slots["weight"]
         if "weight_scale" in slots:
             weight = weight * slots["weight_scale"][:, None, None, None]
+        if "zero" in slots:
+            frame = np.ones(((x.shape[0] + 2 * int(attrs["pad"])),
+                             (x.shape[1] + 2 * int(attrs["pad"])), 1)) * slots["zero"]  # fmt: skip
+            pad = int(attrs["pad"])
+            frame[pad : pad + x.shape[0], pad : pad + x.shape[1]] = x
+            return naive_conv(frame, weight, int(attrs["stride"]), 0)
         out = naive_conv(x, weight, int(attrs["stride"]), int(attrs["pad"]))
         return out + slots.get("bias", 0.0)
+    if node.op == "rescale":
+        scale = np.where(x >= 0, slots["scale"], slots.get("slope", slots["scale"]))
+        y = np.floor((x * scale + slots["shift"]) / 2.0 ** attrs["right"])
+        return np.clip(y + (inputs[1] if len(inputs) > 1 else 0), attrs["low"], attrs["high"])
+    if node.op == "fixed":
+        return x / 2.0 ** attrs["fraction"]
     if node.op == "prelu":
         return np.where(x >= 0, x, x * slots["slope"])
     if node.op == "relu":
@@ -328,8 +448,10 @@ def naive_node(node: Node, inputs: list[np.ndarray], slots: dict[str, np.ndarray
         return x + inputs[1]
     if node.op == "concat":
         return np.concatenate(inputs, axis=-1)
-    if node.op in ("maxpool", "avgpool"):
+    if node.op in ("maxpool", "avgpool", "sumpool"):
         return naive_pool(node, x)
+    if node.op == "global_sum":
+        return x.sum(axis=(0, 1))
     if node.op == "global_avg":
         return x.mean(axis=(0, 1))
     if node.op == "flatten":
@@ -365,6 +487,7 @@ def naive_pool(node: Node, x: np.ndarray) -> np.ndarray:
         window(size, kernel, stride, pad, int(node.attrs["ceil"])) for size in x.shape[:2]
     )
     out = np.zeros((height, width, x.shape[2]))
+    counts = np.ones((height, width), int)
     for row in range(height):
         for column in range(width):
             taps, padded = [], 0
@@ -379,4 +502,5 @@ def naive_pool(node: Node, x: np.ndarray) -> np.ndarray:
             else:
                 count = len(taps) + (padded if node.attrs["include_pad"] else 0)
                 out[row, column] = np.sum(taps, axis=0) / count
-    return out
+                counts[row, column] = count
+    return np.rint(out * math.lcm(*map(int, counts.flat))) if node.op == "sumpool" else out

@@ -30,7 +30,7 @@ def read(path):
     data = content[8 + length :]
     about = header.pop("__metadata__")
     assert about["format"] == "bnncore", about
-    assert about["version"] == "1", about
+    assert about["version"] in ("1", "2"), about
     assert about["sha256"] == hashlib.sha256(data).hexdigest()
     entries, start = {}, 0
     for kind, (dtype, code) in ENTRIES.items():
@@ -85,8 +85,12 @@ def classify(graph, image, members=None):
     z = np.array([run(graph, image, member) for member in range(count)], np.float64)
     slots = {slot: graph["tensors"][n]["data"][0] for slot, n in graph["combine_tensors"].items()}
     weight = np.asarray(slots.get("weight", np.ones(graph["members"])), np.float64)[:count]
-    e = np.exp(z - z.max(1, keepdims=True))
-    soft = e / e.sum(1, keepdims=True)
+    op, _, _, _, attrs = graph["nodes"][-1]
+    if op == "fixed":
+        soft = np.array([table_softmax(row, attrs["fraction"]) for row in z])
+    else:
+        e = np.exp(z - z.max(1, keepdims=True))
+        soft = e / e.sum(1, keepdims=True)
     if graph["combine"] == "mean":
         scores = z.sum(0) / count
     elif graph["combine"] == "sum":
@@ -101,17 +105,25 @@ def classify(graph, image, members=None):
     return scores, int(scores.argmax())
 
 
+def table_softmax(z, fraction):
+    x = [round(value * 2.0**fraction) for value in z]
+    steps = [((max(x) - value) * 5909) >> (fraction + 4) for value in x]
+    e = [round(65535 * 2 ** (-(t % 256) / 256)) >> min(t // 256, 31) for t in steps]
+    return [(value << 14) // sum(e) / 2**14 for value in e]
+
+
 def affine(x, scale=None, shift=None):
     x = x.astype(np.float32)
     x = x if scale is None else x * scale
     return x if shift is None else x + shift
 
 
-def conv(x, weight, stride, pad, weight_scale=None, bias=None, biases=0):
+def conv(x, weight, stride, pad, weight_scale=None, bias=None, biases=0, zero=0):
     if weight_scale is not None:
         weight = weight.astype(np.float32) * weight_scale[:, None, None, None]
     filters, kh, kw, _ = weight.shape
-    framed = np.pad(x.astype(np.float64), ((pad, pad), (pad, pad), (0, 0)))
+    framed = np.ones((x.shape[0] + 2 * pad, x.shape[1] + 2 * pad, x.shape[2])) * zero
+    framed[pad : pad + x.shape[0], pad : pad + x.shape[1]] = x
     rows = (framed.shape[0] - kh) // stride + 1
     columns = (framed.shape[1] - kw) // stride + 1
     out = np.zeros((rows, columns, filters))
@@ -135,14 +147,25 @@ def interval(x, low, high, inside=1.0):
     return np.where((low <= x) & (x <= high), 1.0, -1.0) * inside
 
 
-def pool(x, kernel, stride, pad, ceil, include_pad=None):
+def rescale(x, second=0, *, scale, shift, slope=None, right, low, high):
+    factor = np.where(x < 0, scale if slope is None else slope, scale).astype(np.int64)
+    y = (x.astype(np.int64) * factor + shift) >> right
+    return np.clip(y + second, low, high).astype(np.int64)
+
+
+def sumpool(x, **attrs):
+    return pool(x, **attrs, whole=True)
+
+
+def pool(x, kernel, stride, pad, ceil, include_pad=None, whole=False):
     spans = []
     for size in x.shape[:2]:
         count = (size + 2 * pad - kernel + (stride - 1) * ceil) // stride + 1
         if ceil and (count - 1) * stride >= size + pad:
             count -= 1
         spans.append([(k * stride - pad, k * stride - pad + kernel) for k in range(count)])
-    out = np.zeros((len(spans[0]), len(spans[1]), x.shape[2]), np.float32)
+    out = np.zeros((len(spans[0]), len(spans[1]), x.shape[2]))
+    counts = np.ones(out.shape[:2], int)
     for r, (top, bottom) in enumerate(spans[0]):
         for s, (left, right) in enumerate(spans[1]):
             seen = x[max(top, 0) : bottom, max(left, 0) : right]
@@ -150,10 +173,12 @@ def pool(x, kernel, stride, pad, ceil, include_pad=None):
                 out[r, s] = seen.max((0, 1))
             elif include_pad:
                 height = min(bottom, x.shape[0] + pad) - top
-                out[r, s] = seen.sum((0, 1)) / (height * (min(right, x.shape[1] + pad) - left))
+                counts[r, s] = height * (min(right, x.shape[1] + pad) - left)
+                out[r, s] = seen.sum((0, 1)) / counts[r, s]
             else:
+                counts[r, s] = seen.shape[0] * seen.shape[1]
                 out[r, s] = seen.mean((0, 1))
-    return out
+    return np.rint(out * np.lcm.reduce(counts.ravel())) if whole else out.astype(np.float32)
 
 
 OPERATORS = {
@@ -171,7 +196,11 @@ OPERATORS = {
     "concat": lambda *parts: np.concatenate(parts, axis=-1),
     "maxpool": pool,
     "avgpool": pool,
+    "sumpool": sumpool,
     "global_avg": lambda x: x.mean((0, 1)),
+    "global_sum": lambda x: x.sum((0, 1)),
+    "rescale": rescale,
+    "fixed": lambda x, fraction: x / 2.0**fraction,
     "flatten": lambda x: x.transpose(2, 0, 1).reshape(-1),
     "dense": dense,
 }

@@ -17,6 +17,7 @@ FLOATS = {  # kind of weights -> kernel's ending, type in C
     "int8": ("i8", "int8_t"),
     "float16": ("f16", "uint16_t"),
 }
+LANES = 32767 // 255  # taps of bytes whose sums 16 bits hold
 
 
 def _bconv(body: Body, node: Node, value: int) -> None:
@@ -53,6 +54,7 @@ def _sliced(body: Body, node: Node, value: int, g: str) -> None:
     source = node.inputs[0]
     stride, pad = int(node.attrs["stride"]), int(node.attrs["pad"])
     if (stride, kh, kw) == (1, 2 * pad + 1, 2 * pad + 1):
+        body.sliced = True
         flat = body.room("flat", "bnn_u32", -(-pixels // 32) * channels)
         slice_ = body.code.call("slice", f"V{source}", pixels, channels, room, flat)
         body.head.append(slice_)
@@ -62,12 +64,11 @@ def _sliced(body: Body, node: Node, value: int, g: str) -> None:
     body.group += [taps, body.code.call("triples", inputs, n, table)]
     limits = _limits(body, value, products)
     if limits is None:
-        sums = body.room("sums", "bnn_i32", 32 * filters)
-        body.group.append(body.code.call("bconv_sums", table, array, filters, n // 24, planes,
-                                         products, sums))  # fmt: skip
-        body.take(f"sums[(p - q) * {filters} + c]", "i32")
-        if value in body.step.stored:
-            body.each.append(f"{body.element(value)} = u;")
+        column = body.room("column", "bnn_i16", 32)
+        body.column.append(body.code.call(
+            "bconv_column", table, f"{array} + c * {n // 24}", n // 24, 8 if planes <= 8 else 16,
+            products, column))  # fmt: skip
+        body.take_column("column[p - q]", value)
     else:
         body.done = True
         bits = body.step.last
@@ -100,20 +101,51 @@ def _conv(body: Body, node: Node, value: int) -> None:
     image = body.step.image
     source = 0 if image is not None else node.inputs[0]
     plain = kh * kw == 1 and node.attrs["stride"] == 1 and not node.attrs["pad"]
-    if image is None and plain:
+    kind = body.kind(source) if source else "f32" if image is not None else "i16"
+    if source and plain:
         inputs = body.pixel(source)
     else:
         g = body.window(node, (kh, kw), source)
-        inputs = body.room("window", "bnn_f32", kh * kw * channels)
-        if image is None:
-            body.say("window_f32", g, f"V{source}", *body.where, inputs)
-        else:
+        if _lanes(body, node, tensor):
+            _bytes_by_bits(body, node, value, g)
+            return
+        inputs = body.room("window", f"bnn_{kind}", kh * kw * channels)
+        if image is not None:
             norm = [body.floats(image, slot) for slot in ("scale", "shift")]
             body.say("window_image", g, "image", *body.where, *norm, inputs)
+        elif source:
+            body.say(f"window_{kind}", g, f"V{source}", *body.where, inputs)
+        else:
+            zero = body.whole(node.tensors["zero"])
+            body.say("window_bytes", g, "image", *body.where, zero, inputs)
     kernel, array = _weights(body, node, tensor)
-    to = body.numbers(value, "f32")
-    body.say(kernel, to, inputs, array, kh * kw * channels, filters)
+    to = body.numbers(value, "f32" if kind == "f32" else "i32")
+    body.say(f"{kernel}_{kind}", to, inputs, array, kh * kw * channels, filters)
     _finish_sums(body, node, value)
+
+
+def _lanes(body: Body, node: Node, weight: Tensor) -> bool:
+    """Whether sums of the image's bytes by bits fit two into a word."""
+    if node.inputs[0] or weight.kind != "binary":
+        return False
+    zero = body.program.tensors[node.tensors["zero"]].data
+    return int(np.prod(weight.shape[1:])) <= LANES and zero.min() >= 0 and zero.max() <= 255
+
+
+def _bytes_by_bits(body: Body, node: Node, value: int, g: str) -> None:
+    name = node.tensors["weight"]
+    filters, *window = body.program.tensors[name].shape
+    taps = int(np.prod(window))
+    array = body.code.array(
+        name, "picks", "uint8_t", lambda t, m: sliced.picks(one_copy(t, m).reshape(filters, -1))
+    )
+    triples = -(-taps // 3)
+    rooms = [body.room("lanes", "bnn_u32", 3 * triples), body.room("table", "bnn_u32", 8 * triples),
+             body.room("window", "bnn_i16", taps), body.room("sums", "bnn_i16", 32 * filters)]  # fmt: skip
+    zero, (h, w) = body.whole(node.tensors["zero"]), body.size
+    call = body.code.call("bytes_bits", g, "image", zero, w, h * w, "q", array, filters, *rooms)
+    body.group.append(call)
+    body.take_column("sums[32 * c + p - q]", value)
 
 
 def _weights(body: Body, node: Node, tensor: Tensor) -> tuple[str, str]:
@@ -133,12 +165,13 @@ def _weights(body: Body, node: Node, tensor: Tensor) -> tuple[str, str]:
 
 def _finish_sums(body: Body, node: Node, value: int) -> None:
     """Scale and bias of float weights, a channel at a time."""
+    before = len(body.each)
     if "weight_scale" in node.tensors:
         body.each.append(f"v *= {body.floats(node, 'weight_scale')}[c];")
     if "bias" in node.tensors:
         body.each.append(f"v += {body.floats(node, 'bias')}[c];")
-    if len(body.each) > 1 and value in body.step.stored:
-        body.each.append(f"{body.element(value)} = v;")
+    if len(body.each) > before:
+        body.store(value)
 
 
 def _dense(body: Body, node: Node, value: int) -> None:
@@ -149,8 +182,9 @@ def _dense(body: Body, node: Node, value: int) -> None:
     array = body.code.array(
         node.tensors["weight"], "", kind, lambda t, m: one_copy(t, m).view(view)
     )
-    to = body.numbers(value, "f32")
-    body.say(f"dense_{short}", to, f"V{node.inputs[0]}", array, features, outputs)
+    kind_of = body.kind(node.inputs[0])
+    to = body.numbers(value, "f32" if kind_of == "f32" else "i32")
+    body.say(f"dense_{short}_{kind_of}", to, f"V{node.inputs[0]}", array, features, outputs)
     _finish_sums(body, node, value)
 
 
@@ -159,17 +193,15 @@ def _normalize(body: Body, node: Node, value: int) -> None:
     body.take(f"(float)image[{f'p * {n} + c' if body.loops else 'c'}]", "f32")
     scale, shift = (body.floats(node, slot) for slot in ("scale", "shift"))
     body.change("affine", f"{scale}[c]", f"{shift}[c]")
-    if value in body.step.stored:
-        body.each.append(f"{body.element(value)} = v;")
+    body.store(value)
 
 
 def _pool(body: Body, node: Node, value: int, *extra: object) -> None:
     source = node.inputs[0]
     kernel = int(node.attrs["kernel"])
     g = body.window(node, (kernel, kernel), source)
-    kind = body.shapes[source].kind
-    to = body.numbers(value, body.shapes[value].kind)
-    body.say(f"{node.op}_{kind}", g, f"V{source}", *body.where, *extra, to)
+    to = body.numbers(value, {"avgpool": "f32", "sumpool": "i32"}.get(node.op, body.kind(source)))
+    body.say(f"{node.op}_{body.kind(source)}", g, f"V{source}", *body.where, *extra, to)
 
 
 def _maxpool(body: Body, node: Node, value: int) -> None:
@@ -180,20 +212,28 @@ def _avgpool(body: Body, node: Node, value: int) -> None:
     _pool(body, node, value, int(node.attrs["include_pad"]))
 
 
-def _global_avg(body: Body, node: Node, value: int) -> None:
+def _sumpool(body: Body, node: Node, value: int) -> None:
+    source = node.inputs[0]
+    multiple = body.shapes[value].bound // body.shapes[source].bound
+    _pool(body, node, value, int(node.attrs["include_pad"]), multiple)
+
+
+def _global(body: Body, node: Node, value: int) -> None:
     source = node.inputs[0]
     h, w, c = body.map(source)
-    kind = body.shapes[source].kind
-    body.say(f"global_avg_{kind}", f"V{source}", h * w, c, body.numbers(value, "f32"))
+    to = body.numbers(value, "f32" if node.op == "global_avg" else "i32")
+    body.say(f"{node.op}_{body.kind(source)}", f"V{source}", h * w, c, to)
 
 
 def _flatten(body: Body, node: Node, value: int) -> None:
-    h, w, c = body.map(node.inputs[0])
-    body.say("flatten", body.numbers(value, "f32"), f"V{node.inputs[0]}", h * w, c)
+    source = node.inputs[0]
+    h, w, c = body.map(source)
+    kind = body.kind(source)
+    body.say(f"flatten_{kind}", body.numbers(value, kind), f"V{source}", h * w, c)
 
 
 def _concat(body: Body, node: Node, value: int) -> None:
-    kind = body.shapes[value].kind
+    kind = body.kind(value)
     if kind == "bits":
         to = body.pixel(value)
         body.lines.append(f"memset({to}, 0, {4 * body.width(value)});")
@@ -201,12 +241,13 @@ def _concat(body: Body, node: Node, value: int) -> None:
         to = body.numbers(value, kind)
     at = 0
     for source in node.inputs:
-        n, part = body.channels(source), body.shapes[source].kind
+        n = body.channels(source)
         if kind == "bits":
             body.say("concat_bits", to, at, body.pixel(source), n)
         else:
-            kernel = {"i32i32": "load_sums", "f32f32": "load"}.get(kind + part, "to_float")
-            body.say(kernel, f"{to} + {at}", body.pixel(source), n)
+            cast = "" if body.kind(source) == kind else f"(bnn_{kind})"
+            body.lines += [f"for (c = 0; c < {n}; c++)",
+                           f"    ({to})[{at} + c] = {cast}{body.element(source)};"]  # fmt: skip
         at += n
 
 
@@ -217,7 +258,9 @@ ANCHORS: dict[str, Callable[[Body, Node, int], None]] = {
     "normalize": _normalize,
     "maxpool": _maxpool,
     "avgpool": _avgpool,
-    "global_avg": _global_avg,
+    "sumpool": _sumpool,
+    "global_avg": _global,
+    "global_sum": _global,
     "flatten": _flatten,
     "concat": _concat,
 }

@@ -19,6 +19,7 @@ class Code:
 
     program: Program
     shapes: list[Shape]
+    kinds: list[str]  # of values in memory: bits, f32, i32, i16, i8
     arrays: list[str] = field(default_factory=list)
     known: dict[tuple[str, str], str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)

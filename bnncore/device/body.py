@@ -19,10 +19,13 @@ class Body:
         self.lines: list[str] = []  # of one pixel
         self.each: list[str] = []  # of one channel of it
         self.group: list[str] = []  # of 32 pixels, before the first of them
+        self.column: list[str] = []  # of a channel of theirs
+        self.sliced = False  # whether it reads its bits whole before it writes anything
+        self.columns = False  # whether channels go over 32 pixels, not pixels over channels
         self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
         self.done = False  # whether the anchor has made the bits
         self.word: tuple[str, str] | None = None  # where bits go, and words to negate them by
-        self.number = ""  # which of v (a float) and u (a sum) holds the channel's number
+        self.number = ""  # which of v (a float) and u (an integer) holds the channel's number
         h, w, _ = self.map(step.last)
         self.size = h, w
         self.loops = h * w > 1
@@ -36,6 +39,10 @@ class Body:
 
     def channels(self, value: int) -> int:
         return self.shapes[value].dims[-1]
+
+    def kind(self, value: int) -> str:
+        """How a map's numbers lie in memory: f32, i32, i16, i8."""
+        return self.code.kinds[value]
 
     def map(self, value: int) -> tuple[int, int, int]:
         dims = self.shapes[value].dims
@@ -54,29 +61,49 @@ class Body:
     def element(self, value: int) -> str:
         """Channel c of the pixel."""
         h, w, n = self.map(value)
-        return f"V{value}[c]" if h * w == 1 else f"V{value}[p * {n} + c]"
+        map_ = f"V{value}" if value else "image"
+        return f"{map_}[c]" if h * w == 1 else f"{map_}[p * {n} + c]"
 
     def numbers(self, value: int, kind: str) -> str:
-        """Where an anchor puts a pixel's numbers: the map itself, or room for them; then
-        each channel goes on with its own."""
-        if value in self.step.stored:
+        """Where an anchor puts a pixel's numbers of this kind: the map itself, or room for them;
+        then each channel goes on with its own."""
+        direct = value in self.step.stored and self.kind(value) == kind
+        if direct:
             place, element = self.pixel(value), self.element(value)
         else:
-            name, ctype = {"f32": ("numbers", "bnn_f32"), "i32": ("sums", "bnn_i32")}[kind]
-            place = self.room(name, ctype, self.channels(value))
+            place = self.room(f"numbers_{kind}", f"bnn_{kind}", self.channels(value))
             element = f"{place}[c]"
         self.take(element, kind)
+        if not direct:
+            self.store(value)
         return place
 
     def take(self, element: str, kind: str) -> None:
-        self.number = "u" if kind == "i32" else "v"
-        self.each.append(f"const int32_t u = {element};" if kind == "i32" else
-                         f"float v = {element};")  # fmt: skip
+        self.number = "v" if kind == "f32" else "u"
+        self.each.append(f"{'float v' if kind == 'f32' else 'int32_t u'} = {element};")
+
+    def take_column(self, element: str, value: int) -> None:
+        """As `take`, of the next of 32 pixels of a channel."""
+        self.columns = True
+        self.take(element, "i32")
+        self.store(value)
+
+    def store(self, value: int) -> None:
+        """Keep the channel's number, if a later step reads it."""
+        if value in self.step.stored:
+            kind = self.kind(value)
+            cast = f"(bnn_{kind})" if kind in ("i16", "i8") else ""
+            self.each.append(f"{self.element(value)} = {cast}{self.number};")
 
     def to_float(self) -> None:
         if self.number == "u":
             self.each.append("float v = (float)u;")
         self.number = "v"
+
+    def whole(self, name: str) -> str:
+        """A tensor of integers."""
+        kind = self.program.tensors[name].kind
+        return self.code.array(name, "", f"{kind}_t", one_copy)
 
     def say(self, kernel: str, *arguments: object) -> None:
         self.lines.append(self.code.call(kernel, *arguments))

@@ -21,7 +21,7 @@ from bnncore.device.arrays import Code, c_array, c_values
 from bnncore.device.steps import Step, steps
 from bnncore.device.write import Writer
 from bnncore.errors import UserError
-from bnncore.packed import execute, plan
+from bnncore.packed import execute, plan, votes
 from bnncore.packed.program import Program, Shape, Tensor
 from bnncore.packed.rules import validate
 
@@ -81,18 +81,18 @@ def generate(program: Program, name: str) -> Exported:
         )
     shapes = validate(program)
     work = steps(program)
-    code = Code(program, shapes)
+    code = Code(program, shapes, _kinds(program, shapes))
     writers = [Writer(code, step, f"{name}_step{k + 1}") for k, step in enumerate(work)]
     functions = [writer.write() for writer in writers]
     doubt = program.combine == "hard_vote"
-    places, scratch, arena, alive = _places(program, shapes, work, writers, doubt)
+    places, scratch, arena, alive = _places(code, work, writers, doubt)
     for k, writer in enumerate(writers):
         rooms = "".join(
             f"    {kind} *const {room} = ({kind} *)(arena + {scratch[k, room] // 4});\n"
             for room, (kind, _) in writer.scratch.items()
         )
         functions[k] = functions[k].replace("\n{\n", f"\n{{\n{rooms}", 1)
-    votes = _votes(code, name, work, writers, doubt)
+    asked = _votes(code, name, work, writers, doubt)
     parts = [
         f"/* {name}: made by bnncore from a packed file; {name}.h says how to call it. */",
         f'#include "{name}.h"\n',
@@ -102,10 +102,10 @@ def generate(program: Program, name: str) -> Exported:
         "/* -- the model: shared tensors once, a member's own by member -- */\n",
         *code.arrays,
         "\n/* -- where values lie in the arena -- */\n",
-        *(_place(number, offset, shapes) for number, offset in places.items()),
+        *(_place(number, offset, code) for number, offset in places.items()),
         "\n/* -- the steps -- */\n",
         *functions,
-        votes,
+        asked,
     ]
     source = "\n".join(parts)
     facts = _facts(program, name, arena, code.flash)
@@ -131,7 +131,7 @@ def _kernels(used: Iterable[str]) -> list[str]:
     def take(name: str) -> None:
         if name in found:
             return
-        text = (KERNELS / f"{name}.c").read_text()
+        text = _text(name)
         first = text.split("\n", 1)[0]
         if first.startswith("/* needs "):
             for other in first.removeprefix("/* needs ").removesuffix(" */").split():
@@ -144,44 +144,139 @@ def _kernels(used: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
-def _bytes(shape: Shape) -> int:
-    *positions, channels = shape.dims
-    return 4 * int(np.prod(positions)) * (-(-channels // 32) if shape.kind == "bits" else channels)
+# Kernels of one text for several types: what stands in it for these, by the ends of their names.
+CTYPES = {"f32": "float", "f16": "uint16_t", "i8": "int8_t"}  # of weights
+READ = {"f16": "bnn_half(", "i8f32": "(float)("}
+
+
+def _text(name: str) -> str:
+    stem, ends = name, []
+    while not (KERNELS / f"{stem}.c").exists():
+        stem, end = stem.rsplit("_", 1)
+        ends.insert(0, end)
+    text = (KERNELS / f"{stem}.c").read_text()
+    if not ends:
+        return text
+    weight, kind = ends[0], ends[-1]
+    words = {
+        "TYPE": kind, "NUMBER": kind, "WEIGHT": weight, "SUM": "float" if kind == "f32" else "int32_t",
+        "KEPT": CTYPES.get(weight, ""), "READ(": READ.get(weight, READ.get(weight + kind, "(")),
+        "/* needs FIRST */\n": "/* needs half */\n" if weight == "f16" else "",
+    }  # fmt: skip
+    for word, meant in words.items():
+        text = text.replace(word, meant)
+    return text
+
+
+WIDTHS = {"bits": 4, "f32": 4, "i32": 4, "i16": 2, "i8": 1}  # bytes of a number or a word
+
+
+def _kinds(program: Program, shapes: list[Shape]) -> list[str]:
+    """How each value lies in memory; integers in as few bits as hold what can come."""
+    kinds: list[str] = []
+    for number, shape in enumerate(shapes):
+        node = program.nodes[number - 1] if number else None
+        low, high = -shape.bound, shape.bound
+        if node is not None and node.op == "rescale":
+            low, high = int(node.attrs["low"]), int(node.attrs["high"])
+        if shape.kind != "i32" or node is None:
+            kinds.append(shape.kind)
+        elif node.op in ("maxpool", "flatten", "concat"):
+            kinds.append(max((kinds[source] for source in node.inputs), key=WIDTHS.__getitem__))
+        elif -(1 << 15) <= low and high < 1 << 15:
+            kinds.append("i8" if -128 <= low and high < 128 else "i16")
+        else:
+            kinds.append("i32")
+    return kinds
+
+
+def _bytes(code: Code, number: int) -> int:
+    *positions, channels = code.shapes[number].dims
+    kind = code.kinds[number]
+    width = -(-channels // 32) if kind == "bits" else channels
+    return WIDTHS[kind] * int(np.prod(positions)) * width
 
 
 VOTES = {-1: "SUMS", -2: "SCORES", -3: "DOUBT"}  # room of the votes
 
 
 def _places(
-    program: Program, shapes: list[Shape], work: list[Step], writers: list[Writer], doubt: bool
+    code: Code, work: list[Step], writers: list[Writer], doubt: bool
 ) -> tuple[dict[int, int], dict[tuple[int, str], int], int, int]:
     """Offsets of values and votes, and of what steps need for themselves; the arena's bytes."""
+    program = code.program
     timed = [plan.Step(step.inputs, step.outputs, step.own) for step in work]
-    alive = [
-        life
-        for life in plan.lifetimes(timed, len(program.nodes), lambda n: _bytes(shapes[n]))
-        if life.value > 0
-    ]
+    lives = {
+        life.value: life
+        for life in plan.lifetimes(timed, len(program.nodes), lambda n: _bytes(code, n) if n else 0)
+    }
+    twins = _in_place(code, work, lives)
     size, end = 4 * len(program.classes), len(work) - 1
-    alive += [plan.Lifetime(n, 0, end, size) for n in VOTES if doubt or VOTES[n] != "DOUBT"]
+    alive = [plan.Lifetime(n, 0, 2 * end + 1, size)
+             for n in VOTES if doubt or VOTES[n] != "DOUBT"]  # fmt: skip
+    # A step is two points of time: one that reads its map of bits whole into words of 32 pixels has
+    # done so before it writes.
+    early = [writer.sliced for writer in writers]
+    for number, life in lives.items():
+        if number in twins or not number:
+            continue
+        first, last = 2 * life.first + early[life.first], 2 * life.last + 1
+        reader = work[life.last]  # the last for good, if what it reads is made anew for each member
+        if code.kinds[number] == "bits" and code.shapes[number].own == reader.own:
+            last -= early[life.last] and number in reader.inputs
+        alive.append(plan.Lifetime(number, first, last, life.bytes))
     own: dict[tuple[int, str], int] = {}
     for time, writer in enumerate(writers):
-        for room, (_, count) in writer.scratch.items():
+        for room, (kind, count) in writer.scratch.items():
             own[time, room] = min(VOTES) - 1 - len(own)
-            alive.append(plan.Lifetime(own[time, room], time, time, 4 * count))
+            size = WIDTHS.get(kind.removeprefix("bnn_"), 4) * count
+            alive.append(plan.Lifetime(own[time, room], 2 * time, 2 * time + 1, size))
     offsets, total = plan.place(alive, ALIGN)
+    for number in sorted(twins, reverse=True):
+        offsets[number] = offsets[twins[number]]
     scratch = {key: offsets[number] for key, number in own.items()}
-    values = {n: at for n, at in offsets.items() if n >= min(VOTES)}
+    values = {n: at for n, at in sorted(offsets.items()) if n >= min(VOTES)}
     return values, scratch, total, plan.peak(alive, ALIGN)
 
 
-def _place(number: int, offset: int, shapes: list[Shape]) -> str:
+def _in_place(
+    code: Code, work: list[Step], lives: dict[int, plan.Lifetime]
+) -> dict[int, int]:
+    """Values that lie where a later one does: the last to read them, number by number, writes it.
+
+    The lives of those later ones begin with theirs.
+    """
+    found: dict[int, int] = {}
+    for time, step in enumerate(work):
+        taken: set[int] = set()
+        for at, (value, node) in enumerate(step.links):
+            source = node.inputs[-1]
+            if at == 0 and step.anchor is None and len(node.inputs) == 1:
+                source = step.start
+            elif len(node.inputs) < 2 or source in step.made:
+                continue
+            after = [value, *(later for later, _ in step.links[at + 1 :])]
+            stored = [number for number in after if number in step.stored and number not in taken]
+            whole = (step.anchor is None or source not in step.anchor.inputs) and source > 0
+            if not stored or not whole or lives[source].last != time or source in found:
+                continue
+            twin = stored[0]
+            a, b = code.shapes[source], code.shapes[twin]
+            same = code.kinds[source] == code.kinds[twin] and a.dims == b.dims and a.own == b.own
+            if same:
+                taken.add(twin)
+                found[source] = twin
+                lives[twin] = lives[twin]._replace(first=lives[source].first)
+    return found
+
+
+def _place(number: int, offset: int, code: Code) -> str:
     if number < 0:
         return f"#define {VOTES[number]} ((bnn_f32 *)(arena + {offset // 4}))"
-    shape = shapes[number]
-    kind = {"bits": "bnn_u32", "i32": "bnn_i32", "f32": "bnn_f32"}[shape.kind]
-    size = "x".join(map(str, shape.dims))
-    return f"#define V{number} (({kind} *)(arena + {offset // 4})) /* {size} {shape.kind} */"
+    kind = code.kinds[number]
+    word = "u32" if kind == "bits" else kind
+    size = "x".join(map(str, code.shapes[number].dims))
+    return f"#define V{number} ((bnn_{word} *)(arena + {offset // 4})) /* {size} {kind} */"
 
 
 def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt: bool) -> str:
@@ -200,14 +295,23 @@ def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt
         totals = np.cumsum(program.tensors[program.combine_tensors["weight"]].data, dtype="<f8")
         code.arrays.append(c_array("voted", "float", [totals.astype("<f4")], False))
         divisor = "voted[m]"
+    output = program.nodes[-1]
+
+    def softmax(to: str, weight: str) -> str:
+        if output.op != "fixed":
+            return code.call("softmax", to, f"V{last}", weight, n)
+        if "softmax_table" not in code.used:
+            code.arrays.append(c_array("powers", "uint16_t", [votes.TABLE], False))
+        return code.call("softmax_table", to, f"V{last}", weight, output.attrs["fraction"],
+                         "powers", n)  # fmt: skip
+
     if program.combine in ("mean", "sum"):
         count = [code.call("vote", "SUMS", f"V{last}", weight, n)]
     elif program.combine == "soft_vote":
-        count = [code.call("softmax", "SUMS", f"V{last}", weight, n)]
+        count = [softmax("SUMS", weight)]
     else:
         code.used.add("best")
-        count = [f"SUMS[bnn_best(V{last}, {n})] += {weight};",
-                 code.call("softmax", "DOUBT", f"V{last}", "1.0f", n)]  # fmt: skip
+        count = [f"SUMS[bnn_best(V{last}, {n})] += {weight};", softmax("DOUBT", "1.0f")]
     code.used |= {"winner", "margin", "score"}
     calls = {own: [f"{w.label}({w.arguments});" for w, step in zip(writers, work, strict=True)
                    if step.own == own] for own in (False, True)}  # fmt: skip

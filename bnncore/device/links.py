@@ -17,8 +17,13 @@ def link(body: Body, before: int, value: int, node: Node) -> None:
     if node.op in BITS:
         _to_bits(body, value, node)
         return
+    if node.op == "rescale":
+        _rescale(body, value, node)
+        return
     body.to_float()
-    if node.op == "affine":
+    if node.op == "fixed":
+        body.each.append(f"v *= {c_float(2.0 ** -node.attrs['fraction'])};")
+    elif node.op == "affine":
         scale, shift = (
             f"{body.floats(node, slot)}[c]" if slot in node.tensors else ""
             for slot in ("scale", "shift")
@@ -39,8 +44,23 @@ def link(body: Body, before: int, value: int, node: Node) -> None:
         other = others[0] if others else before
         cast = "(float)" if body.shapes[other].kind == "i32" else ""
         body.each.append(f"v += {cast}{body.element(other)};")
-    if value in body.step.stored:
-        body.each.append(f"{body.element(value)} = v;")
+    body.store(value)
+
+
+def _rescale(body: Body, value: int, node: Node) -> None:
+    """In 32 bits, to which `rules` hold it."""
+    names = node.tensors
+    scale, shift = body.whole(names["scale"]), body.whole(names["shift"])
+    factor = f"{scale}[c]"
+    if "slope" in names:
+        factor = f"(u >= 0 ? {factor} : {body.whole(names['slope'])}[c])"
+    right, low, high = (int(node.attrs[key]) for key in ("right", "low", "high"))
+    # Of numbers below 0 all compilers shift the sign in.
+    body.each.append(f"u = (u * {factor} + {shift}[c]) >> {right};")
+    if len(node.inputs) == 2:
+        body.each.append(f"u += {body.element(node.inputs[1])};")
+    body.each += [f"u = u > {high} ? {high} : u;", f"u = u < {low} ? {low} : u;"]
+    body.store(value)
 
 
 def _to_bits(body: Body, value: int, node: Node) -> None:
@@ -52,15 +72,23 @@ def _to_bits(body: Body, value: int, node: Node) -> None:
             node.tensors[turn], "flip", "uint32_t", lambda t, m: words(~one_copy(t, m))
         )
     if node.op == "sign":
-        test = f"{body.number} >= 0"
+        levels = ["0", ""]
     elif node.op == "threshold":
-        level = _level(body, node, "threshold", "direction")
-        test = f"{body.number} >= {level}"
+        levels = [_level(body, node, "threshold", "direction"), ""]
     else:
-        low, high = (_level(body, node, slot) for slot in ("low", "high"))
-        test = f"{low} <= {body.number} && {body.number} <= {high}"
-    body.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
-    body.word = body.pixel(value), flip
+        levels = [_level(body, node, slot) for slot in ("low", "high")]
+    low, high = levels
+    x = body.number
+    if not body.columns:
+        test = f"{low} <= {x} && {x} <= {high}" if high else f"{x} >= {low}"
+        body.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
+    elif x == "u":  # the sign of a difference
+        less = f"(u - {low})" + (f" | ({high} - u)" if high else "")
+        body.each.append(f"word = word >> 1 | (~(uint32_t)({less}) & 0x80000000u);")
+    else:
+        test = f"{low} <= v && v <= {high}" if high else f"v >= {low}"
+        body.each.append(f"word = word >> 1 | (uint32_t)({test}) << 31;")
+    body.word = body.pixel(value, "q" if body.columns else "p"), flip
 
 
 def _level(body: Body, node: Node, slot: str, direction: str = "") -> str:
@@ -73,7 +101,8 @@ def _level(body: Body, node: Node, slot: str, direction: str = "") -> str:
         body.to_float()
         if len(names) == 1:
             return f"{body.floats(node, slot)}[c]"
-    wide = not real and tensors[0].data.max(initial=0) >= np.iinfo(np.int16).max
+    least, most = tensors[0].data.min(initial=0), tensors[0].data.max(initial=0)
+    wide = not real and (least < -(1 << 15) or most >= (1 << 15) - 1)
     kind = "float" if real else "int32_t" if wide else "int16_t"
 
     def make(copies: list[np.ndarray]) -> np.ndarray:

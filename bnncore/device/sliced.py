@@ -58,6 +58,15 @@ def triples(bits: np.ndarray) -> np.ndarray:
     return (three * values.astype(np.uint32)).sum((2, 3), dtype=np.uint32)
 
 
+def picks(bits: np.ndarray) -> np.ndarray:
+    """Weights (O, N) as uint8 (O, ceil(N / 3)): where each triple's sum lies in a table of eight."""
+    filters, products = bits.shape
+    room = np.zeros((filters, -(-products // 3) * 3), np.int64)
+    room[:, :products] = bits
+    index = (room.reshape(filters, -1, 3) << np.arange(3)).sum(2)
+    return (index + 8 * (np.arange(index.shape[1]) % 8)).astype(np.uint8)
+
+
 def limits(tensors: Mapping[str, np.ndarray], products: int, filters: int) -> np.ndarray:
     """A threshold, an interval or (without tensors) a sign on sums, as limits on counts.
 

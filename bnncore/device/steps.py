@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from bnncore.packed.program import Node, Program, Shape
 from bnncore.packed.rules import validate
 
-LINKS = ("affine", "prelu", "relu", "clip", "add", "sign", "threshold", "interval")
+LINKS = ("affine", "prelu", "relu", "clip", "add", "rescale", "fixed", "sign", "threshold", "interval")
 BITS = ("sign", "threshold", "interval")
 
 
@@ -119,9 +119,10 @@ def _joined(
     """The step that the node can go on with: of an addition, the later of the two."""
     if node.op not in LINKS:
         return None
-    found = [open_[source] for source in node.inputs if source in open_]
+    ways = node.inputs[:1] if node.op == "rescale" else node.inputs
+    found = [open_[source] for source in ways if source in open_]
     found = [step for step in found if step.own == shapes[number].own]
-    if not found or (node.op == "add" and node.inputs[0] == node.inputs[1]):
+    if not found or (len(node.inputs) == 2 and node.inputs[0] == node.inputs[1]):
         return None
     step = max(found, key=made.index)
     # What else an addition reads has to be there before the step begins.

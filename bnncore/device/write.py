@@ -16,7 +16,7 @@ class Writer(Body):
         """The source; then `scratch` is known too."""
         step = self.step
         if step.anchor is None:
-            self.take(self.element(step.start), self.shapes[step.start].kind)
+            self.take(self.element(step.start), "i32" if step.start == 0 else self.kind(step.start))
         else:
             ANCHORS[step.anchor.op](self, step.anchor, step.start)
         if not self.done:
@@ -24,7 +24,7 @@ class Writer(Body):
             for value, node in step.links:
                 link(self, before, value, node)
                 before = value
-        body = [*self.lines, *self._over_channels()]
+        body = [*self.lines, *(self._columns() if self.columns else self._over_channels())]
         body = self._over_pixels(body)
         text = "\n".join(body)
         indices = [name for name in "ckxy" if re.search(rf"for \({name} =", text)]
@@ -51,16 +51,31 @@ class Writer(Body):
         # Braces, for the word is declared here.
         return ["{" if n <= 32 else f"for (k = 0; k < {-(-n // 32)}; k++) {{", *_in(word), "}"]
 
+    def _columns(self) -> list[str]:
+        """Channels of 32 pixels: what belongs to a channel is read once for all of them."""
+        n, pixels = self.channels(self.step.last), self.size[0] * self.size[1]
+        whole = pixels % 32 == 0
+        count = "32" if whole else "count"
+        lines = [] if whole else [f"const int32_t count = {pixels} - q < 32 ? {pixels} - q : 32;"]
+        last = ["int32_t p;"] if self.word is None else ["int32_t p;", "uint32_t word = 0;"]
+        each = [*last, *self.column, f"for (p = q; p < q + {count}; p++) {{", *_in(self.each), "}"]
+        if self.word is not None:
+            place, flip = self.word
+            room = self.room("room", "bnn_u32", 32)
+            each.append(f"{room}[c & 31] = word{'' if whole else ' >> (32 - count)'};")
+            end, k = ("31", "c >> 5") if n > 32 else (f"{n - 1}", "0")
+            turned = f"{flip}[{k}]" if flip else "0"
+            call = self.code.call("rows_of_bits", room, "(c & 31) + 1", count, turned, place, k,
+                                  -(-n // 32))  # fmt: skip
+            full = f"(c & 31) == {end}" + (f" || c == {n - 1}" if n > 32 and n % 32 else "")
+            each += [f"if ({full})", f"    {call}"]
+        return [*lines, f"for (c = 0; c < {n}; c++) {{", *_in(each), "}"]
+
     def _over_pixels(self, body: list[str]) -> list[str]:
         h, w = self.size
         if self.group:
-            if body:
-                end = f"p < {h * w} && p < q + 32"
-                body = ["int32_t p;", *self.group, f"for (p = q; {end}; p++) {{", *_in(body), "}"]
-            else:
-                body = self.group
             self.head.insert(0, "int32_t q;")
-            return [f"for (q = 0; q < {h * w}; q += 32) {{", *_in(body), "}"]
+            return [f"for (q = 0; q < {h * w}; q += 32) {{", *_in([*self.group, *body]), "}"]
         if not self.loops:
             return body
         text = "\n".join(body)
@@ -76,7 +91,7 @@ class Writer(Body):
         if 0 in self.step.inputs:
             found.append("const uint8_t *image")
         flip = [] if self.word is None else [self.word[1]]
-        text = "\n".join([*self.head, *self.group, *self.lines, *self.each, *flip])
+        text = "\n".join([*self.head, *self.group, *self.column, *self.lines, *self.each, *flip])
         if re.search(r"\[m\]", text):
             found.append("int m")
         return ", ".join(found) or "void"

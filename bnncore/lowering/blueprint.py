@@ -280,12 +280,14 @@ def _sizes(
         facts = tuple(INFO.items()) if end == "most" else ()
     labelled = replace(program, classes=classes, info=dict(facts))
     rules.validate(labelled)
-    # One value stands for all of a tensor, so that nothing large is narrowed.
-    tensors = {
-        name: replace(t, data=t.data[(slice(1),) * t.data.ndim])
-        for name, t in program.tensors.items()
-    }
-    narrow = narrowed(replace(labelled, tensors=tensors), pack)
+    if not pack.integer:
+        # One value stands for all of a tensor, so that nothing large is narrowed.
+        tensors = {
+            name: replace(t, data=t.data[(slice(1),) * t.data.ndim])
+            for name, t in program.tensors.items()
+        }
+        labelled = replace(labelled, tensors=tensors)
+    narrow = narrowed(labelled, pack)
     sizes: tuple[_Sizes, _Sizes] = (dict.fromkeys(P.KINDS, 0), dict.fromkeys(P.KINDS, 0))
     for tensor in narrow.tensors.values():
         count = math.prod(P.stored_shape(tensor, 1))

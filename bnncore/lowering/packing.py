@@ -15,8 +15,10 @@ import numpy as np
 
 from bnncore import metrics
 from bnncore.data import Dataset
+from bnncore.errors import UserError
 from bnncore.lowering.lower import lower
 from bnncore.packed import execute, narrow, packfile, votes
+from bnncore.packed.integers import IntegerError
 from bnncore.packed.program import Program
 from bnncore.params import EnsembleParams, PackParams, Params
 from bnncore.training.ensembled import Ensembled
@@ -41,6 +43,8 @@ def packings(pack: PackParams) -> tuple[PackParams, ...]:
 
 def words(pack: PackParams) -> str:
     """A packing in words; empty where nothing is narrowed."""
+    if pack.integer:
+        return "integers"
     said = {"norms": pack.affine, "weights": pack.weights}
     return ", ".join(f"{kind} {what}" for what, kind in said.items() if kind != "float32")
 
@@ -113,7 +117,7 @@ def packed(
         among: packings to choose from; None for `packings` of `params.pack`.
 
     Raises:
-        NarrowError: a value fits no packing.
+        NarrowError, IntegerError: a value fits no packing.
     """
     theirs = torch_outputs(trained, data, ("val", *(p for p in parts if p != "val")))
     whole = lower(trained.ensemble(), data.mean, data.std, data.classes)
@@ -122,7 +126,7 @@ def packed(
         return 100 * metrics.accuracy(votes.combine(whole, outputs)[1], data.val.labels)
 
     reference, found = top1(theirs["val"]), []
-    for pack, program in _by_size(whole, among or packings(params.pack)):
+    for pack, program in _by_size(whole, among or packings(params.pack), data):
         outputs = theirs["val"]
         if words(pack):
             outputs = execute.Model(program).outputs(data.val.images)
@@ -135,15 +139,17 @@ def packed(
     return max(found, key=lambda one: one.top1)
 
 
-def _by_size(whole: Program, among: Sequence[PackParams]) -> list[tuple[PackParams, Program]]:
+def _by_size(
+    whole: Program, among: Sequence[PackParams], data: Dataset
+) -> list[tuple[PackParams, Program]]:
     """The packings that hold all values of `whole`, and it in each, the smallest first."""
     found: list[tuple[int, int, PackParams, Program]] = []
-    errors: list[narrow.NarrowError] = []
+    errors: list[UserError] = []
     for pack in among:
         try:
-            program = narrow.narrowed(replace(whole, info={}), pack)
+            program = narrow.narrowed(replace(whole, info={}), pack, data.val.images)
             found.append((len(packfile.encode(program)), len(found), pack, program))
-        except narrow.NarrowError as error:
+        except (narrow.NarrowError, IntegerError) as error:
             errors.append(error)
     if not found:
         raise errors[-1]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from bnncore.packed import borders
 from bnncore.packed.arena import Kernel
 from bnncore.packed.program import Node, Program, Tensor, unpack_bits
 from bnncore.packed.rules import validate
@@ -70,8 +71,12 @@ def _plain(tensor: Tensor, member: int) -> np.ndarray:
     if tensor.kind == "binary":
         data = np.where(unpack_bits(tensor), np.float32(1), np.float32(-1))
     else:
-        data = np.clip(tensor.data, -(2.0**25), 2.0**25) if tensor.kind == "int32" else tensor.data
-    return np.array(data[member] if tensor.own else data, np.float32)
+        data = tensor.data
+    data = data[member] if tensor.own else data
+    if tensor.kind == "int32" and tensor.role != "threshold":
+        return np.array(data)  # of a rescaling, which is done in integers
+    limited = np.clip(data, -(2.0**25), 2.0**25) if tensor.kind == "int32" else data
+    return np.array(limited, np.float32)
 
 
 def _normalize(image: np.ndarray, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -92,8 +97,15 @@ def _conv(
     pad: int,
     bias: torch.Tensor | None = None,
     biases: int = 0,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return F.conv2d(x, weight, bias, stride, pad)
+    if zero is None:
+        return F.conv2d(x, weight, bias, stride, pad)
+    zero = zero[:, None, None]
+    image = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()
+    # Zeros in the padding of what is less by `zero`, and in double, for these sums are larger.
+    apart = F.conv2d((image - zero).double(), weight.double(), None, stride, pad)
+    return (apart + (weight * zero).sum((1, 2, 3))[:, None, None]).float()
 
 
 def _signs(condition: torch.Tensor) -> torch.Tensor:
@@ -113,6 +125,36 @@ def _interval(
 ) -> torch.Tensor:
     between = _signs((x >= low) & (x <= high))
     return between if inside is None else between * inside
+
+
+def _rescale(
+    x: Any,
+    second: torch.Tensor | None = None,
+    *,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    slope: torch.Tensor | None = None,
+    right: int,
+    low: int,
+    high: int,
+) -> torch.Tensor:
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
+    x = x.long()
+    factor = scale.long() if slope is None else torch.where(x >= 0, scale, slope).long()
+    y = (x * factor + shift.long()) >> right
+    return torch.clamp(y if second is None else y + second.long(), low, high).float()
+
+
+def _sumpool(
+    x: torch.Tensor, kernel: int, stride: int, pad: int, ceil: int, include_pad: int
+) -> torch.Tensor:
+    average = F.avg_pool2d(x.double(), kernel, stride, pad, bool(ceil), bool(include_pad))
+    out = tuple(average.shape[2:])
+    reach = pad * include_pad
+    counts = borders.divisors(tuple(x.shape[2:]), out, (kernel, kernel), stride, pad, reach)
+    multiple = float((counts * borders.factors(counts)).max())
+    return torch.round(average * multiple).float()
 
 
 def _maxpool(x: torch.Tensor, kernel: int, stride: int, pad: int, ceil: int) -> torch.Tensor:
@@ -144,7 +186,11 @@ _OPS: dict[str, Callable[..., torch.Tensor]] = {
     "concat": lambda *parts: torch.cat(parts, 1),
     "maxpool": _maxpool,
     "avgpool": _avgpool,
+    "sumpool": _sumpool,
     "global_avg": lambda x: x.mean((2, 3)),
+    "global_sum": lambda x: x.sum((2, 3)),
     "flatten": lambda x: x.flatten(1),
     "dense": _dense,
+    "rescale": _rescale,
+    "fixed": lambda x, fraction: x * 2.0**-fraction,
 }

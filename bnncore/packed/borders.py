@@ -10,6 +10,7 @@ A padded tap contributes 0 to a sum of +-1 products, but a bit is +1 or -1. So i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,15 @@ def divisors(
         for size, out, taps in zip(inputs, outputs, kernel, strict=True)
     )
     return (high[:, None] * wide[None, :]).astype(np.float32)
+
+
+def factors(divisor: Array) -> Array:
+    """By what to multiply sums instead of dividing them, float32 of the same shape.
+
+    The averages times the least common multiple of the divisors.
+    """
+    multiple = math.lcm(*map(int, np.unique(divisor)))
+    return (multiple // divisor.astype(np.int64)).astype(np.float32)
 
 
 class Window(NamedTuple):

@@ -1,8 +1,9 @@
 """Which nodes one compiled step does: a convolution with what follows it, as far as it goes.
 
 The epilogue of `bnncore.packed.tiles` runs while sums are in registers: affine, PReLU, affine,
-residual add, affine, PReLU, affine, each of them optional; then it stores the numbers, or the bits
-that a threshold makes of them, or both. A `Group` is what one such step does.
+residual add, affine, PReLU, affine, each of them optional, or two rescalings of integers, one of
+them with the residual; then it stores the numbers, or the bits that a threshold makes of them, or
+both. A `Group` is what one such step does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from bnncore.packed.rules import validate
 
 SUMS = ("bconv", "conv", "dense")
 LEVELS = ("sign", "threshold", "interval")
-_ALONE = ("affine", "prelu", "relu", "add")  # begin an epilogue without sums, on a stored value
+# These begin an epilogue without sums, on a stored value.
+_ALONE = ("affine", "prelu", "relu", "add", "rescale", "fixed")
 # The parts of the epilogue in order, and the row of parameters where each begins.
 _ORDER = (
     ("affine", 0), ("prelu", 2), ("affine", 4), ("add", -1),
@@ -59,7 +61,9 @@ class Group:
 
     def take(self, node: Node, number: int) -> bool:
         """Append the node that gives the value `number`, if it fits."""
-        op = "prelu" if node.op == "relu" else node.op
+        op = {"relu": "prelu", "fixed": "affine"}.get(node.op, node.op)
+        if op == "rescale":
+            return self._take_rescale(node, number)
         for place in range(self.place, len(_ORDER)):
             part, row = _ORDER[place]
             if part == op:
@@ -72,6 +76,18 @@ class Group:
                 self.place, self.value = place + 1, number
                 return True
         return False
+
+    def _take_rescale(self, node: Node, number: int) -> bool:
+        if self.place > _ORDER.index(("affine", tiles.GROUP)):
+            return False
+        row, after = (tiles.GROUP, len(_ORDER)) if self.place else (0, _ORDER.index(("add", -1)))
+        if len(node.inputs) == 2:
+            if self.residual or node.inputs[0] != self.value:
+                return False
+            self.inputs, self.residual = (self.inputs[0], node.inputs[1]), True
+        self.rows[row] = node
+        self.place, self.value = after, number
+        return True
 
     def take_level(self, node: Node, number: int) -> None:
         """Append the threshold that gives the bits `number`."""
@@ -92,6 +108,7 @@ def groups(program: Program) -> list[Group]:
             continue
         own = shapes[number].own
         fits = node.op in (*SUMS, *LEVELS, *_ALONE)
+        fits = fits and (0 not in node.inputs or node.op == "conv")  # the image is bytes
         group = Group(node, number, node.inputs, own, fits)
         made.append(group)
         if not fits:

@@ -97,10 +97,10 @@ def from_plain(value: Array, room: Array) -> None:
     whole[..., : value.shape[3]] = value
 
 
-def pad(x: Array, width: int, room: Array) -> Array:
-    """Copy maps into the middle of larger ones of 0."""
-    room[...] = 0
-    room[:, width:-width, width:-width] = x
+def pad(x: Array, width: int, room: Array, fill: Array | int = 0) -> Array:
+    """Copy maps into the middle of larger ones of 0, or of a number a channel."""
+    room[...] = fill
+    room[:, width : room.shape[1] - width, width : room.shape[2] - width] = x
     return room
 
 

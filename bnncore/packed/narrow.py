@@ -1,6 +1,6 @@
 """Smaller files: the tensors of a `Program` in fewer bits, where `pack` asks for it.
 
-Two options (`params.PackParams`), all lossy, all off by default:
+Three options (`params.PackParams`), all lossy, all off by default:
 
 affine: float16
     batch norms that do not fold, scales, PReLU slopes, biases, and thresholds on floats, each
@@ -13,7 +13,11 @@ weights: int8, float16 or mixed
     shortcut goes around (NIN, FER-Net), in float16 of 0.5 %, and all other layers together hardly
     any. Estimating norms again behind the rounding, or the mean that it adds, does not help.
 
-Arithmetic stays float32: a narrowed Program computes what the wide one would with rounded values.
+integer: true
+    no floats at all, of activations neither: see `packed.integers`. It goes before the others.
+
+Of the first two arithmetic stays float32: a narrowed Program computes what the wide one would with
+rounded values.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnncore.errors import UserError
+from bnncore.packed import integers
 from bnncore.packed.program import KINDS, Program, Tensor
 
 if TYPE_CHECKING:  # what runs packed files needs no pydantic
@@ -37,12 +42,22 @@ class NarrowError(UserError, ValueError):
     """A value does not fit the narrower type; names the layer and what to choose instead."""
 
 
-def narrowed(program: Program, pack: PackParams) -> Program:
+def narrowed(program: Program, pack: PackParams, images: np.ndarray | None = None) -> Program:
     """`program` with the kinds of tensors that `pack` asks for.
+
+    Args:
+        images: uint8 (B,H,W,C) that show the ranges of values, for `integer`; None for a drawing,
+            which has no values.
 
     Raises:
         NarrowError: a value is too large for float16; names the layer.
+        IntegerError: a layer needs larger integers than there are.
     """
+    if pack.integer:
+        sizes = [1.0] * (len(program.nodes) + 1)
+        return integers.converted(
+            program, sizes if images is None else integers.ranges(program, images)
+        )
     tensors = dict(program.tensors)
     nodes = []
     first = next((node for node in program.nodes if "weight" in node.tensors), None)

@@ -169,16 +169,18 @@ def _matrix(weight: Array, scale: Array | None) -> Array:
 
 
 def _conv(bound: _Bound) -> Run:
+    """Of integers too: float32 holds every sum of theirs on the way, in any order."""
     _, kh, kw, channels = bound.tensors["weight"].shape
     stride, pad = bound.attr("stride"), bound.attr("pad")
     height, width, filters = bound.out.dims
     taps = kh * kw * channels
     weights = bound.per(_matrix, "weight", "weight_scale")
     biases = bound.per(lambda bias: bias, "bias")
+    zeros = bound.per(lambda zero: 0 if zero is None else zero, "zero")
     step = max(1, _PIXELS // (height * width))
 
     def run(values: Sequence[Array], member: int) -> Array:
-        x = np.pad(values[0], ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else values[0]
+        x = framed(_float(values[0]), pad, zeros(member))
         weight, bias = weights(member), biases(member)
         out = np.empty((len(x), height, width, filters), np.float32)
         for start in range(0, len(x), step):
@@ -188,9 +190,20 @@ def _conv(bound: _Bound) -> Run:
             np.matmul(columns, weight, out=part)
             if bias is not None:
                 part += bias
-        return out
+        return out if bound.out.kind == "f32" else out.astype(np.int32)
 
     return run
+
+
+def framed(x: Array, pad: int, fill: Array | int) -> Array:
+    """Maps (B,H,W,C) with so many pixels around them, of 0 or of a number a channel."""
+    if not pad:
+        return x
+    batch, height, width, channels = x.shape
+    out = np.empty((batch, height + 2 * pad, width + 2 * pad, channels), x.dtype)
+    out[...] = fill
+    out[:, pad:-pad, pad:-pad] = x
+    return out
 
 
 def _bconv(bound: _Bound) -> Run:
@@ -333,6 +346,26 @@ def _unless_all(bits: Array | None) -> Array | None:
     return None if bits is None or bits.all() else bits
 
 
+def _rescale(bound: _Bound) -> Run:
+    scales, shifts, slopes = (bound.per(lambda x: x, slot) for slot in ("scale", "shift", "slope"))
+    right, low, high = (bound.attr(name) for name in ("right", "low", "high"))
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        x, *more = (value.astype(np.int32) for value in values)
+        scale, slope = scales(member).astype(np.int32), slopes(member)
+        if slope is not None:
+            scale = np.where(x >= 0, scale, slope)
+        y = (x * scale + shifts(member)) >> right
+        return np.clip(y + more[0] if more else y, low, high)
+
+    return run
+
+
+def _fixed(bound: _Bound) -> Run:
+    unit = 2.0 ** -bound.attr("fraction")
+    return lambda values, member: (values[0] * unit).astype(np.float32)
+
+
 def _add(bound: _Bound) -> Run:
     return lambda values, member: np.add(values[0], values[1], dtype=np.float32)
 
@@ -367,7 +400,8 @@ def _maxpool(bound: _Bound) -> Run:
     return run
 
 
-def _avgpool(bound: _Bound) -> Run:
+def _averages(bound: _Bound) -> tuple[Run, Array]:
+    """The sums over windows, and what an average divides them by, (Ho,Wo,1)."""
     kernel, stride, pad = (bound.attr(name) for name in ("kernel", "stride", "pad"))
     out = (bound.out.dims[0], bound.out.dims[1])
     # What a window divides by: with include_pad also its taps in the padding, but not those that
@@ -376,20 +410,40 @@ def _avgpool(bound: _Bound) -> Run:
     size = bound.inputs[0].dims[:2]
     divisor = borders.divisors(size, out, (kernel, kernel), stride, pad, reach)[..., None]
 
-    def run(values: Sequence[Array], member: int) -> Array:
-        x = _float(values[0])
-        views = _taps(_padded(x, pad, kernel, stride, out, 0), (kernel, kernel), stride, out)
+    def sums(values: Sequence[Array], member: int) -> Array:
+        padded = _padded(values[0], pad, kernel, stride, out, 0)
+        views = _taps(padded, (kernel, kernel), stride, out)
         total = views[0].copy()
         for view in views[1:]:
             total += view
+        return total
+
+    return sums, divisor
+
+
+def _avgpool(bound: _Bound) -> Run:
+    sums, divisor = _averages(bound)
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        total = sums([_float(values[0])], member)
         total /= divisor
         return total
 
     return run
 
 
+def _sumpool(bound: _Bound) -> Run:
+    sums, divisor = _averages(bound)
+    factor = borders.factors(divisor).astype(np.int32)
+    return lambda values, member: sums(values, member) * factor
+
+
 def _global_avg(bound: _Bound) -> Run:
     return lambda values, member: values[0].mean(axis=(1, 2), dtype=np.float32)
+
+
+def _global_sum(bound: _Bound) -> Run:
+    return lambda values, member: values[0].astype(np.int32).sum(axis=(1, 2))
 
 
 def _flatten(bound: _Bound) -> Run:
@@ -401,11 +455,11 @@ def _dense(bound: _Bound) -> Run:
     biases = bound.per(lambda bias: bias, "bias")
 
     def run(values: Sequence[Array], member: int) -> Array:
-        out = values[0] @ weights(member)
+        out = _float(values[0]) @ weights(member)
         bias = biases(member)
         if bias is not None:
             out += bias
-        return out
+        return out if bound.out.kind == "f32" else out.astype(np.int32)
 
     return run
 
@@ -425,7 +479,11 @@ _BUILD: dict[str, Callable[[_Bound], Run]] = {
     "concat": _concat,
     "maxpool": _maxpool,
     "avgpool": _avgpool,
+    "sumpool": _sumpool,
     "global_avg": _global_avg,
+    "global_sum": _global_sum,
     "flatten": _flatten,
     "dense": _dense,
+    "rescale": _rescale,
+    "fixed": _fixed,
 }

@@ -28,9 +28,10 @@ from bnncore.packed.program import (
     stored_shape,
 )
 from bnncore.packed.rules import MAX_MEMBERS, MAX_NODES, MAX_TENSORS, require, validate
+from bnncore.packed.rules import version as needed
 
 FORMAT = "bnncore"
-VERSION = "1"
+VERSIONS = ("1", "2")  # that can be read; written is the first that can hold a Program
 MAX_HEADER = 4096  # bytes of the safetensors header; the largest possible takes under 1 KiB
 MAX_GRAPH = 1 << 20  # bytes of the graph's JSON
 
@@ -85,7 +86,7 @@ def load(path: str | os.PathLike[str]) -> Program:
 
 def encode(program: Program) -> bytes:
     """The bytes of a packed file."""
-    validate(program)
+    version = needed(program, validate(program))
     parts = {
         kind: b"".join(t.data.tobytes() for t in program.tensors.values() if t.kind == kind)
         for kind in _DTYPES
@@ -93,14 +94,14 @@ def encode(program: Program) -> bytes:
     }
     parts["graph"] = graph(program)
     data = b"".join(parts.values())
-    return _head(parts, data) + data
+    return _head(parts, data, version) + data
 
 
 def file_size(sizes: dict[str, int]) -> int:
     """The size of a file whose entries (kinds of tensors, and ``graph``) take these bytes."""
     # Of the parts the header tells the lengths only.
     parts = {kind: range(sizes[kind]) for kind in _DTYPES if kind in sizes}
-    return len(_head(parts, b"")) + sum(sizes.values())
+    return len(_head(parts, b"", VERSIONS[0])) + sum(sizes.values())
 
 
 def graph(program: Program) -> bytes:
@@ -142,18 +143,18 @@ def _number(value: int | float) -> int | float:
     return float(value) if isinstance(value, float | np.floating) else int(value)
 
 
-def _head(parts: dict[str, Any], data: Any) -> bytes:
+def _head(parts: dict[str, Any], data: Any, version: str) -> bytes:
     """What stands in front of the data: the header's length, and the header."""
-    header = json.dumps(_header(parts, data), separators=(",", ":")).encode()
+    header = json.dumps(_header(parts, data, version), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header
 
 
-def _header(parts: dict[str, Any], data: Any) -> dict[str, Any]:
+def _header(parts: dict[str, Any], data: Any, version: str) -> dict[str, Any]:
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
-            "version": VERSION,
+            "version": version,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
     }
@@ -184,7 +185,8 @@ def decode(content: bytes) -> Program:
     header = _object(_json(content[8 : 8 + length], "header"), "header")
     metadata = _object(header.get("__metadata__"), "header __metadata__")
     require(metadata.get("format") == FORMAT, "format", FORMAT, metadata.get("format"))
-    require(metadata.get("version") == VERSION, "version", VERSION, metadata.get("version"))
+    version = metadata.get("version")
+    require(version in VERSIONS, "version", " or ".join(VERSIONS), version)
     data = memoryview(content)[8 + length :]
     parts: dict[str, Any] = {}
     start = 0
@@ -199,14 +201,14 @@ def decode(content: bytes) -> Program:
             start = end
     require(start == len(data), "file", f"{start} bytes of data", len(data))
     # What the writer would have put there is known in full, down to the checksum.
-    expected = _header(parts, data)
+    expected = _header(parts, data, version)
     true = expected["__metadata__"]["sha256"]
     require(metadata.get("sha256") == true, "data", "the sha256 in the header", f"sha256 {true}")
     for key in header.keys() | expected.keys():
         got = header.get(key)
         require(got == expected.get(key), f"header entry {key!r}", expected.get(key), got)
     require("graph" in parts, "file", "an entry graph", "none")
-    return _program(_json(_inflate(parts["graph"]), "graph"), parts)
+    return _program(_json(_inflate(parts["graph"]), "graph"), parts, version)
 
 
 def _inflate(packed: bytes) -> bytes:
@@ -274,7 +276,7 @@ _GRAPH_KEYS = {
 }
 
 
-def _program(raw: Any, parts: dict[str, Any]) -> Program:
+def _program(raw: Any, parts: dict[str, Any], version: str) -> Program:
     graph = _object(raw, "graph")
     require(graph.keys() == _GRAPH_KEYS, "graph", f"keys {sorted(_GRAPH_KEYS)}", sorted(graph))
     members = graph["members"]
@@ -313,7 +315,8 @@ def _program(raw: Any, parts: dict[str, Any]) -> Program:
         ),
         info=graph["info"],
     )
-    validate(program)
+    first = needed(program, validate(program))
+    require(first <= version, "operators", f"those of version {version}", f"some of {first}")
     return program
 
 

@@ -41,6 +41,25 @@ dense       f32 (B,F) -> (B,O)   weight[O,F] (float32, float16, or int8 with wei
                                  bias?[O]
 =========== ==================== ==============================================================
 
+Operators on integers alone (`packed.integers` makes them), with which nothing rounds differently
+anywhere. No integer is above 2**24 in size, so that float32 holds all of them; `rescale` takes 32
+bits:
+
+=========== ==================== ==============================================================
+conv        u8|i32 -> i32        weight[O,kh,kw,C] int8 or binary; [stride, pad]; on the image
+                                 zero[C]: what stands in its padding
+dense       i32 (B,F) -> (B,O)   weight[O,F] int8
+rescale     u8|i32, i32? -> i32  scale[C], shift[C], slope?[C]; [right, low, high]:
+                                 ``clip((x * scale + shift >> right) + second, low, high)``;
+                                 slope instead of scale where x < 0
+sumpool     i32 -> i32           [kernel, stride, pad, ceil, include_pad]: avgpool times the least
+                                 common multiple of its divisors
+global_sum  i32 -> i32 (B,C)     sum over H and W
+flatten     i32 -> i32 (B,F)
+fixed       i32 -> f32           [fraction]: ``x / 2**fraction``; the last node, and then votes take
+                                 probabilities from a table (`votes.table_softmax`)
+=========== ==================== ==============================================================
+
 The last node gives each member's outputs z (B,C); `combine` joins those of the first m members:
 
 ========= ============================================================================
@@ -177,11 +196,13 @@ class Shape(NamedTuple):
         kind: ``u8`` (the image), ``f32``, ``i32`` or ``bits``.
         dims: (H, W, C) or (F,), without the batch.
         own: whether each member computes its own.
+        bound: no integer is larger in size; 0 for floats and bits.
     """
 
     kind: str
     dims: tuple[int, ...]
     own: bool
+    bound: int = 0
 
 
 def stored_shape(tensor: Tensor, members: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bnncore.packed.borders import divisors
 from bnncore.packed.program import (
     COMBINES,
     KINDS,
@@ -28,7 +29,10 @@ MAX_MEMBERS = 1024
 MAX_CLASSES = 65536
 MAX_TEXT = 500  # characters of a name
 MAX_WINDOW = 255  # kernel and stride
-MAX_TAPS = 1 << 24  # products in one sum: integers up to here are exact in float32
+MAX_INT = 1 << 24  # size of an integer: float32 is exact up to here
+MAX_OUTPUT = 1 << 17  # of integers that become outputs: differences take 18 bits
+LEAST_FRACTION, MOST_FRACTION = -4, 24  # binary places of outputs
+MAX_TAPS = MAX_INT  # products in one sum
 MAX_VALUE = 1 << 24  # elements of one value, for one image
 MAX_VALUES = 1 << 28  # elements of all values together, for one image
 # Categories of characters that names do not hold: control, format (among them those that turn text
@@ -62,29 +66,39 @@ def validate(program: Program) -> list[Shape]:
         _check_tensor(name, tensor, program.members)
     require(1 <= len(program.nodes) <= MAX_NODES, "nodes", f"1 to {MAX_NODES}", len(program.nodes))
 
-    shapes = [Shape("u8", tuple(program.image), False)]
+    shapes = [Shape("u8", tuple(program.image), False, 255)]
     used: set[str] = set()
     total = 0
     for index, node in enumerate(program.nodes):
         _text(f"node {index} name", node.name)
-        look = _Look(f"node {index} ({node.op} {node.name!r})", node, program, shapes)
-        rule = _RULES.get(node.op)
-        require(rule is not None, f"node {index} ({node.name!r})", "a known operator", node.op)
-        assert rule is not None
-        kind, dims = rule(look)
-        elements = math.prod(dims)
-        require(elements <= MAX_VALUE, look.where, f"at most {MAX_VALUE} elements", elements)
-        total += elements
-        shapes.append(Shape(kind, dims, look.finish()))
+        shapes.append(infer(index, node, program, shapes))
+        total += math.prod(shapes[-1].dims)
         used.update(node.tensors.values())
     require(total <= MAX_VALUES, "all values", f"at most {MAX_VALUES} elements", total)
     last = shapes[-1]
     expected = ("f32", (classes,))
     require(last[:2] == expected, "last node's output", expected, last[:2])
+    fixed = [index for index, node in enumerate(program.nodes) if node.op == "fixed"]
+    last_alone = fixed in ([], [len(program.nodes) - 1])
+    require(last_alone, "fixed", "the last node alone", f"nodes {fixed[:3]}")
     used.update(_check_combine(program, classes))
     unused = sorted(program.tensors.keys() - used)
     require(not unused, "tensors", "every one in use", f"unused {unused[:3]}")
     return shapes
+
+
+def infer(index: int, node: Node, program: Program, shapes: list[Shape]) -> Shape:
+    """The shape of what node `index` gives, from those of earlier values."""
+    look = _Look(f"node {index} ({node.op} {node.name!r})", node, program, shapes)
+    rule = _RULES.get(node.op)
+    require(rule is not None, f"node {index} ({node.name!r})", "a known operator", node.op)
+    assert rule is not None
+    kind, dims = rule(look)
+    elements = math.prod(dims)
+    require(elements <= MAX_VALUE, look.where, f"at most {MAX_VALUE} elements", elements)
+    bound = look.bound if kind == "i32" else 0
+    require(bound <= MAX_INT, look.where, f"integers up to {MAX_INT}", bound)
+    return Shape(kind, dims, look.finish(), bound)
 
 
 def window(size: int, kernel: int, stride: int, pad: int, ceil: int = 0) -> int:
@@ -96,6 +110,29 @@ def window(size: int, kernel: int, stride: int, pad: int, ceil: int = 0) -> int:
     if ceil and (count - 1) * stride >= size + pad:
         count -= 1
     return count
+
+
+def version(program: Program, shapes: list[Shape]) -> str:
+    """The first version of the format that can hold a valid Program with these values."""
+    for node in program.nodes:
+        on_floats = node.op in ("conv", "dense", "flatten")
+        if node.op in _SECOND or (on_floats and shapes[node.inputs[0]].kind != "f32"):
+            return "2"
+    return "1"
+
+
+_SECOND = ("rescale", "sumpool", "global_sum", "fixed")
+
+
+def largest_sum(weight: Tensor) -> int:
+    """The largest sum of the sizes of one filter's integer weights (O, ...), at least 1."""
+    taps = math.prod(weight.shape[1:])
+    if weight.kind == "binary":
+        return taps
+    if not any(weight.data.strides):  # a drawing's: one value, at which it is looked once
+        return max(1, taps * abs(int(weight.data.max(initial=0))))
+    rows = np.abs(weight.data.astype(np.int32)).reshape(-1, taps)
+    return max(1, int(rows.sum(1).max(initial=0)))
 
 
 def require(condition: bool, where: str, expected: object, got: object) -> None:
@@ -185,6 +222,7 @@ def _check_combine(program: Program, classes: int) -> set[str]:
 _FLOATS = ("float32", "float16")
 _LEVELS = ("float32", "float16", "int8", "int16", "int32")
 _NUMBERS = ("f32", "i32")
+_WEIGHTS = ("float32", "float16", "int8", "binary")
 
 
 class _Look:
@@ -194,6 +232,7 @@ class _Look:
         self.where, self.node, self.program, self.shapes = where, node, program, shapes
         self.slots: set[str] = set()
         self.attributes: set[str] = set()
+        self.bound = 0  # of the integers that it gives
 
     def inputs(
         self, count: int | None, kinds: tuple[str, ...], axes: int | None = 3
@@ -210,6 +249,7 @@ class _Look:
             require(shape.kind in kinds, where, kinds, shape.kind)
             require(axes in (None, len(shape.dims)), where, f"{axes} axes", shape.dims)
             found.append(shape)
+        self.bound = max(shape.bound for shape in found)
         return found
 
     def tensor(self, slot: str, kinds: tuple[str, ...], *shape: int | None) -> Tensor:
@@ -241,6 +281,10 @@ class _Look:
             good = 128 * largest <= float(np.finfo(np.float32).max)
             require(good, f"{self.where} weight_scale", "finite weights", largest)
 
+    def products(self, weight: Tensor) -> None:
+        """The bound of sums of products of integers."""
+        self.bound *= largest_sum(weight)
+
     def attr(self, name: str, low: int, high: int) -> int:
         """An integer attribute within bounds."""
         self.attributes.add(name)
@@ -266,8 +310,8 @@ def _normalize(look: _Look) -> tuple[str, tuple[int, ...]]:
 
 def _convolution(look: _Look) -> tuple[str, tuple[int, ...]]:
     binary = look.node.op == "bconv"
-    (x,) = look.inputs(1, ("bits",) if binary else ("f32",))
-    kinds = ("binary",) if binary else ("float32", "float16", "int8", "binary")
+    (x,) = look.inputs(1, ("bits",) if binary else ("f32", "u8", "i32"))
+    kinds = ("binary",) if binary else _WEIGHTS if x.kind == "f32" else ("int8", "binary")
     height, width, channels = x.dims
     weight = look.tensor("weight", kinds, None, None, None, channels)
     filters, kh, kw, _ = weight.shape
@@ -276,15 +320,52 @@ def _convolution(look: _Look) -> tuple[str, tuple[int, ...]]:
     require(taps <= MAX_TAPS, look.where, f"at most {MAX_TAPS} products in a sum", taps)
     if binary:
         look.attr("biases", 0, MAX_TAPS)
-    else:
+        look.bound = taps
+    elif x.kind == "f32":
         look.maybe("bias", _FLOATS, filters)
         look.scale_of(weight)
+    else:
+        if x.kind == "u8":
+            look.bound = max(255, _size(look.tensor("zero", ("int16",), channels)))
+        look.products(weight)
     stride = look.attr("stride", 1, MAX_WINDOW)
     # Less than the kernel, so that every window holds at least one real tap.
     pad = look.attr("pad", 0, min(kh, kw) - 1)
     dims = (window(height, kh, stride, pad), window(width, kw, stride, pad), filters)
     require(min(dims) > 0, look.where, f"a map of at least {kh}x{kw}", f"{height}x{width}")
-    return ("i32" if binary else "f32"), dims
+    return ("f32" if x.kind == "f32" else "i32"), dims
+
+
+def _size(tensor: Tensor) -> int:
+    """Of the largest integer."""
+    return int(max(tensor.data.max(initial=0), -int(tensor.data.min(initial=0))))
+
+
+def _rescale(look: _Look) -> tuple[str, tuple[int, ...]]:
+    count = len(look.node.inputs)
+    x, *more = look.inputs(2 if count == 2 else 1, ("u8", "i32"), None)
+    for other in more:
+        good = other[:2] == ("i32", x.dims)
+        require(good, f"{look.where} second", ("i32", x.dims), other[:2])
+    channels = x.dims[-1]
+    factors = [_size(look.tensor("scale", ("int16",), channels))]
+    if "slope" in look.node.tensors:
+        factors.append(_size(look.tensor("slope", ("int16",), channels)))
+    largest = x.bound * max(factors) + _size(look.tensor("shift", ("int32",), channels))
+    largest += sum(other.bound for other in more)
+    require(largest < 1 << 31, look.where, "products below 2**31", largest)
+    look.attr("right", 0, 31)
+    low, high = (look.attr(name, -MAX_INT, MAX_INT) for name in ("low", "high"))
+    require(low <= high, look.where, "low <= high", (low, high))
+    look.bound = max(abs(low), abs(high))
+    return "i32", x.dims
+
+
+def _fixed(look: _Look) -> tuple[str, tuple[int, ...]]:
+    (x,) = look.inputs(1, ("i32",), 1)
+    require(x.bound <= MAX_OUTPUT, look.where, f"integers up to {MAX_OUTPUT}", x.bound)
+    look.attr("fraction", LEAST_FRACTION, MOST_FRACTION)
+    return "f32", x.dims
 
 
 def _affine(look: _Look) -> tuple[str, tuple[int, ...]]:
@@ -352,35 +433,42 @@ def _concat(look: _Look) -> tuple[str, tuple[int, ...]]:
 
 
 def _pool(look: _Look) -> tuple[str, tuple[int, ...]]:
-    (x,) = look.inputs(1, _NUMBERS)
+    (x,) = look.inputs(1, ("i32",) if look.node.op == "sumpool" else _NUMBERS)
     kernel = look.attr("kernel", 1, MAX_WINDOW)
     stride = look.attr("stride", 1, MAX_WINDOW)
     pad = look.attr("pad", 0, kernel // 2)
     ceil = look.attr("ceil", 0, 1)
-    maximum = look.node.op == "maxpool"
-    if not maximum:
-        look.attr("include_pad", 0, 1)
+    reach = 0 if look.node.op == "maxpool" else pad * look.attr("include_pad", 0, 1)
     height, width = (window(size, kernel, stride, pad, ceil) for size in x.dims[:2])
     require(min(height, width) > 0, look.where, f"a map of at least {kernel}x{kernel}", x.dims)
-    return (x.kind if maximum else "f32"), (height, width, x.dims[2])
+    if look.node.op == "sumpool":
+        counts = divisors(x.dims[:2], (height, width), (kernel, kernel), stride, pad, reach)
+        look.bound *= math.lcm(*map(int, np.unique(counts)))
+    return ("f32" if look.node.op == "avgpool" else x.kind), (height, width, x.dims[2])
 
 
 def _global_avg(look: _Look) -> tuple[str, tuple[int, ...]]:
-    (x,) = look.inputs(1, _NUMBERS)
-    return "f32", x.dims[2:]
+    (x,) = look.inputs(1, ("i32",) if look.node.op == "global_sum" else _NUMBERS)
+    look.bound *= x.dims[0] * x.dims[1]
+    return ("i32" if look.node.op == "global_sum" else "f32"), x.dims[2:]
 
 
 def _flatten(look: _Look) -> tuple[str, tuple[int, ...]]:
-    (x,) = look.inputs(1, ("f32",))
-    return "f32", (math.prod(x.dims),)
+    (x,) = look.inputs(1, _NUMBERS)
+    return x.kind, (math.prod(x.dims),)
 
 
 def _dense(look: _Look) -> tuple[str, tuple[int, ...]]:
-    (x,) = look.inputs(1, ("f32",), 1)
-    weight = look.tensor("weight", ("float32", "float16", "int8"), None, x.dims[0])
-    look.scale_of(weight)
-    look.maybe("bias", _FLOATS, weight.shape[0])
-    return "f32", weight.shape[:1]
+    (x,) = look.inputs(1, _NUMBERS, 1)
+    whole = x.kind == "i32"
+    kinds = ("int8",) if whole else ("float32", "float16", "int8")
+    weight = look.tensor("weight", kinds, None, x.dims[0])
+    if whole:
+        look.products(weight)
+    else:
+        look.scale_of(weight)
+        look.maybe("bias", _FLOATS, weight.shape[0])
+    return x.kind, weight.shape[:1]
 
 
 _RULES: dict[str, Callable[[_Look], tuple[str, tuple[int, ...]]]] = {
@@ -398,7 +486,11 @@ _RULES: dict[str, Callable[[_Look], tuple[str, tuple[int, ...]]]] = {
     "concat": _concat,
     "maxpool": _pool,
     "avgpool": _pool,
+    "sumpool": _pool,
     "global_avg": _global_avg,
+    "global_sum": _global_avg,
     "flatten": _flatten,
     "dense": _dense,
+    "rescale": _rescale,
+    "fixed": _fixed,
 }

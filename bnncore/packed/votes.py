@@ -35,16 +35,38 @@ def combine(program: Program, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarr
         if "bias" in program.combine_tensors:
             scores = scores + program.tensors[program.combine_tensors["bias"]].data
     elif program.combine == "soft_vote":
-        scores = (weight[:, None, None] * softmax(z)).sum(0) / weight.sum()
+        scores = (weight[:, None, None] * probable(program, z)).sum(0) / weight.sum()
     else:
         votes = np.zeros(z.shape[1:])
         rows = np.arange(z.shape[1])
         for member, winner in enumerate(z.argmax(2)):
             votes[rows, winner] += weight[member]
         best = votes == votes.max(1, keepdims=True)
-        doubt = np.where(best, softmax(z).sum(0), -1.0)
+        doubt = np.where(best, probable(program, z).sum(0), -1.0)
         return votes.astype(np.float32), doubt.argmax(1)
     return scores.astype(np.float32), scores.astype(np.float32).argmax(1)
+
+
+def probable(program: Program, z: np.ndarray) -> np.ndarray:
+    """The softmax that votes take of outputs z, float64 (..., C)."""
+    last = program.nodes[-1]
+    return table_softmax(z, int(last.attrs["fraction"])) if last.op == "fixed" else softmax(z)
+
+
+def table_softmax(z: np.ndarray, fraction: int) -> np.ndarray:
+    """Softmax by integers alone, of whole multiples of ``2**-fraction``: (..., C) the same.
+
+    Powers of two, of a table for each 256th of an exponent; all is rounded down, to 2**-14.
+    """
+    x = np.ldexp(z, fraction).astype(np.int64)
+    steps = (x.max(-1, keepdims=True) - x) * STEPS_OF_E >> (fraction + 4)
+    e = TABLE[steps & 255] >> np.minimum(steps >> 8, 31)
+    return (e << 14) // e.sum(-1, keepdims=True) / 2.0**14
+
+
+# 2**-(k / 256) of 16 bits; and 256 log2(e) 2**4.
+TABLE = np.rint(65535 * 2.0 ** (-np.arange(256) / 256)).astype(np.int64)
+STEPS_OF_E = 5909
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

@@ -243,7 +243,16 @@ class Search:
         if isinstance(result, WorkError):
             self.say(f"     rival: {label} failed: {result}")
             return
-        keys = ("affine", "weights", "drop", "val_top1", "val_loss", "file_bytes", "cpu_s")
+        keys = (
+            "affine",
+            "weights",
+            "integer",
+            "drop",
+            "val_top1",
+            "val_loss",
+            "file_bytes",
+            "cpu_s",
+        )
         row = {**config, **{k: result[k] for k in keys}, "feasible": True}
         taken = asdict(self.space.cost(row))
         row |= {k.replace("file_", "bound_"): v for k, v in taken.items()}
@@ -319,7 +328,7 @@ class Search:
             return
         taken = self.space.cost({**t.config, **result}) if t.cost else None
         about: Row = {**t.config, "outcome": outcome}
-        about |= {k: result[k] for k in ("affine", "weights") if k in result}
+        about |= {k: result[k] for k in ("affine", "weights", "integer") if k in result}
         if taken:  # among the parameters too: the compare view opens on the first three that differ
             about["bound_kib"] = round(taken.file_bytes / 1024, 2)
         with self.tracker.model(t.name, about) as child:

@@ -82,7 +82,7 @@ def packing_of(row: Row) -> PackParams | None:
     """How what a row is about was packed; None where it is not trained yet."""
     if row.get("weights") is None:
         return None
-    return PackParams(row["affine"], row["weights"])
+    return PackParams(row["affine"], row["weights"], row["integer"])
 
 
 def model(params: Params) -> tuple[str, EnsembleParams | None]:

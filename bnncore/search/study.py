@@ -50,13 +50,20 @@ STATES = {
 }  # fmt: skip
 
 
+SHOWN = (
+    *("outcome", "affine", "weights", "integer", "drop", "val_top1", "stopped_top1", "val_loss"),
+    *("file_bytes", "bound_bytes", "counted_kib", "megaops", "activation_kib", "feasible"),
+    *("reason", "cpu_s"),
+)
+
+
 def _of(trial: FrozenTrial) -> str:
     return identity(trial.user_attrs["config"])
 
 
 def _digest(row: Row) -> str:
     """Of a configuration as it is packed."""
-    return digest(identity(row), row["affine"], row["weights"])
+    return digest(identity(row), row["affine"], row["weights"], row["integer"])
 
 
 @dataclass(frozen=True)
@@ -141,21 +148,10 @@ class Study:
 
     def rows(self) -> list[Row]:
         """One dict a configuration that was asked for, in that order."""
-        keys = ["outcome", "affine", "weights", "drop", "val_top1", "stopped_top1", "val_loss"]
-        keys += [
-            "file_bytes",
-            "bound_bytes",
-            "counted_kib",
-            "megaops",
-            "activation_kib",
-            "feasible",
-            "reason",
-            "cpu_s",
-        ]
         rows = []
         for t in self.trials():
             row = {"number": _number(t), **t.user_attrs["config"]}
-            row |= {k: t.user_attrs.get(k) for k in keys}
+            row |= {k: t.user_attrs.get(k) for k in SHOWN}
             if row["file_bytes"] is None or row["outcome"] == STOPPED:
                 row["file_bytes"] = row["bound_bytes"]
             rows.append(row)
@@ -335,7 +331,7 @@ class Study:
     def tell(self, trial: Trial, result: dict[str, Any]) -> str:
         """Write down what `search.trial.train` found; returns the outcome."""
         outcome = STOPPED if result["stopped"] else TRAINED
-        keys = ("affine", "weights", "drop", "val_loss", "file_bytes", "rungs", "cpu_s")
+        keys = ("affine", "weights", "integer", "drop", "val_loss", "file_bytes", "rungs", "cpu_s")
         notes = {key: result[key] for key in keys}
         notes["stopped_top1" if result["stopped"] else "val_top1"] = result["val_top1"]
         self._write(trial, outcome, notes)

@@ -139,6 +139,7 @@ def assess(found: Packed, data: Dataset) -> Result:
         "file_bytes": len(packfile.encode(found.program)),
         "affine": found.pack.affine,
         "weights": found.pack.weights,
+        "integer": found.pack.integer,
         "drop": found.drop,
     }
 

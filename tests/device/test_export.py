@@ -15,7 +15,7 @@ from bnncore.device import emulate, export
 from bnncore.device.export import Exported, ExportError
 from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
-from bnncore.packed import execute, narrow, votes
+from bnncore.packed import execute, integers, narrow, votes
 from bnncore.packed.program import Program
 from bnncore.params import Binarizer, PackParams
 from tests import tiny
@@ -56,6 +56,10 @@ def called(
 def agree(program: Program, images: np.ndarray, members: int, labels, scores) -> None:
     model = execute.Model(program, "numpy")
     want = model(images, members)
+    if program.nodes[-1].op == "fixed" and "weight" not in program.combine_tensors:  # of integers
+        assert (scores == want).all()
+        assert (labels == model.predict(images, members)).all()
+        return
     # Sums of floats agree to rounding, of the largest that goes into them.
     off = 1e-4 + 1e-5 * np.abs(want).max()
     assert np.allclose(scores, want, rtol=1e-4, atol=off)
@@ -64,7 +68,9 @@ def agree(program: Program, images: np.ndarray, members: int, labels, scores) ->
     assert (labels == model.predict(images, members))[clear].all()
 
 
-def network(backbone: str, sharing: str, combine: str = "mean", members: int = 2) -> Program:
+def network(
+    backbone: str, sharing: str, combine: str = "mean", members: int = 2, whole: bool = False
+) -> Program:
     classifier = None
     if sharing == "tentaclenet":
         combine, classifier = "sum", "logits" if backbone == "nin" else "features"
@@ -73,7 +79,9 @@ def network(backbone: str, sharing: str, combine: str = "mean", members: int = 2
         changes["binarizer"] = Binarizer("sign", stem="binary", head="binary")
     ensemble = tiny.ensemble(members, sharing, combine, **changes)
     tiny.scramble(ensemble)
-    return lower(ensemble, (0.4,), (0.3,), tuple("abcd"))
+    program = lower(ensemble, (0.4,), (0.3,), tuple("abcd"))
+    return integers.converted(program, integers.ranges(program, random_images(program, 32))
+                              ) if whole else program  # fmt: skip
 
 
 NETWORKS = [
@@ -86,20 +94,26 @@ NETWORKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize(("backbone", "sharing", "combine"), NETWORKS)
-def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing, combine):
-    program = network(backbone, sharing, combine)
+def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing, combine, whole):
+    program = network(backbone, sharing, combine, whole=whole)
     images = random_images(program, 8)
     library = compiled(export.generate(program, "net"), tmp_path)
     for members in range(1, program.members + 1):
         agree(program, images, members, *called(library, program, images, members))
 
 
-@pytest.mark.parametrize("pack", [PackParams("float16"), PackParams("float32", "int8"),
-                                  PackParams("float16", "int8"), PackParams("float16", "mixed")],
-                         ids=str)  # fmt: skip
+PACKS = [PackParams("float16"), PackParams("float32", "int8"), PackParams("float16", "int8"),
+         PackParams("float16", "mixed"), PackParams(integer=True)]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", PACKS, ids=str)
 def test_narrowed_files(tmp_path, pack):
-    program = narrow.narrowed(network("resnet8", "shared_conv"), pack)
+    plain = network("resnet8", "shared_conv")
+    program = narrow.narrowed(plain, pack, random_images(plain, 32))
     images = random_images(program, 8)
     library = compiled(export.generate(program, "net"), tmp_path)
     agree(program, images, 2, *called(library, program, images, 2))
@@ -128,9 +142,11 @@ def test_many_random_programs(tmp_path, start):
 SANITIZED = [
     *(lambda seed=seed: random_program(seed) for seed in (3, 70)),
     lambda: network("resnet8", "shared_conv"),  # sliced layers of both strides
+    lambda: network("leanresnet8", "shared_conv", "soft_vote", whole=True),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SANITIZED)
 @pytest.mark.skipif(COMPILER[0] == sys.executable, reason="sanitizers need gcc")
 def test_the_self_test_passes_under_sanitizers_as_c_and_as_cpp(tmp_path, make):
@@ -156,10 +172,13 @@ def test_the_self_test_can_fail(tmp_path):
     assert subprocess.run(["./t"], cwd=tmp_path).returncode == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize("core", emulate.CORES)
 @pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
-def test_cores_agree_with_the_evaluator(core):
-    program = network("resnet8", "shared_conv")
+def test_cores_agree_with_the_evaluator(core, whole):
+    program = network("leanresnet8" if whole else "resnet8", "shared_conv",
+                      "hard_vote" if whole else "mean", whole=whole)  # fmt: skip
     images = random_images(program, 2)
     device = emulate.Device(export.generate(program, "net"), core)
     found, instructions = device.call("scores", images, 2, count=True)

@@ -214,6 +214,7 @@ def test_chains_that_do_not_tell_their_channels(links):
 NETWORKS = ("nin", "fernet", "resnet8", "birealnet18", "reactnet10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", NETWORKS)
 @pytest.mark.parametrize("where", ["scales", "slopes"])
 def test_networks_with_such_values_give_torchs_labels(backbone, where):

@@ -37,6 +37,7 @@ def scrambled(p, name: str):
     return section, ensembled.Ensembled(spec, ensemble.state(), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [*PACKINGS, PackParams(choose="auto")])
 @pytest.mark.parametrize("name", ["fp32", "bnn", "one"])
 def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):

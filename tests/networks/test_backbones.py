@@ -98,6 +98,7 @@ def test_twins_share_names_and_shapes_of_weights(backbone):
     assert not any(isinstance(m, BinaryConv2d) for m in fp32.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize(
     "binarizer",

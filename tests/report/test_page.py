@@ -18,7 +18,6 @@ import pytest
 from bnncore import report
 from bnncore.report import page
 from bnncore.report.__main__ import main
-from bnncore.report.table import ReportError
 from tests.report.test_report import a_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -208,6 +207,7 @@ CHART = "document.querySelector('section[aria-label=\"{}\"] figure')"
 TIP = "(t => t.hidden ? null : t.innerText)({}.querySelector('.tip'))"
 
 
+@pytest.mark.slow
 @browser_only
 def test_the_page_in_a_browser(reports, tmp_path):
     url = page.write(reports).as_uri()
@@ -318,6 +318,7 @@ def test_the_page_in_a_browser(reports, tmp_path):
     in_browser(tmp_path, drive)
 
 
+@pytest.mark.slow
 @browser_only
 def test_the_page_on_a_phone_and_in_the_dark(reports, tmp_path):
     url = page.write(reports).as_uri()
@@ -414,17 +415,6 @@ def test_the_page_holds_all_and_fetches_nothing(reports):
     assert not any(word in text for word in ("https://", "src=", "@import", "url("))
     data = text.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data)["results"][-1]["name"] == HOSTILE
-
-
-def test_what_is_wrong_is_named(tmp_path, capsys):
-    with pytest.raises(ReportError, match=r"results\.json"):
-        page.write(tmp_path)
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ReportError, match=r"results\.json: expected a list, got dict"):
-        page.write(tmp_path)
-    (tmp_path / "results.json").write_text("[")
-    assert main(["--html", "--reports", str(tmp_path)]) == 1
-    assert "results.json: expected JSON" in capsys.readouterr().err
 
 
 def test_a_search_alone_makes_a_page(tmp_path, capsys):

@@ -64,7 +64,7 @@ def result(trial: Trial, **changes) -> dict:
     config = trial.config
     top1 = 50 + config["width"] + 2 * config["members"] + 5 * (config["scheme"] == "fusion")
     return {"val_top1": top1, "val_loss": 1.0, "file_bytes": trial.cost.file_bytes, "cpu_s": 1.0,
-            "affine": "float32", "weights": "float32", "drop": 0.0,
+            "affine": "float32", "weights": "float32", "integer": False, "drop": 0.0,
             "rungs": [top1 - 1, top1], "stopped": False, "history": {}, **changes}  # fmt: skip
 
 

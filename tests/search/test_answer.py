@@ -20,7 +20,7 @@ from tests.search.studies import DATA, configuration, parse, report, result, stu
 
 PARAMS = parse()
 TAKEN = {"bound_bytes": 9999, "counted_kib": 9.0, "megaops": 0.1, "activation_kib": 1.0,
-         "affine": "float16", "weights": "mixed", "drop": 0.1}  # fmt: skip
+         "affine": "float16", "weights": "mixed", "integer": False, "drop": 0.1}  # fmt: skip
 
 
 def trial(number: int, top1: float, size: int, loss: float = 1.0, **config) -> dict:
@@ -67,6 +67,7 @@ FOLDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_best_is_the_best_of_everything_trained(tmp_path, case):
     rows, others, expected = CASES[case]

@@ -188,22 +188,16 @@ def test_papers_command_says_which_file_is_missing(tmp_path, capsys):
 
 # -- trained files, and before training ----------------------------------------------------------
 
+# Every backbone, and every sharing with two of them; soak: all with all.
 STRUCTURES = [
-    (backbone, sharing)
-    for backbone in (
-        "nin",
-        "fernet",
-        "resnet8",
-        "resnet9",
-        "birealnet18",
-        "reactnet10",
-        "leanresnet8",
-        "leanplain",
-    )
+    pytest.param(backbone, sharing, marks=() if sharing in ("shared_conv", "tentaclenet")
+                 else pytest.mark.slow if backbone in ("resnet8", "nin") else pytest.mark.soak)
+    for backbone in ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10",
+                     "leanresnet8", "leanplain")
     for sharing in SHARING
     if not (backbone in ("nin", "fernet", "leanplain") and sharing in ("c2", "c3_blocks"))
     if not (backbone == "leanresnet8" and sharing == "c2")
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("negative", [True, False])
@@ -241,6 +235,7 @@ def test_counts_of_other_binarizers(weight, activation):
         assert counts.filter_sharing == same.filter_sharing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", ["float32", "float16"])
 @pytest.mark.parametrize("weights", ["float32", "float16", "int8", "mixed"])
 def test_bound_of_narrowed_files(affine, weights):

@@ -76,6 +76,7 @@ def outputs(result, split) -> np.ndarray:
 # -- every scheme ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_gives_members_that_differ_and_can_be_read_back(scheme, tmp_path):
     sharing = {"tentaclenet": "tentaclenet", "stochastic_rounding": "no_shared"}

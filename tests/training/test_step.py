@@ -112,6 +112,7 @@ def trained(job, images, trainer):
     return trainer.state(), [tuple(epoch[k] for k in keys) for epoch in done.history]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "sharing", "extra"), STEPS, ids=map(str, range(len(STEPS))))
 def test_same_bits_over_1_2_and_4_processes_with_and_without_replay(scheme, sharing, extra):
     p, images = plan(scheme, sharing, members=4, epochs=1, subset=0.1, dropout=0.2, **extra)

@@ -1,6 +1,6 @@
 /* What all kernels share. C99 and C++, nothing of libc beyond string.h.
 
-   A map is laid out H W C. Numbers are float (or int32_t, sums of a binary layer); bits are words
+   A map is laid out H W C. Numbers are float, or integers of 8, 16 or 32 bits; bits are words
    of 32 channels of one pixel, channel c in bit c % 32 of word c / 32, spare bits 0; 1 is +1. */
 #include <stdint.h>
 #include <string.h>
@@ -13,6 +13,8 @@
 #endif
 typedef float BNN_ALIAS bnn_f32;
 typedef int32_t BNN_ALIAS bnn_i32;
+typedef int16_t BNN_ALIAS bnn_i16;
+typedef int8_t BNN_ALIAS bnn_i8;
 typedef uint32_t BNN_ALIAS bnn_u32;
 
 /* A window over a map: of a convolution or a pooling. */

@@ -1,5 +1,5 @@
 /* Pixels of channels to channels of pixels, torch's order. */
-static void bnn_flatten(bnn_f32 *to, const bnn_f32 *x, int pixels, int channels)
+static void bnn_flatten_TYPE(bnn_TYPE *to, const bnn_TYPE *x, int pixels, int channels)
 {
     int p, c;
     for (p = 0; p < pixels; p++)

@@ -1,5 +1,5 @@
 /* Mean of a window; with include_pad it divides by the taps in the padding too. */
-static void bnn_avgpool_i32(const bnn_window *g, const bnn_i32 *x, int oy, int ox, int include_pad,
+static void bnn_avgpool_TYPE(const bnn_window *g, const bnn_TYPE *x, int oy, int ox, int include_pad,
                           bnn_f32 *v)
 {
     const int reach = include_pad ? g->pad : 0;
@@ -11,7 +11,7 @@ static void bnn_avgpool_i32(const bnn_window *g, const bnn_i32 *x, int oy, int o
         const int y = oy * g->stride - g->pad + i;
         for (j = 0; j < g->kw; j++) {
             const int z = ox * g->stride - g->pad + j;
-            const bnn_i32 *pixel;
+            const bnn_TYPE *pixel;
             if (y >= -reach && y < g->height + reach && z >= -reach && z < g->width + reach)
                 taps++;
             if (y < 0 || y >= g->height || z < 0 || z >= g->width)

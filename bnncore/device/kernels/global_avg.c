@@ -1,5 +1,5 @@
 /* Mean over all pixels. */
-static void bnn_global_avg_i32(const bnn_i32 *x, int pixels, int channels, bnn_f32 *v)
+static void bnn_global_avg_TYPE(const bnn_TYPE *x, int pixels, int channels, bnn_f32 *v)
 {
     const float count = (float)pixels;
     int p, c;

@@ -1,5 +1,6 @@
-/* The numbers of one window, 0 in the padding. */
-static void bnn_window_f32(const bnn_window *g, const bnn_f32 *x, int oy, int ox, bnn_f32 *to)
+/* The bytes of one window, in the padding those of `zero`. */
+static void bnn_window_bytes(const bnn_window *g, const uint8_t *x, int oy, int ox,
+                             const int16_t *zero, bnn_i16 *to)
 {
     int i, j, c;
     for (i = 0; i < g->kh; i++) {
@@ -7,9 +8,9 @@ static void bnn_window_f32(const bnn_window *g, const bnn_f32 *x, int oy, int ox
         for (j = 0; j < g->kw; j++, to += g->channels) {
             const int z = ox * g->stride - g->pad + j;
             const int inside = y >= 0 && y < g->height && z >= 0 && z < g->width;
-            const bnn_f32 *pixel = x + (inside ? ((int32_t)y * g->width + z) * g->channels : 0);
+            const uint8_t *pixel = x + (inside ? ((int32_t)y * g->width + z) * g->channels : 0);
             for (c = 0; c < g->channels; c++)
-                to[c] = inside ? pixel[c] : 0.0f;
+                to[c] = inside ? pixel[c] : zero[c];
         }
     }
 }

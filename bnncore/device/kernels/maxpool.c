@@ -1,12 +1,12 @@
 /* Largest of a window; taps in the padding never win. */
-static void bnn_maxpool_f32(const bnn_window *g, const bnn_f32 *x, int oy, int ox, bnn_f32 *v)
+static void bnn_maxpool_TYPE(const bnn_window *g, const bnn_TYPE *x, int oy, int ox, bnn_TYPE *v)
 {
     int i, j, c, first = 1;
     for (i = 0; i < g->kh; i++) {
         const int y = oy * g->stride - g->pad + i;
         for (j = 0; j < g->kw; j++) {
             const int z = ox * g->stride - g->pad + j;
-            const bnn_f32 *pixel;
+            const bnn_TYPE *pixel;
             if (y < 0 || y >= g->height || z < 0 || z >= g->width)
                 continue;
             pixel = x + ((int32_t)y * g->width + z) * g->channels;

@@ -18,6 +18,7 @@ from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 OPTIONS = (
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
+    params.PackParams(affine="float16", weights="mixed"),
     params.PackParams(affine="float16", weights="int8"),
     params.PackParams(integer=True),
 )
@@ -57,7 +58,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     model = execute.Model(program, p.ops, p.threads)
     theirs = np.load(PACKED / "torch" / f"{name}.npz")
     compared, different, largest = 0, 0, 0.0
-    found, top1, row = {}, {}, {}
+    found, top1, whole, row = {}, {}, {}, {}
     for part, split in (("val", images.val), ("test", images.test)):
         outputs = found[part] = model.outputs(split.images, batch=p.batch)
         scores, predicted = votes.combine(program, outputs)
@@ -66,6 +67,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         different += int((predicted != torch_predicted).sum())
         largest = max(largest, float(np.abs(outputs - theirs[part]).max(initial=0)))
         top1[part] = 100 * metrics.accuracy(predicted, split.labels)
+        whole[part] = 100 * metrics.accuracy(torch_predicted, split.labels)
         if part == "test":
             probabilities = votes.probabilities(program, scores)
             row = {
@@ -87,8 +89,9 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     if program.members > 1:
         row |= early_exit(model, images, found)
     narrower = []
-    if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
-        kept = {**params.plain(s.params.pack), "bytes": counts.file, "val_top1": top1["val"]}
+    if "pack" not in info:  # a file that is narrow already has nothing to lose
+        kept = {"affine": "float32", "weights": "float32", "bytes": counts.file}
+        kept["val_top1"] = top1["val"]
         narrower = [kept, *options(program, images, p)]
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"
@@ -104,6 +107,8 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "val_top1": top1["val"],
         "test_top1": top1["test"],
         "file_bytes": counts.file,
+        "packed_as": info.get("pack"),
+        "packing_costs": whole["val"] - top1["val"] if "pack" in info else None,
         "counted_kib": bits / 8 / 1024,
         "counted_by": "tentaclenet" if first else "filter_sharing",
         "binary_macs": counts.binary_macs,
@@ -181,7 +186,8 @@ def options(program: Program, images: data.Dataset, p: params.EvaluateParams) ->
         predicted = model.predict(images.val.images, batch=p.batch)
         top1 = 100 * metrics.accuracy(predicted, images.val.labels)
         size = len(packfile.encode(smaller))
-        rows.append({**params.plain(pack), "bytes": size, "val_top1": top1})
+        kinds = {"affine": pack.affine, "weights": pack.weights}
+        rows.append({**kinds, "bytes": size, "val_top1": top1})
     return rows
 
 

@@ -84,7 +84,10 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "boost": OPTIONAL, "chain": OPTIONAL, "residual": OPTIONAL, "shrinkage": OPTIONAL,
     },
     "EnsemblesParams": {"recipe": SECTION, "train": {"[]"}},
-    "PackParams": {"affine": set(), "weights": set()},
+    "PackParams": {
+        "affine": set(), "weights": set(), "integer": FLAG, "choose": set(),
+        "max_drop": {"0", *NUMBER},
+    },
     "EvaluateParams": {"ops": set(), "batch": WHOLE, "threads": WHOLE},
     "RayParams": {
         "address": TEXT, "actors": {"null", *MANY}, "cpus_per_actor": WHOLE,
@@ -94,8 +97,8 @@ GOOD: dict[str, dict[str, set[str]]] = {
     "MlflowParams": {"uri": PATH, "experiment": TEXT},
     "Scale": {"epochs": {"10**5", "10**9", *NUMBER}, "subset": {"1", "0.25"}},
     "SpaceParams": {
-        "backbone": set(), "width": set(), "scheme": set(), "sharing": set(), "members": set(),
-        "start": set(), "affine": set(), "weights": set(),
+        "backbone": set(), "width": set(), "fill": set(), "scheme": set(), "sharing": set(),
+        "members": set(), "start": set(),
     },
     "SearchParams": {
         "trials": MANY, "seed": {"0", *MANY, "10**9"}, "sampler": set(), "objectives": set(),
@@ -103,7 +106,7 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "megaops": {"null", "10**5", "10**9", *NUMBER},
         "activation_kib": {"null", "10**5", "10**9", *NUMBER}, "epochs": {"null", *MANY},
         "rungs": {"[]"}, "keep": {"1", "0.25"}, "batch": WHOLE, "warmup": MANY, "rivals": FLAG,
-        "space": SECTION,
+        "finalists": {"0", "1"}, "folds": set(), "space": SECTION,
     },
     "Params": {
         "scale": SECTION, "seed": {"0", *MANY, "10**9"}, "data": SECTION, "model": SECTION,

@@ -301,14 +301,25 @@ class PackParams:
 
     Attributes:
         affine: numbers of batch norms, scales and PReLUs that do not fold away.
-        weights: first convolution, shortcuts and dense layers; int8 has a scale a channel.
+        weights: first convolution, shortcuts and dense layers; int8 has a scale a filter;
+            ``mixed``: the first convolution in float16, the others in int8.
         integer: no floats from bytes to logits, whatever the others say: the same scores on every
             device, few instructions on those without a float unit.
+        choose: ``fixed``: as the keys above say. ``auto``: the smallest packing that costs at most
+            `max_drop`; nothing is trained for that (`lowering.packing`).
+        max_drop: points of validation accuracy that ``auto`` may give away.
     """
 
     affine: Literal["float32", "float16"] = "float32"
-    weights: Literal["float32", "int8"] = "float32"
+    weights: Literal["float32", "float16", "int8", "mixed"] = "float32"
     integer: Flag = False
+    choose: Literal["fixed", "auto"] = "fixed"
+    max_drop: Annotated[NotNegative, Field(le=100)] = 0.2
+
+    def __post_init__(self) -> None:
+        said = (self.affine, self.weights, self.integer)
+        if self.choose == "auto" and said != ("float32", "float32", False):
+            raise ValueError("choose: expected fixed beside other keys of one's own, got 'auto'")
 
 
 @dataclass(frozen=True, config=SECTION)

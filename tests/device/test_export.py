@@ -106,7 +106,7 @@ def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing
 
 
 PACKS = [PackParams("float16"), PackParams("float32", "int8"), PackParams("float16", "int8"),
-         PackParams(integer=True)]  # fmt: skip
+         PackParams("float16", "mixed"), PackParams(integer=True)]  # fmt: skip
 
 
 @pytest.mark.slow

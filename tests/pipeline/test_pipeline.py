@@ -27,6 +27,7 @@ STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate")
 # -- a copy to run in ------------------------------------------------------------------------------
 
 TINY = {
+    "pack": {},  # nothing rounded, so that packed and trained models can be compared exactly
     "model": {"backbone": "nin", "width": 8, "dropout": 0.0},
     "pretrain": {"epochs": 2, "batch_size": 128, "lr": 0.01},
     "binarize": {"epochs": 3, "batch_size": 128, "lr": 0.01},

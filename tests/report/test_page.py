@@ -39,9 +39,10 @@ def a_search():
         trials.append(row)
     trials += [
         {"rival": "int8 of the same bytes", "file_bytes": 23_000, "val_top1": 88.0},
-        {"rival": "wider BNN", "file_bytes": 22_000, "val_top1": 85.0},
+        {"rival": "wider BNN", "file_bytes": 22_000, "val_top1": 85.0, "about": "nin 40, one BNN"},
     ]
-    return {"budget_bytes": 24 * 1024, "trials": trials}
+    more = {"winner": "wider BNN", "rivals": {"one that was tried": 3, "wider BNN": None}}
+    return {"budget_bytes": 24 * 1024, "trials": trials, **more}
 
 
 CLASSES = ["zero", "one", HOSTILE, *(f"class {i}" for i in range(3, 10))]
@@ -303,7 +304,13 @@ def test_the_page_in_a_browser(reports, tmp_path):
         search = CHART.format("Search under a budget")
         marks = f"[...{search}.querySelectorAll('.point')].length"
         assert await browser.value(marks) == len(a_search()["trials"])
-        assert "over the budget" in await browser.value(f"{search}.textContent")
+        text = await browser.value(f"{search}.closest('section').textContent")
+        for said in (
+            "over the budget",
+            "The best that fits, nin 40, one BNN",
+            "one that was tried",
+        ):
+            assert said in text
 
         assert browser.complaints() == []
         assert browser.loaded() <= {url, "data:,"}

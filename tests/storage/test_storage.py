@@ -237,7 +237,7 @@ def test_counts_of_other_binarizers(weight, activation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("affine", ["float32", "float16"])
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "float16", "int8", "mixed"])
 def test_bound_of_narrowed_files(affine, weights):
     pack = PackParams(affine, weights)
     for backbone, sharing in (("nin", "tentaclenet"), ("resnet8", "c2"), ("reactnet10", "c1")):

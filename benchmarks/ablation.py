@@ -4,7 +4,8 @@
 
 For each data set and seed (of the split and of all training) it trains a lean ResNet-8, in FP32 and
 from that the BNN once for each row below: the base, and the base with one thing changed. Then all
-that helped together: of each group the best row, if its mean gain over the seeds is above zero.
+that helped together: of each group the best row, if its mean gain over the seeds is above their
+standard deviation.
 Last come ensembles, on digits: with and without a teacher, and single students of one. Accuracies
 are of the validation part; the test part is not looked at.
 
@@ -149,11 +150,12 @@ def gains(rows: list[Row], name: str, row: str, key: str = "val_top1") -> list[f
 
 
 def together(rows: list[Row], name: str) -> tuple[list[str], Change]:
-    """The best row of each group, if its mean gain is above zero: names, and their changes."""
+    """The best row of each group, if its mean gain is above its deviation: names, and changes."""
     best: dict[str, tuple[float, str, Change]] = {}
     for (group, row), change in SINGLE.items():
-        gain = statistics.mean(gains(rows, name, row))
-        if gain > max(0, best[group][0] if group in best else 0):
+        each = gains(rows, name, row)
+        gain = statistics.mean(each)
+        if gain > spread(each) and gain > (best[group][0] if group in best else 0):
             best[group] = gain, row, change
     merged: Change = {"recipe": {}}
     for _, _, change in best.values():

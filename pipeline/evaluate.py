@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from bnncore import data, metrics, params, report, storage
+from bnncore.device import costs
 from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
 SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
-         "binary_macs", "float_macs", "images_different")  # fmt: skip
+         "binary_macs", "float_macs", "ram_kib", "flash_kib", "minstructions",
+         "images_different")  # fmt: skip
 OPTIONS = (
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
@@ -95,6 +97,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
         kept = {**params.plain(s.params.pack), "bytes": counts.file, "val_top1": top1["val"]}
         narrower = [kept, *options(program, images, p)]
+    figures = costs.estimate(program)
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"
     bits = counts.tentaclenet if first else counts.filter_sharing
@@ -113,6 +116,9 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "counted_by": "tentaclenet" if first else "filter_sharing",
         "binary_macs": counts.binary_macs,
         "float_macs": counts.float_macs,
+        "ram_kib": figures.ram / 1024,
+        "flash_kib": figures.flash / 1024,
+        "minstructions": figures.instructions[-1] / 1e6,
         "images_compared": compared,
         "images_different": different,
         "max_logit_difference": largest,

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Over two processes; the tests of a file, which may share what is slow to make, stay in one.
-SPREAD := -n 2 --dist loadfile
+# Over two processes, in the order of tests/conftest.py; the tests of a file share what is slow to
+# make, and stay in one.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is

@@ -19,19 +19,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import seeds
 from bnncore import data, metrics
-from bnncore.lowering import blueprint, lower
+from bnncore.lowering import blueprint, packing
 from bnncore.packed import execute, packfile
-from bnncore.params import Params
+from bnncore.params import EnsembleParams, PackParams, Params
 from bnncore.training import loop, plans, schemes
 from bnncore.training.ensembled import Ensembled
 
 RIVALS = ("tentaclenet", "fusion")  # kinds whose largest ensemble a wider BNN is set against
 
 
-def packed_top1(trained: Ensembled, images: data.Dataset) -> tuple[float, int]:
-    """(test top-1 in percent, bytes) of the packed file."""
-    program = lower.lower(trained.ensemble(), images.mean, images.std, images.classes)
-    predicted = execute.Model(program, ops="numpy").predict(images.test.images)
+SMALL = PackParams(affine="float16", weights="int8")  # by which a width is found
+
+
+def packed_top1(
+    p: Params, images: data.Dataset, name: str, trained: Ensembled, section: EnsembleParams | None
+) -> tuple[float, int]:
+    """(test top-1 in percent, bytes) of the packed file, packed as the parameters say."""
+    program = packing.packed(trained, p, images, name, section).program
+    predicted = execute.Model(program).predict(images.test.images)
     return 100 * metrics.accuracy(predicted, images.test.labels), len(packfile.encode(program))
 
 
@@ -41,7 +46,7 @@ def wider(p: Params, images: data.Dataset, size: int) -> Params:
     while True:
         next_one = replace(p, model=replace(p.model, width=width + 1))
         spec = plans.single_spec(next_one, images.image, len(images.classes), binary=True)
-        if blueprint.file_bound(spec) > size:
+        if blueprint.file_bound(spec, SMALL) > size:
             return replace(p, model=replace(p.model, width=width))
         width += 1
 
@@ -53,8 +58,12 @@ def one_seed(p: Params, seed: int) -> list[dict]:
     def many(jobs):
         return loop.train_many(jobs, images)
 
-    def add(name: str, kind: str, members: int, trained: Ensembled) -> int:
-        top1, size = packed_top1(trained, images)
+    def add(
+        p: Params, name: str, kind: str, trained: Ensembled, section: EnsembleParams | None = None
+    ) -> int:
+        model = kind if section is None and kind == "fp32" else "bnn"
+        top1, size = packed_top1(p, images, section.name if section else model, trained, section)
+        members = section.members if section else 1
         rows.append({"seed": seed, "name": name, "kind": kind, "members": members,
                      "test_top1": top1, "file_bytes": size})  # fmt: skip
         print(f"seed {seed} {name:>24}: {top1:6.2f} %  {size:8,} bytes", flush=True)
@@ -68,15 +77,15 @@ def one_seed(p: Params, seed: int) -> list[dict]:
             states.append(done.state)
             if not prefix or kind == "bnn":
                 label = f"{prefix}{name}"
-                add(label, "wide" if prefix else kind, 1,
-                    Ensembled(job.spec, done.state, {}))  # fmt: skip
+                trained = Ensembled(job.spec, done.state, {})
+                add(p, label, "wide" if prefix else kind, trained)
         return states[0], states[1]
 
     fp32, bnn = single(p)
     largest: dict[str, int] = {}
     for ensemble in p.ensembles.train:
         made = schemes.train(plans.plan(p, ensemble, images, fp32, bnn), many)
-        size = add(ensemble.name, ensemble.scheme, ensemble.members, made)
+        size = add(p, ensemble.name, ensemble.scheme, made, ensemble)
         largest[ensemble.scheme] = max(size, largest.get(ensemble.scheme, 0))
     for kind in RIVALS:
         if kind in largest:

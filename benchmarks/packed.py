@@ -1,7 +1,7 @@
 """How fast packed networks run, against torch and onnxruntime on the same processor.
 
     python benchmarks/packed.py                     everything; minutes
-    python benchmarks/packed.py --quick             the ResNet-18 rows, in under a minute
+    python benchmarks/packed.py --quick             ResNet-18 and narrow layers, in a minute or two
     python benchmarks/packed.py --json FILE         also write the rows as JSON
 
 Every row compares two ways to do the same work, measured in turns in one run with the same number
@@ -233,14 +233,20 @@ def resnet18(bench: Bench, quick: bool) -> None:
     )
 
 
-def layers(bench: Bench) -> None:
-    """Single layers; the share of the peak is that of what a tile does on data in registers."""
+def layers(bench: Bench, quick: bool = False) -> None:
+    """Single layers; the share of the peak is that of what a tile does on data in registers.
+
+    Args:
+        quick: the narrow ones.
+    """
     import torch
+
+    from bnncore.packed import slicing
 
     torch.set_num_threads(1)
     peak = popcount_peak(bench.clock)
     shares = []
-    for channels, filters, size, side in LAYERS:
+    for channels, filters, size, side in LAYERS[-2:] if quick else LAYERS:
         name = f"{channels}->{filters} {size}x{size}, {side}x{side}"
         pad = size // 2
         random = np.random.default_rng(0)
@@ -263,15 +269,17 @@ def layers(bench: Bench) -> None:
             1 for axis in range(side) for tap in range(size) if 0 <= axis + tap - pad < side
         )
         words = BATCH * inside**2 * filters * channels / 64
-        shares.append((name, words / ours / peak))
-    lines = ["| bits to bits | share of the peak |", "| --- | ---: |"]
-    lines += [f"| {name} | {100 * share:.0f} % |" for name, share in shares]
+        sliced = slicing.wins((filters, size, size, channels), 1, (side, side), as_bits=True)
+        shares.append((name, "bit slices" if sliced else "counts", words / ours / peak))
+    lines = ["| bits to bits | tile | words a second, of the peak |", "| --- | --- | ---: |"]
+    lines += [f"| {name} | {tile} | {100 * share:.0f} % |" for name, tile, share in shares]
     lines += [
         "",
         f"The peak: {peak / 1e9:.2f} billion 64-bit words a second, XORed, counted and added on "
-        "data in registers. With few channels, and in 1x1 layers, a tile has too few products to "
-        "hide what begins and ends it; 16 filters also share what is read of the input less well "
-        "than 32. From numbers to numbers a layer also reads and writes 4 bytes a value, 33 MB "
+        "data in registers; bit slices do without that, and may be above it. With few channels, "
+        "and in 1x1 layers, a tile has too few products to hide what begins and ends it; 16 "
+        "filters also share what is read of the input less well than 32. From numbers to numbers a "
+        "layer also reads and writes 4 bytes a value, 33 MB "
         "for 64 channels of 32x32: that is memory's pace, not the kernel's.",
     ]
     bench.note("\n".join(lines))
@@ -464,7 +472,7 @@ def avx2(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         subprocess.run(
-            [sys.executable, __file__, "--only", "resnet18", "--quick", "--json", str(file)]
+            [sys.executable, __file__, "--quick", "--json", str(file)]
             + ["--cpu-time"] * (bench.clock is time.process_time),
             env={**os.environ, **AVX2},
             check=True,
@@ -500,7 +508,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the ResNet-18 rows only")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 and narrow layers only")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time, on a busy machine"
     )
@@ -519,8 +527,10 @@ def main() -> None:
     with torch.no_grad():
         if options.only in (None, "resnet18"):
             resnet18(bench, options.quick)
+        if options.quick and options.only in (None, "layers"):
+            layers(bench, quick=True)
         for name, section in SECTIONS.items():
-            if options.only == name or (options.only is None and not options.quick):
+            if not options.quick and options.only in (None, name):
                 section(bench)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n{time.perf_counter() - began:.0f} s; this process took {peak:.0f} MiB at most")

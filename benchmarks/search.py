@@ -1,18 +1,17 @@
-"""What the search is worth on digits: against random search, and against the default ensembles.
+"""What the search is worth on digits: against its rivals, and against the default ensembles.
 
-    python benchmarks/search.py [--trials 40] [--seeds 0 1 2] [--splits 10]
-    python benchmarks/search.py --only rejections workers
+    python benchmarks/search.py [--budgets 24 8] [--trials 40] [--seeds 0 1 2] [--splits 10]
+    python benchmarks/search.py --only counting workers
 
 Four parts, each of pieces that are written to the JSON file as soon as they are done; what is there
 is not done again, so it can be stopped and started at any time.
 
-* ``rejections``: 200 random configurations over the budget, what it takes to count and reject each,
-  in CPU time of the thread, those seen for the first time included.
-* ``studies``: for each seed one study with the parameters' sampler and one with random proposals,
-  same budget, same number of trials.
-* ``retrain``: the best of every study and all ensembles of params.yaml that fit the budget, trained
-  in full on splits of the data that no study has seen, one seed for the split and all training;
-  test accuracy of the packed file.
+* ``counting``: what it takes to open a study, and to say of 200 random choices how wide they may be
+  and what they take, in CPU time of the thread, those seen for the first time included.
+* ``studies``: for each budget and seed one study, as the parameters say.
+* ``retrain``: the best of every study, its rivals, and all ensembles of params.yaml that fit the
+  budget, trained in full on splits of the data that no study has seen, one seed for the split and
+  all training; test accuracy of the packed file.
 * ``workers``: one study of 20 configurations with one Ray worker and with two. Nothing else should
   run meanwhile, so it must be asked for.
 
@@ -46,8 +45,8 @@ from bnncore import data, metrics, params
 from bnncore.cluster.cluster import Cluster
 from bnncore.lowering import packing
 from bnncore.packed import execute, packfile
-from bnncore.params import EnsembleParams, Params
-from bnncore.search import space
+from bnncore.params import Params
+from bnncore.search import space, trial
 from bnncore.search import study as S
 from bnncore.search.run import Search
 from bnncore.training import loop, plans, schemes
@@ -55,7 +54,8 @@ from bnncore.training import loop, plans, schemes
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "checkpoints" / "benchmark-search"
 FIRST_SPLIT = 1001  # no study's seed, and none of the other benchmarks'
-PARTS = ("rejections", "studies", "retrain", "workers")
+PARTS = ("counting", "studies", "retrain", "workers")
+SEARCH = "search"
 
 
 class Pieces:
@@ -80,106 +80,103 @@ def surroundings() -> dict[str, Any]:
     return {"machine": machine, "load": round(os.getloadavg()[0], 1)}
 
 
-# -- rejections --------------------------------------------------------------------------------
+# -- counting ----------------------------------------------------------------------------------
 
 
-def rejections(p: Params, images: data.Dataset, pieces: Pieces, count: int = 200) -> None:
-    if "rejections" in pieces:
+def counting(p: Params, images: data.Dataset, pieces: Pieces, count: int = 200) -> None:
+    if "counting" in pieces:
         return
     started = time.process_time()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Search(p, images, Path(folder) / "search", say=lambda _: None) as search,
-    ):
-        opening = time.process_time() - started
-        gc.collect()
-        gc.freeze()  # as the pipeline does
-        rng, seen = np.random.default_rng(0), set()
-        whole: list[float] = []
-        while len(whole) < count:
-            config = {k: v[rng.integers(len(v))] for k, v in search.space.values.items()}
-            if space.identity(config) in seen:
-                continue
-            seen.add(space.identity(config))
-            at = time.thread_time()
-            trial = search.study.count(config, len(seen), batch=0)
-            if not trial.feasible:
-                search.study.reject(trial)
-                whole.append(time.thread_time() - at)
-        counting = search.study.rejecting_s
-
-    def figures(values: list[float]) -> dict[str, float]:
-        ms = 1000 * np.array(values)
-        found = {"mean": ms.mean(), "median": np.median(ms), "p99": np.percentile(ms, 99)}
-        return {k: round(float(v), 2) for k, v in (found | {"max": ms.max()}).items()}
-
-    pieces["rejections"] = {
-        "count": count, "counting_ms": figures(counting), "with_journal_ms": figures(whole),
-        "opening_s": round(opening, 2), **surroundings(),
+    found = space.Space(p, images)
+    opening = time.process_time() - started
+    gc.collect()
+    gc.freeze()  # as the pipeline does
+    rng = np.random.default_rng(0)
+    seconds: list[float] = []
+    over, used = 0, []
+    while len(seconds) < count:
+        choice = {k: v[rng.integers(len(v))] for k, v in found.values.items()}
+        at = time.thread_time()
+        config = found.config(choice)
+        problem = found.problem(config)
+        taken = None if problem else found.cost(config)
+        seconds.append(time.thread_time() - at)
+        if taken:
+            over += max(taken.constraints(p.search).values()) > 0
+            used.append(taken.counted_kib / p.search.budget_kib / choice.get("fill", 1.0))
+    ms = 1000 * np.array(seconds)
+    figures = {"mean": ms.mean(), "median": np.median(ms), "p99": np.percentile(ms, 99)}
+    pieces["counting"] = {
+        "count": count, "buildable": len(used), "over": int(over),
+        "filled": round(statistics.mean(used), 3), "opening_s": round(opening, 2),
+        "ms": {k: round(float(v), 2) for k, v in (figures | {"most": ms.max()}).items()},
+        **surroundings(),
     }  # fmt: skip
 
 
 # -- studies -----------------------------------------------------------------------------------
 
 
-def study_name(sampler: str, trials: int, seed: int) -> str:
-    return f"study/{sampler}/{trials}/{seed}"
+def study_name(kib: float, trials: int, seed: int) -> str:
+    return f"study/{kib:g}/{trials}/{seed}"
 
 
-def studies(p: Params, images: data.Dataset, pieces: Pieces, trials: int, seed: int) -> None:
-    for sampler in (p.search.sampler, "random"):
-        name = study_name(sampler, trials, seed)
-        if name in pieces:
-            continue
-        print(f"{name}:", flush=True)
-        search = replace(p.search, trials=trials, seed=seed, sampler=sampler, rivals=False)
-        # A folder a study, so that no study's time profits from networks that another has made.
-        folder = SCRATCH / name.replace("/", "-")
-        with Search(replace(p, search=search), images, folder) as study, Cluster(p.ray) as here:
-            before = len(study.report().rows)
-            report = study.run(here)
-            slots = here.slots()
-            if report.ended == "interrupted":
-                sys.exit(130)
-            assert report.best is not None
-            pieces[name] = {
-                "best": report.best, "config": {k: report.best[k] for k in study.space.values},
-                "outcomes": {o: sum(r["outcome"] == o for r in report.rows)
-                             for o in (*S.COUNTED, S.REJECTED)},
-                # Of a study that was stopped and went on, the wall time is not known.
-                "seconds": None if before else round(report.seconds, 1),
-                "cpu_s": round(sum(r["cpu_s"] or 0 for r in report.rows), 1),
-                "workers": slots, **surroundings(),
-            }  # fmt: skip
+def study(p: Params, images: data.Dataset, pieces: Pieces, name: str) -> None:
+    if name in pieces:
+        return
+    print(f"{name}:", flush=True)
+    # A folder a study, so that no study's time profits from networks that another has made.
+    folder = SCRATCH / name.replace("/", "-")
+    asked: list[float] = []  # when the trials were done, and again before the finalists
+    with Search(p, images, folder) as search, Cluster(p.ray) as here:
+        before, started = len(search.report().rows), time.monotonic()
+        report = search.run(here, answered=lambda _: asked.append(time.monotonic() - started))
+        slots = here.slots()
+    if report.ended == "interrupted":
+        sys.exit(130)
+    assert report.winner is not None
+    pieces[name] = {
+        "configs": {SEARCH: report.winner, **{r["rival"]: r for r in report.rivals}},
+        "outcomes": {o: sum(r["outcome"] == o for r in report.rows)
+                     for o in (*S.COUNTED, S.REJECTED)},
+        "folds": [[r["file_bytes"], 100 * float(right.mean())] for r, right in report.told_apart],
+        # Of a study that was stopped and went on, the wall time is not known.
+        "trials_s": None if before else round(asked[0], 1),
+        "seconds": None if before else round(report.seconds, 1),
+        "cpu_s": round(sum(r["cpu_s"] or 0 for r in report.rows), 1),
+        "workers": slots, **surroundings(),
+    }  # fmt: skip
 
 
 # -- retraining --------------------------------------------------------------------------------
 
 
-def defaults(p: Params, images: data.Dataset) -> dict[str, EnsembleParams]:
+def defaults(p: Params, images: data.Dataset) -> dict[str, Params]:
     """The ensembles of params.yaml whose files fit the budget, whatever is trained."""
     found = {}
     for ensemble in p.ensembles.train:
-        spec = plans.ensemble_spec(p, ensemble, images.image, len(images.classes))
-        if space.cost(spec, p, images.classes, p.search.count).counted_kib <= p.search.budget_kib:
-            found[ensemble.name] = ensemble
+        one = replace(p, ensembles=replace(p.ensembles, train=(ensemble,)))
+        spec = plans.ensemble_spec(one, ensemble, images.image, len(images.classes))
+        sizes = [space.cost(spec, replace(one, pack=pack), images.classes).counted_kib
+                 for pack in packing.packings(p.pack)]  # fmt: skip
+        if min(sizes) <= p.search.budget_kib:
+            found[f"default {ensemble.name}"] = one
     return found
 
 
-def candidates(
-    p: Params, images: data.Dataset, pieces: Pieces, trials: int, seeds: list[int]
-) -> dict[str, Params]:
-    """What is retrained: piece name (without the split) -> params with one ensemble."""
-    found = {}
-    for sampler in (p.search.sampler, "random"):
-        for seed in seeds:
-            known = pieces.known.get(study_name(sampler, trials, seed))
-            if known:
-                config = known["config"]
-                found[f"retrain/{space.identity(config)}"] = space.preset(p, config)
-    for name, ensemble in defaults(p, images).items():
-        one = replace(p, ensembles=replace(p.ensembles, train=(ensemble,)))
-        found[f"retrain/default {name}"] = one
+Groups = dict[str, dict[str, Params]]  # label -> piece name without the split -> what to train
+
+
+def groups(p: Params, images: data.Dataset, known: dict[str, Any], names: list[str]) -> Groups:
+    """What is compared within one budget, of the studies of these names."""
+    found: Groups = {}
+    for name in names:
+        for label, row in known[name]["configs"].items():
+            one = space.preset(p, row)
+            piece = f"retrain/{space.described(row)}"
+            found.setdefault(label, {})[piece] = one
+    for label, one in defaults(p, images).items():
+        found[label] = {f"retrain/{label}": one}
     return found
 
 
@@ -192,13 +189,15 @@ def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) ->
             continue
         one = seeds.seeded(one, split)
         images = images or data.load(one.data, ROOT)
-        key = (one.model.backbone, one.model.width)
-        if key not in bases:
-            bases[key] = seeds.base(one, images)
-        plan = plans.plan(one, one.ensembles.train[0], images, *bases[key])
-        made = schemes.train(plan, partial(loop.train_many, data=images))
-        program, _ = packing.packed(made, one, images, *space.model(one))
-        content = packfile.encode(program)
+        if one.ensembles.train:
+            key = (one.model.backbone, one.model.width)
+            if key not in bases:
+                bases[key] = seeds.base(one, images)
+            plan = plans.plan(one, one.ensembles.train[0], images, *bases[key])
+            made = schemes.train(plan, partial(loop.train_many, data=images))
+        else:
+            made = trial.network(1, images, one)
+        content = packfile.encode(packing.packed(made, one, images, *space.model(one)).program)
         size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")
         top1 = 100 * metrics.accuracy(model.predict(images.test.images), images.test.labels)
         print(f"{piece}: {top1:.2f} %, {size:,} bytes", flush=True)
@@ -215,7 +214,7 @@ def workers(p: Params, images: data.Dataset, pieces: Pieces, trials: int = 20) -
         if name in pieces:
             continue
         search = replace(
-            p.search, trials=trials, sampler="random", rungs=(), rivals=False, batch=10
+            p.search, trials=trials, sampler="random", rungs=(), rivals=False, finalists=0, batch=10
         )
         ray = replace(p.ray, actors=count)
         with (
@@ -244,116 +243,95 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), float(half)
 
 
-def summary(p: Params, images, pieces: Pieces, trials: int, seeds: list[int], splits: list[int]):
-    """What the pieces amount to: only splits and seeds for which all is there count."""
-    known = pieces.known
-    mine = p.search.sampler
-    seeds = [s for s in seeds if all(study_name(k, trials, s) in known for k in (mine, "random"))]
-    fitting = list(defaults(p, images))
-    configs = {
-        k: [space.identity(known[study_name(k, trials, s)]["config"]) for s in seeds]
-        for k in (mine, "random")
-    }
-    names = {k: [f"retrain/{c}" for c in v] for k, v in configs.items()}
-    rivals = {f"default {n}": [f"retrain/default {n}"] for n in fitting}
-    groups = {f"{mine} search": names[mine], "random search": names["random"], **rivals}
+def summary(known: dict[str, Any], compared: Groups, splits: list[int]) -> dict[str, Any]:
+    """What the pieces of one budget amount to: only splits for which all is there count."""
     splits = [
-        s for s in splits if all(f"{n}/{s}" in known for group in groups.values() for n in group)
-    ]
-    found: dict[str, Any] = {"trials": trials, "seeds": seeds, "splits": splits}
-    if not seeds or not splits:
-        return found | {"rows": []}
+        s for s in splits
+        if all(f"{name}/{s}" in known for group in compared.values() for name in group)
+    ]  # fmt: skip
+    if not splits or SEARCH not in compared:
+        return {"splits": [], "rows": []}
     top1 = {
         label: [statistics.mean(known[f"{n}/{s}"]["test_top1"] for n in group) for s in splits]
-        for label, group in groups.items()
+        for label, group in compared.items()
     }
-    ours = top1[f"{mine} search"]
     rows = []
-    for label, group in groups.items():
-        differences = [a - b for a, b in zip(ours, top1[label], strict=True)]
+    for label, group in compared.items():
         mean, half = interval(top1[label])
         row = {"label": label, "mean": mean, "half": half,
                "bytes": statistics.mean(known[f"{n}/{s}"]["file_bytes"] for n in group
                                         for s in splits)}  # fmt: skip
-        if label != f"{mine} search":
+        if label != SEARCH:
+            differences = [a - b for a, b in zip(top1[SEARCH], top1[label], strict=True)]
             row["difference"], row["difference_half"] = interval(differences)
         rows.append(row)
-    return found | {"rows": rows}
+    return {"splits": splits, "rows": rows}
 
 
-def markdown(p: Params, pieces: Pieces, found: dict[str, Any]) -> str:
+def markdown(pieces: Pieces, found: dict[float, dict[str, Any]], trials: int) -> str:
     known = pieces.known
-    lines = [
-        "Written by `python benchmarks/search.py`, which says how each figure is taken.",
-        "",
-        f"Digits, budget {p.search.budget_kib:g} KiB. Studies of **{found['trials']} trials**; "
-        f"study seeds complete: **{found['seeds'] or 'none'}**; splits complete: "
-        f"**{found['splits'] or 'none'}**.",
-        "",
-    ]
+    lines = ["Written by `python benchmarks/search.py`, which says how each figure is taken.", ""]
 
     def spread(mean: float, half: float) -> str:
         return f"{mean:.2f} ± {half:.2f}" if math.isfinite(half) else f"{mean:.2f} (one split)"
 
-    if found["rows"]:
+    for kib, part in found.items():
         lines += [
-            "## Retrained on fresh splits",
+            f"## Digits, {kib:g} KiB, {trials} trials: retrained on fresh splits", "",
+            f"Study seeds: **{part['seeds'] or 'none'}**; splits: **{part['splits'] or 'none'}**.",
             "",
+        ]  # fmt: skip
+        if not part["rows"]:
+            continue
+        lines += [
             "| what | test accuracy, % | search minus this, points | bytes |",
             "| --- | ---: | ---: | ---: |",
         ]
-        for r in found["rows"]:
+        for r in part["rows"]:
             less = spread(r["difference"], r["difference_half"]) if "difference" in r else ""
             lines.append(
                 f"| {r['label']} | {spread(r['mean'], r['half'])} | {less} | {r['bytes']:,.0f} |"
             )
         lines += ["", "± is a 95 % interval over splits; differences are paired by split.", ""]
-        if len(found["splits"]) < 10 or len(found["seeds"]) < 3:
+        if len(part["splits"]) < 10 or len(part["seeds"]) < 3:
             lines += [
                 "**Short of what was meant** (3 study seeds, 10 splits): take these as a trial run "
                 "of the script.",
                 "",
             ]
-    else:
-        lines += ["No seed has been retrained yet: there is no comparison here.", ""]
     rows = [(n, v) for n, v in known.items() if n.startswith("study/")]
     if rows:
         lines += [
             "## Studies",
             "",
-            "| sampler | trials | seed | best | validation, % | KiB | trained, stopped, failed; "
-            "rejected | wall s | CPU s in trials | workers | load |",
-            "| --- | ---: | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+            "| KiB | trials | seed | best | validation, % | bytes | told apart, % | trained, "
+            "stopped, failed; rejected | s for trials, in all | CPU s in trials | workers | load |",
+            "| ---: | ---: | ---: | --- | ---: | ---: | --- | --- | --- | ---: | ---: | ---: |",
         ]
         for name, v in sorted(rows):
-            _, sampler, trials, seed = name.split("/")
-            o = v["outcomes"]
+            _, size, count, seed = name.split("/")
+            o, best = v["outcomes"], v["configs"][SEARCH]
+            took = "in pieces" if v["seconds"] is None else f"{v['trials_s']}, {v['seconds']}"
+            folds = ", ".join(f"{top1:.2f}" for _, top1 in v["folds"])
             lines.append(
-                f"| {sampler} | {trials} | {seed} | {space.described(v['config'])} | "
-                f"{v['best']['val_top1']:.2f} | {v['best']['file_bytes'] / 1024:.2f} | "
-                f"{o[S.TRAINED]}, {o[S.STOPPED]}, {o[S.FAILED]}; {o[S.REJECTED]} | "
-                f"{v['seconds'] if v['seconds'] is not None else 'in pieces'} | {v['cpu_s']} | "
-                f"{v['workers']} | {v['load']} |"
+                f"| {size} | {count} | {seed} | {space.described(best)} | {best['val_top1']:.2f} | "
+                f"{best['file_bytes']:,} | {folds} | "
+                f"{o[S.TRAINED]}, {o[S.STOPPED]}, {o[S.FAILED]}; {o[S.REJECTED]} | {took} | "
+                f"{v['cpu_s']} | {v['workers']} | {v['load']} |"
             )
         lines += ["", "Wall time says something only where the machine's load was that of the "
                   "workers alone.", ""]  # fmt: skip
-    if "rejections" in known:
-        v = known["rejections"]
+    if "counting" in known:
+        v = known["counting"]
+        ms = ", ".join(f"{value} ({key})" for key, value in v["ms"].items())
         lines += [
-            "## Rejections",
+            "## Counting",
             "",
-            f"{v['count']} random configurations that are over the budget or cannot be built, in "
-            "CPU ms (load of the "
-            f"machine meanwhile: {v['load']}); opening the study, with the checks of the whole "
-            f"space: {v['opening_s']} s.",
+            f"Opening a study: {v['opening_s']} s of CPU time. {v['count']} random choices: {ms} "
+            f"ms each; of {v['buildable']} that can be built {v['over']} are over the budget, and "
+            f"they fill {v['filled']:.0%} of the share that they may. Load: {v['load']}.",
             "",
-            "| | mean | median | 99th percentile | most |",
-            "| --- | ---: | ---: | ---: | ---: |",
         ]
-        for key, label in (("counting_ms", "counting"), ("with_journal_ms", "and writing it down")):
-            f = v[key]
-            lines.append(f"| {label} | {f['mean']} | {f['median']} | {f['p99']} | {f['max']} |")
-        lines.append("")
     if "workers/1" in known and "workers/2" in known:
         one, two = known["workers/1"], known["workers/2"]
         same = "the same" if one["results"] == two["results"] else "NOT the same"
@@ -368,27 +346,32 @@ def markdown(p: Params, pieces: Pieces, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(found: dict[float, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    rows = found["rows"][::-1]
-    figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), dpi=120, layout="constrained")
-    ax = figure.subplots()
-    for y, r in enumerate(rows):
-        half = r["half"] if math.isfinite(r["half"]) else 0
-        ours = "search" in r["label"]
-        ax.errorbar(r["mean"], y, xerr=half, fmt="o", capsize=3,
-                    color="#009e73" if ours else "#0072b2")  # fmt: skip
-    ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
-    ax.set_xlabel(f"test accuracy, % (mean and 95 % interval over {len(found['splits'])} splits)")
-    ax.set_title(f"best of {found['trials']} trials, {len(found['seeds'])} study seeds", fontsize=9)
-    ax.grid(alpha=0.3)
-    ax.set_axisbelow(True)
+    parts = {kib: part for kib, part in found.items() if part["rows"]}
+    most = max(len(part["rows"]) for part in parts.values())
+    size = 1 + 7 * len(parts), 1.2 + 0.42 * most
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    for ax, (kib, part) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(),
+                               strict=True):  # fmt: skip
+        rows = part["rows"][::-1]
+        for y, r in enumerate(rows):
+            half = r["half"] if math.isfinite(r["half"]) else 0
+            ax.errorbar(r["mean"], y, xerr=half, fmt="o", capsize=3,
+                        color="#009e73" if r["label"] == SEARCH else "#0072b2")  # fmt: skip
+        ax.set_yticks(range(len(rows)), [r["label"] for r in rows])
+        ax.set_xlabel("test accuracy, % (mean and 95 % interval over splits)")
+        ax.set_title(f"{kib:g} KiB, {len(part['seeds'])} study seeds, {len(part['splits'])} splits",
+                     fontsize=9)  # fmt: skip
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
     figure.savefig(path, metadata={"Software": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[24.0, 8.0], help="KiB")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--splits", type=int, default=10, help="how many")
@@ -399,34 +382,47 @@ def main() -> None:
     p = params.load(args.params)
     images = data.load(p.data, ROOT)
     pieces = Pieces(args.json)
-    asked = {"search": params.digest(asdict(p.search), args.trials), "data": images.digest}
-    if pieces.known.setdefault("asked", asked) != asked and "retrain" in args.only:
+    asked = {"params": params.digest(asdict(p), args.trials), "data": images.digest}
+    if pieces.known.setdefault("asked", asked) != asked:
         parser.error(f"{args.json}: expected results of these parameters and as many trials, got "
                      "others; name another file with --json")  # fmt: skip
     splits = list(range(FIRST_SPLIT, FIRST_SPLIT + args.splits))
-    seeds: list[int] = []
+    within = {kib: replace(p, search=replace(p.search, budget_kib=kib)) for kib in args.budgets}
+
+    def known_seeds(kib: float) -> list[int]:
+        return [s for s in args.seeds if study_name(kib, args.trials, s) in pieces]
+
+    def compared(kib: float) -> Groups:
+        names = [study_name(kib, args.trials, s) for s in known_seeds(kib)]
+        return groups(within[kib], images, pieces.known, names)
 
     def report() -> None:
-        found = summary(p, images, pieces, args.trials, args.seeds, splits)
-        args.json.with_suffix(".md").write_text(markdown(p, pieces, found))
-        if found["rows"]:
+        found = {
+            kib: summary(pieces.known, compared(kib), splits) | {"seeds": known_seeds(kib)}
+            for kib in within
+        }
+        args.json.with_suffix(".md").write_text(markdown(pieces, found, args.trials))
+        if any(part["rows"] for part in found.values()):
             plot(found, args.json.with_suffix(".png"))
 
-    if "rejections" in args.only:
-        rejections(p, images, pieces)
+    if "counting" in args.only:
+        counting(p, images, pieces)
     if "workers" in args.only:
         workers(p, images, pieces)
     # Seed by seed, so that what is there when it is stopped is complete for some seeds.
     for seed in args.seeds:
-        if "studies" in args.only:
-            studies(p, images, pieces, args.trials, seed)
-        seeds.append(seed)
-        report()
-        if "retrain" in args.only:
-            chosen = candidates(p, images, pieces, args.trials, seeds)
-            for split in splits:
-                retrain(p, pieces, chosen, split)
-                report()
+        for kib, one in within.items():
+            if "studies" in args.only:
+                search = replace(one.search, trials=args.trials, seed=seed)
+                study(replace(one, search=search), images, pieces,
+                      study_name(kib, args.trials, seed))  # fmt: skip
+            report()
+            if "retrain" in args.only:
+                chosen = {name: each for group in compared(kib).values()
+                          for name, each in group.items()}  # fmt: skip
+                for split in splits:
+                    retrain(one, pieces, chosen, split)
+                    report()
     report()
     print(args.json.with_suffix(".md").read_text())
 

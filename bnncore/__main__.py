@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +41,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("file", type=Path, help="a packed file")
         command.set_defaults(run=run)
         if name == "predict":
-            command.add_argument("images", type=Path, nargs="+", help="image files or folders")
+            command.add_argument("images", type=Path, nargs="+",
+                                 help="image files or folders; - for a list on stdin")  # fmt: skip
             command.add_argument("--top", type=int, default=3, help="classes to show (default 3)")
+            command.add_argument("--threshold", type=float, default=0.0, metavar="P",
+                                 help="'unsure' where no class is as probable, 0 to 1")  # fmt: skip
+            form = command.add_mutually_exclusive_group()
+            form.add_argument("--json", action="store_const", dest="form", const="json",
+                              default="text", help="an object a line")  # fmt: skip
+            form.add_argument("--csv", action="store_const", dest="form", const="csv")
         if name != "inspect":
             command.add_argument("--members", type=int, help="use the first so many (default all)")
         if name == "predict":
@@ -49,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--batch", type=int, default=64, help="images (default 64)")
             command.add_argument("--torch", action="store_true", help="also torch fp32 eager")
             command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
+            command.add_argument("--layers", action="store_true", help="what each layer takes")
     device.register(commands)
     return parser
 
@@ -109,34 +119,74 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _predict(options: argparse.Namespace) -> None:
+def _predict(options: argparse.Namespace) -> int:
     # Here: what reads images needs more than numpy and numba, which inspect and bench do without.
-    from bnncore.data import SUFFIXES, read_image
+    from bnncore.data import SUFFIXES, DataError, read_image
 
     program = packfile.load(options.file)
     _check_members(options.members, program)
     if options.top < 1:
         raise UserError(f"--top: expected at least 1, got {options.top}")
+    if not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold: expected 0 to 1, got {options.threshold:g}")
     height, width, channels = program.image
     if channels not in (1, 3):
         raise UserError(f"image files have 1 or 3 channels, this network takes {channels}")
     paths = list(_image_paths(options.images, SUFFIXES))
+    top = min(options.top, len(program.classes))
+    show = _shower(options.form, max((len(str(path)) for path in paths), default=0), top)
     model = execute.Model(program, options.ops)
-    wide = max(len(str(path)) for path in paths)
+    failed = 0
     for start in range(0, len(paths), 64):
-        part = paths[start : start + 64]
-        images = np.stack([read_image(path, (height, width), channels) for path in part])
-        scores = model(images, options.members)
-        shares = votes.probabilities(program, scores)
-        for path, row in zip(part, shares, strict=True):
-            best = np.argsort(-row, kind="stable")[: options.top]
-            found = "  ".join(f"{program.classes[k]} {100 * row[k]:.1f} %" for k in best)
-            print(printable(f"{path!s:{wide}}  {found}"))
+        read: list[Path] = []
+        images: list[np.ndarray] = []
+        for path in paths[start : start + 64]:
+            try:
+                images.append(read_image(path, (height, width), channels))
+                read.append(path)
+            except DataError as error:  # the others are wanted all the same
+                failed = 1
+                print(f"bnncore: {printable(str(error))}", file=sys.stderr)
+        if not read:
+            continue
+        scores = model(np.stack(images), options.members)
+        for path, row in zip(read, votes.probabilities(program, scores), strict=True):
+            order = np.argsort(-row, kind="stable")[:top]
+            best = [(program.classes[k], float(row[k])) for k in order]
+            show(str(path), best[0][0] if best[0][1] >= options.threshold else None, best)
+    return failed
+
+
+Best = list[tuple[str, float]]  # classes and their probabilities, the best first
+
+
+def _shower(form: str, wide: int, top: int) -> Callable[[str, str | None, Best], None]:
+    """What prints an image's path, its label (None: unsure) and its best classes."""
+    if form == "csv":
+        write = csv.writer(sys.stdout, lineterminator="\n").writerow
+        ranks = range(1, top + 1)
+        write(["image", "label", *(f"{what}{rank}" for rank in ranks for what in ("class", "p"))])
+
+    def show(path: str, label: str | None, best: Best) -> None:
+        if form == "json":
+            print(json.dumps({"image": path, "label": label, "classes": dict(best)}))
+        elif form == "csv":
+            cells = [cell for name, p in best for cell in (name, f"{p:.4f}")]
+            write([printable(cell) for cell in (path, label or "unsure", *cells)])
+        else:
+            unsure = ["unsure"] if label is None else []
+            found = [f"{name} {100 * p:.1f} %" for name, p in best]
+            print(printable("  ".join([f"{path:{wide}}", *unsure, *found])))
+
+    return show
 
 
 def _image_paths(given: Sequence[Path], endings: tuple[str, ...]) -> Iterable[Path]:
     for path in given:
-        if path.is_dir():
+        if str(path) == "-":
+            lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+            yield from _image_paths([Path(os.fsdecode(line)) for line in lines if line], endings)
+        elif path.is_dir():
             inside = (p for p in path.rglob("*") if p.name.lower().endswith(endings))
             found = sorted(p for p in inside if p.name[0] != ".")
             if not found:
@@ -192,6 +242,32 @@ def _bench(options: argparse.Namespace) -> None:
         rows.append((ops, str(threads), f"{1e3 * median:.1f}", f"{options.batch / median:.0f}"))
     print(f"batch of {options.batch}, median of {options.repeats}:")
     print(*columns(rows, "<>"), sep="\n")
+    if options.layers:
+        _bench_layers(program, images, options.repeats)
+
+
+def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
+    """Print the compiled kernels' steps for one member: time, tile, binary products a second."""
+    model = execute.Model(program)
+    model.layers(images)
+    runs = [model.layers(images) for _ in range(repeats)]
+    operations = zip(program.nodes, costs.operations(program), strict=True)
+    products = {node.name: binary for node, (binary, _) in operations}
+    medians = [
+        statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)
+    ]
+    rows = [("step", "tile", "ms", "share", "binary MAC/ns")]
+    for (step, _), seconds in zip(runs[0], medians, strict=True):
+        done = products[step.about.rpartition(": ")[0]] * len(images)
+        rows.append((
+            printable(step.about),
+            step.tile(len(images)) if step.tile else "",
+            f"{1e3 * seconds:.3f}",
+            f"{seconds / sum(medians):.1%}",
+            f"{done / seconds / 1e9:.0f}" if done else "",
+        ))  # fmt: skip
+    print("\none thread, one member:")
+    print(*columns(rows, "<<>"), sep="\n")
 
 
 def _check_members(members: int | None, program: Program) -> None:

@@ -91,8 +91,8 @@ def _validate(drawn: Program, names: tuple[str, ...] | None) -> None:
 
 
 def _once(where: str, error: Exception) -> str:
-    """An error's text behind its key, which it may begin with already."""
-    return str(error) if str(error).startswith(where) else f"{where}: {error}"
+    """An error's text behind its key, which it may begin with already, or with one of the model."""
+    return str(error) if str(error).startswith((where, "model.")) else f"{where}: {error}"
 
 
 def _check_ensemble(

@@ -5,6 +5,7 @@ Legend: `B` images, `C` classes, `m` members.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,15 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """The fraction of (B,) predictions that equal the labels."""
     _same(predictions.shape, labels.shape)
     return float((predictions == labels).mean())
+
+
+def wilson(accuracy: float, images: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction measured on so many images (Wilson 1927)."""
+    z = 1.959964
+    centre = accuracy + z * z / (2 * images)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images * images))
+    scale = 1 + z * z / images
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -1,15 +1,15 @@
 """Stage binarize: binarize the pretrained backbone and train the single BNN."""
 
-from bnncore import data, params
+from bnncore import params
 from bnncore.training import loop, plans
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
-from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+from pipeline.stage import CHECKPOINTS, MODELS, run, stage
 
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         fp32 = Ensembled.read(MODELS / "fp32").state
         job = plans.first_job(s.params, images, fp32)
         with resumable(CHECKPOINTS / "binarize") as checkpoints:

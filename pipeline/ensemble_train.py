@@ -5,23 +5,24 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
-from bnncore import data, params
+from bnncore import params
 from bnncore.cluster.cluster import Cluster
 from bnncore.training import plans, schemes
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
-from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+from pipeline.stage import CHECKPOINTS, MODELS, run, stage
 
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         fp32 = Ensembled.read(MODELS / "fp32").state
         bnn = Ensembled.read(MODELS / "bnn").state
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
         out.mkdir(parents=True)  # the list may be empty
         trained: dict[str, Ensembled] = {}
+        print("starting Ray", flush=True)
         with (
             Cluster(s.params.ray) as cluster,
             resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
@@ -29,7 +30,9 @@ def main() -> None:
             train_many = partial(
                 cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
             )
-            for ensemble in s.params.ensembles.train:
+            todo = s.params.ensembles.train
+            for i, ensemble in enumerate(todo):
+                print(f"{ensemble.name}: ensemble {i + 1} of {len(todo)}", flush=True)
                 plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained)
                 trained[ensemble.name] = schemes.train(plan, train_many)
                 trained[ensemble.name].save(out / ensemble.name)

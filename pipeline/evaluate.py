@@ -16,12 +16,10 @@ from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
-SHOWN = ("test_top1", "val_top1", "members", "file_bytes", "counted_kib", "fp32_ratio",
-         "binary_macs", "float_macs", "ram_kib", "flash_kib", "minstructions",
-         "images_different")  # fmt: skip
 OPTIONS = (
     params.PackParams(affine="float16"),
     params.PackParams(weights="int8"),
+    params.PackParams(affine="float16", weights="mixed"),
     params.PackParams(affine="float16", weights="int8"),
     params.PackParams(integer=True),
 )
@@ -29,7 +27,7 @@ OPTIONS = (
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
         found = [evaluated(s, name, images) for name in names]
         counts = {r["name"]: r.pop("counts") for r in found}
@@ -41,17 +39,13 @@ def main() -> None:
         prefixes = {r["name"]: r.pop("anytime") for r in results}
         narrower = {r["name"]: r.pop("options") for r in results}
         REPORTS.mkdir(exist_ok=True)
-        (REPORTS / "options.json").write_text(json.dumps(narrower, indent=1) + "\n")
         (REPORTS / "storage.txt").write_text("\n".join(stored(counts, narrower)) + "\n")
         print(*storage.summary(counts), f"by layer and part: {REPORTS / 'storage.txt'}", sep="\n")
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
         confusion = {"classes": images.classes, "models": taken}
         facts = about(s.params, images)
         written = report.write(results, histories, REPORTS, prefixes, confusion, facts)
-        (REPORTS / "metrics").mkdir(exist_ok=True)
-        for r in results:  # a file a model: `dvc metrics show` makes a row of each
-            shown = {key: r[key] for key in SHOWN if key in r}
-            (REPORTS / "metrics" / f"{r['name']}.json").write_text(json.dumps(shown, indent=1))
+        (REPORTS / "metrics.json").write_text(json.dumps(best(results), indent=1) + "\n")
         log(s, results, histories, written)
     if "torch" in sys.modules:
         raise RuntimeError("the packed evaluator imported torch; expected to run without it")
@@ -65,7 +59,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     model = execute.Model(program, p.ops, p.threads)
     theirs = np.load(PACKED / "torch" / f"{name}.npz")
     compared, different, largest = 0, 0, 0.0
-    found, top1, row = {}, {}, {}
+    found, top1, whole, row = {}, {}, {}, {}
     for part, split in (("val", images.val), ("test", images.test)):
         outputs = found[part] = model.outputs(split.images, batch=p.batch)
         scores, predicted = votes.combine(program, outputs)
@@ -74,6 +68,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         different += int((predicted != torch_predicted).sum())
         largest = max(largest, float(np.abs(outputs - theirs[part]).max(initial=0)))
         top1[part] = 100 * metrics.accuracy(predicted, split.labels)
+        whole[part] = 100 * metrics.accuracy(torch_predicted, split.labels)
         if part == "test":
             probabilities = votes.probabilities(program, scores)
             row = {
@@ -83,6 +78,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
                     predicted, split.labels, len(images.classes)
                 ).tolist(),
             }
+    print(f"{name:>16}: validation {top1['val']:.2f} %, test {top1['test']:.2f} %", flush=True)
     info = program.info
     counts = storage.counted(program, path.stat().st_size)
     flips = json.loads((PACKED / "torch" / f"{name}.flips.json").read_text())
@@ -94,8 +90,9 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     if program.members > 1:
         row |= early_exit(model, images, found)
     narrower = []
-    if s.params.pack == params.PackParams():  # a file that is narrow already has nothing to lose
-        kept = {**params.plain(s.params.pack), "bytes": counts.file, "val_top1": top1["val"]}
+    if "pack" not in info:  # a file that is narrow already has nothing to lose
+        kept = {"affine": "float32", "weights": "float32", "bytes": counts.file}
+        kept["val_top1"] = top1["val"]
         narrower = [kept, *options(program, images, p)]
     figures = costs.estimate(program)
     # Each paper's ensembles are counted as that paper counts.
@@ -112,6 +109,8 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "val_top1": top1["val"],
         "test_top1": top1["test"],
         "file_bytes": counts.file,
+        "packed_as": info.get("pack"),
+        "packing_costs": whole["val"] - top1["val"] if "pack" in info else None,
         "counted_kib": bits / 8 / 1024,
         "counted_by": "tentaclenet" if first else "filter_sharing",
         "binary_macs": counts.binary_macs,
@@ -152,6 +151,13 @@ def about(p: params.Params, images: data.Dataset) -> dict:
     }
 
 
+def best(results: list[dict]) -> dict:
+    """What `dvc exp show` says of a run: of its BNNs, the one that is best in validation."""
+    row = max(results, key=lambda r: (r["kind"] != "fp32", r["val_top1"], -r["file_bytes"]))
+    figures = {"test_top1": row["test_top1"], "file_kib": row["file_bytes"] / 1024}
+    return {"best": row["name"], **{key: round(value, 2) for key, value in figures.items()}}
+
+
 def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) -> list[str]:
     """Lines: where the bytes of every model are, and what narrowing would save."""
     lines = []
@@ -167,7 +173,7 @@ def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) ->
 
 def described(option: dict) -> str:
     """What is narrower, for people."""
-    if option["integer"]:
+    if option.get("integer"):
         return f"{'with integers alone':<36}"
     return f"with affine {option['affine']}, weights {option['weights']:<7}"
 
@@ -185,7 +191,9 @@ def options(program: Program, images: data.Dataset, p: params.EvaluateParams) ->
         predicted = model.predict(images.val.images, batch=p.batch)
         top1 = 100 * metrics.accuracy(predicted, images.val.labels)
         size = len(packfile.encode(smaller))
-        rows.append({**params.plain(pack), "bytes": size, "val_top1": top1})
+        kinds: dict = {"affine": pack.affine, "weights": pack.weights}
+        kinds |= {"integer": True} if pack.integer else {}
+        rows.append({**kinds, "bytes": size, "val_top1": top1})
     return rows
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from bnncore import data, modules, params
 from bnncore.data import fingerprint
-from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run
+from pipeline.stage import CHECKPOINTS, MODELS, ROOT, read, run
 
 OUT = MODELS / "inputs"
 KEPT = CHECKPOINTS / "inputs"
@@ -31,7 +31,6 @@ def main() -> None:
         "images": {"files": len(images), "sha256": params.digest(sorted(images.items()))},
         "backbone": code([p.model.backbone]),
         "binarizer": code([binarizer.weight, binarizer.activation]),
-        "search": code(list(p.search.space.backbone)),
     }
     package = {path.as_posix(): digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
     state = params.digest(params.plain(p), found, package)
@@ -57,8 +56,7 @@ def digest(path: Path) -> str:
 
 def check(p: params.Params) -> data.Dataset:
     """Read the images and refuse parameters that some stage could not use."""
-    print(f"reading {p.data.path or p.data.name}", flush=True)
-    images = data.load(p.data, ROOT)
+    images = read(p.data)
     from bnncore import check  # torch, which takes seconds: only where something has changed
 
     check.check(p, images.image, images.classes)

@@ -1,15 +1,15 @@
 """Stage pretrain: train the FP32 backbone."""
 
-from bnncore import check, data, params
+from bnncore import check, params
 from bnncore.training import loop, plans
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
-from pipeline.stage import CHECKPOINTS, MODELS, ROOT, run, stage
+from pipeline.stage import CHECKPOINTS, MODELS, run, stage
 
 
 def main() -> None:
     with stage() as s:
-        images = data.load(s.params.data, ROOT)
+        images = s.images()
         check.check(s.params, images.image, images.classes)  # stage inputs did, unless run by hand
         job = plans.first_job(s.params, images, None)
         with resumable(CHECKPOINTS / "pretrain") as checkpoints:

@@ -1,7 +1,4 @@
-"""Search for the best ensemble under a budget: ``python -m pipeline.search``.
-
-Not a part of the pipeline: ``search/dvc.yaml`` has it as a stage of its own.
-"""
+"""Search for the best ensemble under a budget; no stage of DVC: its study goes on by itself."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from bnncore.search.answer import Report
 from bnncore.search.run import Search
 from bnncore.tracking import Tracker
 from bnncore.training.checkpoint import resumable
-from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, run
+from pipeline.stage import CHECKPOINTS, REPORTS, ROOT, read, run
 
 OUT = REPORTS / "search"
 
@@ -29,7 +26,7 @@ OUT = REPORTS / "search"
 def main() -> None:
     options = arguments()
     p = params.load(ROOT / "params.yaml")
-    images = data.load(p.data, ROOT)
+    images = read(p.data)
     check.check(p, images.image, len(images.classes))
     settings = p.mlflow
     with Search(p, images, CHECKPOINTS / "search") as search:

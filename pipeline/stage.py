@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bnncore import data
 from bnncore import params as parameters
 from bnncore.errors import UserError
 from bnncore.params import Params
@@ -36,6 +39,14 @@ class Stage:
     tracker: Tracker
     bars: dict[str, tqdm] = field(default_factory=dict)
     runs: dict[str, ModelRun] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def images(self) -> data.Dataset:
+        """The images that the parameters name."""
+        images = read(self.params.data)
+        source = self.params.data.path or self.params.data.name
+        self.tracker.dataset(images.name, images.digest, source)
+        return images
 
     def on_epoch(self, job: Any, epoch: Mapping[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""
@@ -49,9 +60,13 @@ class Stage:
     def _show(self, name: str, epoch: Mapping[str, Any], epochs: int) -> None:
         state = f"loss {epoch['train_loss']:.3f}, validation {epoch['val_top1']:.1f} %"
         done = epoch["epoch"]
-        if not sys.stderr.isatty():  # a log wants a few lines, not a bar drawn over and over
+        if not _draws():  # a log wants a few lines, not a bar drawn over and over
             if done == epochs or done % max(1, epochs // 5) == 0:
-                print(f"{name:>16}: epoch {done}/{epochs}, {state}", file=sys.stderr, flush=True)
+                after = tqdm.format_interval(time.monotonic() - self.began)
+                left = tqdm.format_interval(epoch["seconds"] * (epochs - done))
+                when = f"after {after}" + (f", about {left} left" if done < epochs else "")
+                line = f"{name:>16}: epoch {done}/{epochs}, {state}, {when}"
+                print(line, file=sys.stderr, flush=True)
             return
         bar = self.bars.get(name)
         if bar is None:
@@ -66,6 +81,17 @@ class Stage:
             bar.close()
         for run in self.runs.values():
             run.finish(status)
+
+
+def _draws() -> bool:
+    """Whether stderr is a terminal with room for bars."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+def read(params: parameters.DataParams) -> data.Dataset:
+    """The images, which may take a while: said first."""
+    print(f"reading {params.path or params.name}", flush=True)
+    return data.load(params, ROOT)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Put files and folders in the place of old ones: wholly, or not at all.
 
-What is new is brought beside its place first, onto the same file system; then names are exchanged,
-and an exchange that fails is undone. A journal says how far it came: if the process is killed,
-`recover` undoes or ends it, and nothing is lost. The journal and a lock are in a folder of DVC's,
-which git does not see.
+What is new is brought beside its place first, onto the same file system, and only then are names
+exchanged, as a journal says. Until that says so nothing has happened; from then on whoever comes
+next, after an error or a kill, ends it. The journal and a lock are in a folder of DVC's, which git
+does not see.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 WORK = Path(".dvc/tmp/submit")
-BRINGING, EXCHANGING, DONE = "bringing", "exchanging", "done"
-Entry = dict[str, Any]  # paths "place", "new" and "old", and the "stamp" of what is new
+Stamp = list[int] | None
 
 
 @contextlib.contextmanager
@@ -51,26 +50,17 @@ def swap(new: Path, root: Path, paths: list[str], work: Path) -> None:
     Args:
         work: the folder that `only` gave.
     """
-    entries = [_entry(place(root / path, new / path)) for path in paths]
+    places = [place(root / path, new / path) for path in paths]
     try:
-        _write(work, BRINGING, entries)
-        for path, entry in zip(paths, entries, strict=True):
-            Path(entry["new"]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(new / path, entry["new"])
-            entry["stamp"] = _stamp(entry["new"])
+        _write(work, False, places)
+        for path, there in zip(paths, places, strict=True):
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(new / path, _beside(there, "new"))
+        _write(work, True, places)
+        recover(work)
     except BaseException:
         recover(work)
         raise
-    with _uninterrupted():
-        try:
-            _write(work, EXCHANGING, entries)
-            for entry in entries:
-                if os.path.lexists(entry["place"]):
-                    os.rename(entry["place"], entry["old"])
-                os.rename(entry["new"], entry["place"])
-            _write(work, DONE, entries)
-        finally:
-            recover(work)
 
 
 def recover(work: Path) -> None:
@@ -78,33 +68,36 @@ def recover(work: Path) -> None:
     journal = work / "journal.json"
     if not journal.exists():
         return
-    with _uninterrupted():
-        content = json.loads(journal.read_text())
-        phase, entries = content["phase"], content["entries"]
-        if phase == EXCHANGING:
-            for entry in reversed(entries):
-                _undo(**entry)
-            _write(work, BRINGING, entries)
-        for entry in entries:
-            _remove(Path(entry["old" if phase == DONE else "new"]))
-        os.unlink(journal)
+    content = json.loads(journal.read_text())
+    for path, stamp in content["places"]:
+        if content["whole"]:
+            _exchange(Path(path), stamp)
+        _remove(_beside(Path(path), "new"))
+    for path, _ in content["places"]:
+        _remove(_beside(Path(path), "old"))
+    os.unlink(journal)
 
 
-def _undo(place: str, new: str, old: str, stamp: list[int]) -> None:
-    """Each step leaves what the next call takes up."""
-    if os.path.lexists(place) and _stamp(place) == stamp:
-        os.rename(place, new)
-    if os.path.lexists(old):
-        if os.path.lexists(place):  # somebody has made it anew since
-            _remove(Path(old))
-        else:
-            os.rename(old, place)
+def _exchange(path: Path, stamp: Stamp) -> None:
+    """Put what lies beside a place into it; not where somebody has made it anew meanwhile."""
+    new = _beside(path, "new")
+    if os.path.lexists(new):
+        if stamp and _stamp(path) == stamp:
+            os.rename(path, _beside(path, "old"))
+        if not os.path.lexists(path):
+            os.rename(new, path)
 
 
-def _stamp(path: str) -> list[int]:
+def _beside(path: Path, side: str) -> Path:
+    return path.with_name(f".{path.name}.submit-{side}")
+
+
+def _stamp(path: Path) -> Stamp:
     """What tells a file or a folder from one that is made in its place later."""
-    status = os.lstat(path)
-    return [status.st_ino, status.st_mtime_ns]
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(path)
+        return [status.st_ino, status.st_mtime_ns]
+    return None
 
 
 def place(path: Path, new: Path) -> Path:
@@ -115,14 +108,10 @@ def place(path: Path, new: Path) -> Path:
     return real
 
 
-def _entry(path: Path) -> Entry:
-    sides = {side: str(path.with_name(f".{path.name}.submit-{side}")) for side in ("new", "old")}
-    return {"place": str(path), **sides}
-
-
-def _write(work: Path, phase: str, entries: list[Entry]) -> None:
+def _write(work: Path, whole: bool, places: list[Path]) -> None:
     new = work / "journal.new"
-    new.write_text(json.dumps({"phase": phase, "entries": entries}))
+    content = {"whole": whole, "places": [(str(path), _stamp(path)) for path in places]}
+    new.write_text(json.dumps(content))
     os.replace(new, work / "journal.json")
 
 
@@ -135,37 +124,15 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is an exception, as SIGINT is, so that what was begun is undone."""
+    """SIGTERM is an exception, as SIGINT is, so that what was begun is undone or ended."""
 
-    def end(number: int, frame: object) -> None:
+    def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    with _handled({signal.SIGTERM: end}):
-        yield
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """SIGINT and SIGTERM come when the body has ended."""
-    came: list[int] = []
-    try:
-        note = dict.fromkeys(
-            (signal.SIGINT, signal.SIGTERM), lambda number, frame: came.append(number)
-        )
-        with _handled(note):
-            yield
-    finally:
-        for number in came:
-            signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def _handled(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # no other is ever interrupted
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    main = threading.current_thread() is threading.main_thread()  # no other is ever interrupted
+    before = signal.signal(signal.SIGTERM, end) if main else None
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if main:
+            signal.signal(signal.SIGTERM, before)

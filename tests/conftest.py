@@ -1,8 +1,20 @@
-"""Soak tests run only where they are asked for by name: ``pytest -m soak``."""
+"""In which order tests run, and which do not: soak tests only by name, ``pytest -m soak``."""
 
 import signal
+from pathlib import Path
 
 import pytest
+
+# A process takes whole files (`make test`), so the long ones come first, longest first.
+LONG = [
+    "pipeline/test_pipeline.py",
+    "cluster/test_failures.py",
+    "search/test_run.py",
+    "cluster/test_submit.py",
+    "cluster/test_group.py",
+    "cluster/test_cluster.py",
+    "training/test_layers.py",
+]
 
 
 def pytest_configure():
@@ -12,6 +24,8 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(config, items):
+    long = [Path(__file__).parent / name for name in LONG]
+    items.sort(key=lambda item: long.index(item.path) if item.path in long else len(long))
     if "soak" in config.getoption("markexpr"):
         return
     for item in items:

@@ -28,6 +28,7 @@ SHARDED = [
     ("tentaclenet", "tentaclenet", {"classifier": "logits"}),
     ("fusion", "shared_conv", {"recipe": {"batch_size": 50}}),  # ends with a batch of 42 images
     ("voting", "shared_conv", {}),
+    ("fusion", "no_shared", {"recipe": {"distill": 0.5}, "teacher": "ensemble"}),
 ]
 
 

@@ -1,11 +1,13 @@
 """Data: splits, the documented layouts, and an error that names the path for each way to break."""
 
 import errno
+import io
 import os
 import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -312,112 +314,84 @@ def test_what_cannot_fit_is_refused_before_it_is_read(tmp_path: Path, monkeypatc
             load(params)
 
 
-def break_missing(root: Path) -> str:
-    (root / "train").rename(root.parent / "gone")
-    return f"{root}: expected the folder train"
+def save(path: Path, mode: str, size: tuple[int, int]) -> None:
+    Image.new(mode, size).save(path)
 
 
-def break_name(root: Path) -> str:
-    (root / "val").rename(root / "valid")
-    return f"{root}: expected the folder train, perhaps val and test, and no others"
-
-
-def break_no_classes(root: Path) -> str:
-    for name in ("cat", "dog"):
-        (root / "train" / name).rename(root.parent / name)
-    return f"{root}/train: expected at least 2 class folders, got 0"
-
-
-def break_no_images(root: Path) -> str:
-    for file in (root / "train" / "dog").iterdir():
-        file.unlink()
-    return f"{root}/train/dog: expected images of this class"
-
-
-def break_lacks_class(root: Path) -> str:
-    (root / "test" / "dog").rename(root.parent / "dog")
-    return f"{root}/test: expected the class folders of {root}/train, lacks dog"
-
-
-def break_more_classes(root: Path) -> str:
-    (root / "test" / "cow").mkdir()
-    return f"{root}/test: expected the class folders of {root}/train, which has no cow"
-
-
-def break_deeper(root: Path) -> str:
-    (root / "train" / "cat" / "more").mkdir()
-    return f"{root}/train/cat/more: expected an image, got a folder"
-
-
-def break_size(root: Path) -> str:
-    Image.new("RGB", (8, 5)).save(root / "val" / "cat" / "3.png")
-    return f"{root}/val/cat/3.png: expected height, width, channels (5, 7, 3) as in {root}/train"
-
-
-def break_channels(root: Path) -> str:
-    Image.new("L", (7, 5)).save(root / "val" / "cat" / "3.png")
-    return f"{root}/val/cat/3.png: expected height, width, channels (5, 7, 3) as in {root}/train"
-
-
-def break_class_name(root: Path) -> str:
-    """Names end up in packed files, which refuse what a terminal would not show as it is."""
-    for part in PARTS:
-        (root / part / "cow\u00a0bell").mkdir()
-    return f"{root}/train: expected class names of printable characters, got 'cow\\xa0bell'"
-
-
-def break_class_escape(root: Path) -> str:
-    (root / "train" / "\x1b[31mcow").mkdir()
-    return f"{root}/train: expected class names of printable characters, got '\\x1b[31mcow'"
-
-
-def break_text(root: Path) -> str:
-    (root / "test" / "dog" / "2.png").write_text("not an image")
-    return f"{root}/test/dog/2.png: expected a readable image"
-
-
-def break_truncated(root: Path) -> str:
-    file = root / "test" / "dog" / "2.png"
-    file.write_bytes(file.read_bytes()[:-40])
-    return f"{file}: expected a readable image"
-
-
-def break_huge(root: Path) -> str:
-    """A header that claims 60,000 x 60,000 pixels."""
-    file = root / "test" / "dog" / "2.png"
+def claim(file: Path, pixels: int) -> None:
+    """Make a PNG's header say that it is so wide and high."""
     content = bytearray(file.read_bytes())
-    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[16:24] = struct.pack(">II", pixels, pixels)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     file.write_bytes(content)
-    return f"{file}: expected a readable image"
 
 
-def break_transparent(root: Path) -> str:
-    Image.new("RGBA", (7, 5), (1, 2, 3, 4)).save(root / "train" / "cat" / "0.png")
-    return f"{root}/train/cat/0.png: expected an opaque image"
+# What is done to a whole set, and how the error begins. Kinds of images: test_images.py.
+HARM: list[tuple[Callable[[Path], object], str]] = [
+    (lambda r: (r / "train").rename(r.parent / "gone"), "{r}: expected the folder train"),
+    (
+        lambda r: (r / "val").rename(r / "valid"),
+        "{r}: expected the folder train, perhaps val and test, and no others",
+    ),
+    (
+        lambda r: [(r / "train" / name).rename(r.parent / name) for name in ("cat", "dog")],
+        "{r}/train: expected at least 2 class folders, got 0",
+    ),
+    (
+        lambda r: [file.unlink() for file in (r / "train" / "dog").iterdir()],
+        "{r}/train/dog: expected images of this class",
+    ),
+    (
+        lambda r: (r / "test" / "dog").rename(r.parent / "dog"),
+        "{r}/test: expected the class folders of {r}/train, lacks dog",
+    ),
+    (
+        lambda r: (r / "test" / "cow").mkdir(),
+        "{r}/test: expected the class folders of {r}/train, which has no cow",
+    ),
+    (
+        lambda r: (r / "train" / "cat" / "more").mkdir(),
+        "{r}/train/cat/more: expected an image, got a folder",
+    ),
+    (
+        lambda r: save(r / "val" / "cat" / "3.png", "RGB", (8, 5)),
+        "{r}/val/cat/3.png: expected height, width, channels (5, 7, 3) as in {r}/train",
+    ),
+    (
+        lambda r: save(r / "val" / "cat" / "3.png", "L", (7, 5)),
+        "{r}/val/cat/3.png: expected height, width, channels (5, 7, 3) as in {r}/train",
+    ),
+    (  # names end up in packed files, which refuse what a terminal would not show as it is
+        lambda r: [(r / part / "cow\u00a0bell").mkdir() for part in PARTS],
+        "{r}/train: expected class names of printable characters, got 'cow\\xa0bell'",
+    ),
+    (
+        lambda r: (r / "train" / "\x1b[31mcow").mkdir(),
+        "{r}/train: expected class names of printable characters, got '\\x1b[31mcow'",
+    ),
+    (
+        lambda r: os.truncate(r / "test" / "dog" / "2.png", 80),
+        "{r}/test/dog/2.png: expected a readable image",
+    ),
+    (
+        lambda r: claim(r / "test" / "dog" / "2.png", 60_000),
+        "{r}/test/dog/2.png: expected a readable image",
+    ),
+    (
+        lambda r: (r / "train" / "cat" / "x.png").symlink_to(r / "nowhere.png"),
+        "{r}/train/cat/x.png: expected a readable file",
+    ),
+]
 
 
-def break_deep_colour(root: Path) -> str:
-    pixels = np.full((5, 7), 40_000, np.uint16)
-    Image.fromarray(pixels).save(root / "train" / "cat" / "0.png")
-    return f"{root}/train/cat/0.png: expected 8-bit gray or RGB, got mode I;16"
-
-
-def break_link(root: Path) -> str:
-    (root / "train" / "cat" / "x.png").symlink_to(root / "nowhere.png")
-    return f"{root}/train/cat/x.png: expected a readable file"
-
-
-@pytest.mark.parametrize(
-    "harm", [value for name, value in sorted(globals().items()) if name.startswith("break_")]
-)
-def test_folder_errors_name_the_path(tmp_path: Path, harm) -> None:
+@pytest.mark.parametrize(("harm", "message"), HARM)
+def test_folder_errors_name_the_path(tmp_path: Path, harm, message: str) -> None:
     root = write(tmp_path / "set")
     load(folder(root))  # whole, and cached: the cache must not hide what is broken afterwards
-    message = harm(root)
+    harm(root)
     with pytest.raises(DataError) as caught:
         load(folder(root))
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(message.format(r=root))
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -447,7 +421,10 @@ def test_cache_is_used_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert same(first, load(folder(root, seed=3)))  # no part to split off: seed has no say
 
     whole = file.read_bytes()
-    for broken in (b"", b"PK", whole[: len(whole) // 2], whole[:300] + b"!" + whole[301:]):
+    pickled = io.BytesIO()
+    np.savez(pickled, classes=np.array([{}], dtype=object))
+    cut, flipped = whole[: len(whole) // 2], whole[:300] + b"!" + whole[301:]
+    for broken in (b"", b"PK", cut, flipped, pickled.getvalue()):
         file.write_bytes(broken)
         with pytest.warns(UserWarning, match="unreadable cache"):
             assert same(first, load(folder(root)))
@@ -465,15 +442,6 @@ def test_cache_sees_changes_of_equal_name_size_and_time(tmp_path: Path) -> None:
     after = image.stat()
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert np.all(load(folder(root)).train.images[0] == (3, 2, 1))
-
-
-def test_cache_refuses_pickles(tmp_path: Path) -> None:
-    root = write(tmp_path / "set")
-    first = load(folder(root))
-    (file,) = (tmp_path / "cache").iterdir()
-    np.savez(file, classes=np.array([{}], dtype=object))
-    with pytest.warns(UserWarning, match="unreadable cache"):
-        assert same(first, load(folder(root)))
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

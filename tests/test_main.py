@@ -1,5 +1,8 @@
 """The command line on real files."""
 
+import csv
+import io
+import json
 import re
 
 import pytest
@@ -56,27 +59,39 @@ def test_predict_a_folder(net, folder, capsys, ops):
         assert len(rest) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", "{folder}/notes.txt"], "notes.txt: "),
-        (["inspect", "{folder}/none"], "No such file"),
-        (["predict", "{net}", "{folder}/notes.txt", "--ops", "numpy"], "expected a readable image"),
-        (["predict", "{net}", "{net}/.."], "no image files"),
-        (["predict", "{net}", "{folder}", "--members", "4"], "--members: expected 1 to 3, got 4"),
-        (["predict", "{net}", "{folder}", "--top", "0"], "--top: expected at least 1"),
-        (["bench", "{net}", "--batch", "0"], "expected at least 1"),
-    ],
-)
-def test_errors_are_one_line(net, folder, capsys, arguments, message, tmp_path):
-    if "{net}/.." in arguments:
-        (tmp_path / "empty").mkdir()
-        arguments = ["predict", str(net), str(tmp_path / "empty")]
-    arguments = [argument.format(net=net, folder=folder) for argument in arguments]
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error
+@pytest.mark.parametrize("form", ["text", "json", "csv"])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_predict_a_list(net, folder, capsys, monkeypatch, form, threshold):
+    """A list on stdin, one of them no image: the others are classified, once a line."""
+    given = [folder / "a.png", folder / "notes.txt", folder / "deep", folder / "a.png"]
+    listed = "".join(f"{path}\n" for path in given).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    arguments = ["predict", str(net), "-", "--ops", "numpy", "--threshold", str(threshold)]
+    assert main([*arguments, *([] if form == "text" else [f"--{form}"])]) == 1
+    out, error = capsys.readouterr()
+    assert "notes.txt: expected a readable image" in error
     assert len(error.splitlines()) == 1
+    program = ensemble(3)
+    labels = execute.Model(program, "numpy").predict(random_images(program, 3)[[0, 2, 0]])
+    expected = [program.classes[label] for label in labels]
+    if form == "json":
+        rows = [json.loads(line) for line in out.splitlines()]
+        got = [row["label"] or "unsure" for row in rows]
+        best = [max(row["classes"], key=row["classes"].get) for row in rows]
+        paths = [row["image"] for row in rows]
+    elif form == "csv":
+        rows = list(csv.DictReader(out.splitlines()))
+        got, best = [row["label"] for row in rows], [row["class1"] for row in rows]
+        paths = [row["image"] for row in rows]
+        assert all(float(row["p1"]) >= float(row["p2"]) for row in rows)
+    else:
+        cells = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+        paths = [row[0] for row in cells]
+        got = [row[1].split()[0] for row in cells]
+        best = [row[1 + (threshold > 0)].split()[0] for row in cells]
+    assert paths == [str(folder / name) for name in ("a.png", "deep/c.bmp", "a.png")]
+    assert best == expected
+    assert got == (["unsure"] * 3 if threshold else expected)
 
 
 def test_bench(net, capsys):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from bnncore.cluster.group import Group, GroupLost, actors_of_use
 from bnncore.data import Dataset
 from bnncore.params import RayParams
 from bnncore.training.checkpoint import Checkpoint
-from bnncore.training.jobs import Epoch, History, Job, State, Trained
+from bnncore.training.jobs import Epoch, Job, Trained
 from bnncore.training.loop import OnEpoch, drive
 
 log = logging.getLogger(__name__)
@@ -154,11 +155,9 @@ class Cluster:
         local = self._owner and address(self.params) == "local"
         if self.slots() < wanted and not local and self.params.wait_s:
             waited = self.params.wait_s
-            deadline = time.monotonic() + waited
             place = placement_group(self._bundles(wanted))  # an autoscaler adds nodes for it
             try:
-                while self.slots() < wanted and time.monotonic() < deadline:
-                    time.sleep(0.5)
+                place.wait(waited)
             finally:
                 remove_placement_group(place)
         if self.slots() >= wanted:
@@ -266,8 +265,8 @@ class Cluster:
         Args:
             jobs: what to train; results come in this order.
             data: put into the object store once; actors of a node read one copy.
-            checkpoints: folder of the checkpoints; without it a lost actor is survived all the
-                same, the driver's end is not.
+            checkpoints: folder of the checkpoints; None for one that ends with this call, so that
+                a lost actor is survived, and the driver's end is not.
             on_epoch: called with each finished epoch, from one thread at a time.
 
         Raises:
@@ -277,6 +276,9 @@ class Cluster:
         """
         if not jobs:
             return []
+        if checkpoints is None:
+            with tempfile.TemporaryDirectory() as folder:
+                return self.train_many(jobs, data, Path(folder), on_epoch)
         run = _Run(self, data, checkpoints, on_epoch)
         threads = min(len(jobs), max(1, self.slots()))
         with ThreadPoolExecutor(threads) as pool:
@@ -294,27 +296,11 @@ class Cluster:
         return [future.result() for future in futures]
 
 
-class _Memory:
-    """A checkpoint that lives as long as the driver."""
-
-    def __init__(self) -> None:
-        self.saved: tuple[State, History] | None = None
-
-    def load(self) -> tuple[State, History] | None:
-        return self.saved and (self.saved[0], list(self.saved[1]))
-
-    def save(self, state: State, history: History) -> None:
-        self.saved = (state, list(history))
-
-    def close(self) -> None:
-        pass
-
-
 class _Run:
     """One call of `Cluster.train_many`: what its threads share."""
 
     def __init__(
-        self, cluster: Cluster, data: Dataset, checkpoints: Path | None, on_epoch: OnEpoch | None
+        self, cluster: Cluster, data: Dataset, checkpoints: Path, on_epoch: OnEpoch | None
     ):
         self.cluster, self.data, self.checkpoints = cluster, data, checkpoints
         self.on_epoch = on_epoch
@@ -333,9 +319,7 @@ class _Run:
                 gang.end()
 
     def train(self, job: Job) -> Trained:
-        checkpoint: Any = _Memory()
-        if self.checkpoints:
-            checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
+        checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
         seen, lost = 0, 0
 
         def finished(job: Job, epoch: Epoch) -> None:
@@ -370,7 +354,7 @@ class _Run:
         finally:
             checkpoint.close()
 
-    def _attempt(self, job: Job, checkpoint: Any, finished: OnEpoch) -> Trained:
+    def _attempt(self, job: Job, checkpoint: Checkpoint, finished: OnEpoch) -> Trained:
         with self.cluster._gang(job) as gang:
             with self.lock:
                 if self.stopped:

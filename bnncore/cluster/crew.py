@@ -20,8 +20,8 @@ class Work:
 
     Attributes:
         name: unique.
-        run: a function of this module that takes (threads, data, *args, the result of `needs`).
-        needs: another task whose result it takes; it must be known or among the same work.
+        run: a function of this module that takes (threads, data, *args, *results of `needs`).
+        needs: other tasks whose results it takes; they must be known or among the same work.
         weight: what is heavier starts earlier.
         keep: whether the result is kept as an object that later tasks may need.
     """
@@ -29,7 +29,7 @@ class Work:
     name: str
     run: Callable
     args: tuple
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
     weight: float = 0.0
     keep: bool = False
 
@@ -70,7 +70,7 @@ class Crew:
         crashed: set[str] = set()
         while True:
             room = max(1, self.cluster.slots()) - len(running)
-            ready = [w for w in waiting if w.needs is None or w.needs in self.kept]
+            ready = [w for w in waiting if self.kept.keys() >= set(w.needs)]
             for work in ready[: 0 if stopping() else max(room, 0)]:
                 waiting.remove(work)
                 running[self._start(work)] = work
@@ -90,10 +90,11 @@ class Crew:
                         waiting.insert(0, work)
                         continue
                     failed = WorkError(_brief(cause))
-                    for lost in [work, *(w for w in waiting if w.needs == work.name)]:
-                        if lost is not work:
-                            waiting.remove(lost)
-                        done(lost, failed)
+                    lost = [work]
+                    for one in lost:  # it grows: what needs what was lost is lost, too
+                        done(one, failed)
+                        lost += [w for w in waiting if one.name in w.needs]
+                        waiting = [w for w in waiting if w not in lost]
                     continue
                 if work.keep:
                     self.keep(work.name, result)
@@ -107,7 +108,7 @@ class Crew:
             "max_retries": 0,
             "name": work.name,
         }
-        args = work.args if work.needs is None else (*work.args, self.kept[work.needs])
+        args = (*work.args, *(self.kept[name] for name in work.needs))
         task = ray.remote(work.run).options(**options)
         return task.remote(ray_params.cpus_per_actor, self.data, *args)
 

@@ -57,7 +57,8 @@ def read_image(
     except DataError:
         raise
     except Exception as error:  # broken files make pillow raise nearly anything
-        raise DataError(f"{path}: expected a readable image: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: expected a readable image: {reason}") from error
     return pixels
 
 

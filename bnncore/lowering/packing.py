@@ -9,20 +9,44 @@ Legend: `M` members, `N` images, `C` classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bnncore import metrics
 from bnncore.data import Dataset
+from bnncore.errors import UserError
 from bnncore.lowering.lower import lower
-from bnncore.packed import votes
-from bnncore.packed.narrow import narrowed
+from bnncore.packed import execute, narrow, packfile, votes
+from bnncore.packed.integers import IntegerError
 from bnncore.packed.program import Program
-from bnncore.params import EnsembleParams, Params
+from bnncore.params import EnsembleParams, PackParams, Params
 from bnncore.training.ensembled import Ensembled
 from bnncore.training.inference import member_outputs
 
 Facts = dict[str, str | int | float]
+
+# What ``choose: auto`` chooses from.
+PACKINGS = (
+    PackParams(),
+    PackParams("float16"),
+    PackParams("float16", "float16"),
+    PackParams("float16", "mixed"),
+    PackParams("float16", "int8"),
+)
+
+
+def packings(pack: PackParams) -> tuple[PackParams, ...]:
+    """Those that `pack` leaves to choose from."""
+    return PACKINGS if pack.choose == "auto" else (pack,)
+
+
+def words(pack: PackParams) -> str:
+    """A packing in words; empty where nothing is narrowed."""
+    if pack.integer:
+        return "integers"
+    said = {"norms": pack.affine, "weights": pack.weights}
+    return ", ".join(f"{kind} {what}" for what, kind in said.items() if kind != "float32")
 
 
 def facts(params: Params, name: str, section: EnsembleParams | None = None) -> Facts:
@@ -46,7 +70,31 @@ def facts(params: Params, name: str, section: EnsembleParams | None = None) -> F
             "scheme": section.scheme,
             "sharing": sharing if isinstance(sharing, str) else sharing.name,
         }
+    if narrowed := words(params.pack):
+        found["pack"] = narrowed
     return found | {"val_top1": 99.99}
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A trained ensemble as it is written.
+
+    Attributes:
+        program: narrowed as `pack` says.
+        pack: the packing that was taken.
+        val: the Program's own member outputs on the validation part, (M, N, C) float32; torch's
+            where nothing is narrowed, which are the same.
+        theirs: torch's outputs by part, of the network before it was narrowed.
+        top1: validation accuracy of the Program, in percent.
+        drop: points of it that narrowing cost.
+    """
+
+    program: Program
+    pack: PackParams
+    val: np.ndarray
+    theirs: dict[str, np.ndarray]
+    top1: float
+    drop: float
 
 
 def packed(
@@ -56,23 +104,56 @@ def packed(
     name: str,
     section: EnsembleParams | None = None,
     parts: Sequence[str] = ("val",),
-) -> tuple[Program, dict[str, np.ndarray]]:
-    """The Program as the pipeline writes it, narrowed as `params.pack` says, and torch's outputs.
+    among: Sequence[PackParams] | None = None,
+) -> Packed:
+    """The Program as the pipeline writes it, packed as `params.pack` says.
+
+    Of several packings it takes the smallest whose validation accuracy is at most
+    ``pack.max_drop`` below that of what was trained; where there is none, the most accurate one.
 
     Args:
         name, section: as in `facts`.
-        parts: whose outputs are wanted, of val and test; val is always there.
+        parts: whose outputs of torch are wanted, of val and test; val is always there.
+        among: packings to choose from; None for `packings` of `params.pack`.
 
-    Returns:
-        The Program, and a part's member outputs: (M, N, C) float32. They are those of the Program
-        before it was narrowed.
+    Raises:
+        NarrowError, IntegerError: a value fits no packing.
     """
-    outputs = torch_outputs(trained, data, ("val", *(p for p in parts if p != "val")))
-    info = facts(params, name, section)
-    program = lower(trained.ensemble(), data.mean, data.std, data.classes, info)
-    _, predicted = votes.combine(program, outputs["val"])
-    program.info["val_top1"] = round(100 * metrics.accuracy(predicted, data.val.labels), 2)
-    return narrowed(program, params.pack, data.val.images), outputs
+    theirs = torch_outputs(trained, data, ("val", *(p for p in parts if p != "val")))
+    whole = lower(trained.ensemble(), data.mean, data.std, data.classes)
+
+    def top1(outputs: np.ndarray) -> float:
+        return 100 * metrics.accuracy(votes.combine(whole, outputs)[1], data.val.labels)
+
+    reference, found = top1(theirs["val"]), []
+    for pack, program in _by_size(whole, among or packings(params.pack), data):
+        outputs = theirs["val"]
+        if words(pack):
+            outputs = execute.Model(program).outputs(data.val.images)
+        reached = top1(outputs)
+        program.info.update(facts(replace(params, pack=pack), name, section))
+        program.info["val_top1"] = round(reached, 2)
+        found.append(Packed(program, pack, outputs, theirs, reached, reference - reached))
+        if reached >= reference - params.pack.max_drop:
+            return found[-1]
+    return max(found, key=lambda one: one.top1)
+
+
+def _by_size(
+    whole: Program, among: Sequence[PackParams], data: Dataset
+) -> list[tuple[PackParams, Program]]:
+    """The packings that hold all values of `whole`, and it in each, the smallest first."""
+    found: list[tuple[int, int, PackParams, Program]] = []
+    errors: list[UserError] = []
+    for pack in among:
+        try:
+            program = narrow.narrowed(replace(whole, info={}), pack, data.val.images)
+            found.append((len(packfile.encode(program)), len(found), pack, program))
+        except (narrow.NarrowError, IntegerError) as error:
+            errors.append(error)
+    if not found:
+        raise errors[-1]
+    return [(pack, program) for _, _, pack, program in sorted(found, key=lambda f: f[:2])]
 
 
 def torch_outputs(trained: Ensembled, data: Dataset, parts: Sequence[str]) -> dict[str, np.ndarray]:

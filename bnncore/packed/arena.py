@@ -26,10 +26,14 @@ class Kernel(plan.Step):
         rooms: bytes an image that it wants: one entry an output, then perhaps one for itself alone.
             `run` gets arrays of uint8 of so many bytes times the images, of any content. Empty, if
             it takes memory of its own.
+        about: what it does, for people.
+        tile: what does it, for so many images, where there is a choice.
     """
 
     run: Callable[[Sequence[Any], int, Sequence[np.ndarray]], Sequence[Any]]
     rooms: tuple[int, ...] = ()
+    about: str = ""
+    tile: Callable[[int], str] | None = None
 
     def alone(self, values: Sequence[Any], member: int = 0) -> Sequence[Any]:
         """Run once, in fresh memory."""

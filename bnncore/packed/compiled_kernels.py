@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bnncore.packed import layouts, numpy_kernels, tiles
+from bnncore.packed import layouts, numpy_kernels, slices, slicing, tiles
 from bnncore.packed.arena import Kernel
 from bnncore.packed.borders import Window, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
@@ -28,25 +28,34 @@ Array = np.ndarray
 Run = Callable[[Sequence[Array], int, Sequence[Array]], Sequence[Array]]
 
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
+_MOST_SLICED = 1 << 15  # products
 _FLOAT = np.dtype("f4")
 _POOLS = ("maxpool", "avgpool", "global_avg", "sumpool", "global_sum")
 
 
-def plan(program: Program, binary: np.dtype | None = None) -> list[Kernel]:
+TILES: dict[str, np.dtype | None] = {
+    "words": np.dtype("u4"),
+    "nibbles": np.dtype("u1"),
+    "sliced": None,
+}
+
+
+def plan(program: Program, tile: str | None = None) -> list[Kernel]:
     """Steps for `bnncore.packed.execute`.
 
     Args:
-        binary: the type of weights, and so the tile, of binary convolutions (default: the fastest
-            here, see `tiles.binary_tile`).
+        tile: what does binary convolutions, where it can: a key of `TILES` (default: for each layer
+            and number of images the fastest here, see `tiles.binary_tile` and `slicing.wins`).
     """
-    return _Planner(program, binary or tiles.binary_tile()).steps()
+    return _Planner(program, tile).steps()
 
 
 class _Planner:
     """Makes steps of the groups of a Program."""
 
-    def __init__(self, program: Program, binary: np.dtype) -> None:
-        self.program, self.binary = program, np.dtype(binary)
+    def __init__(self, program: Program, tile: str | None) -> None:
+        self.program, self.tile = program, tile
+        self.binary = TILES[tile or "sliced"] or tiles.binary_tile()
         self.shapes = validate(program)
         self.last = len(program.nodes)
         self.table = layouts.nibble_table()
@@ -66,18 +75,21 @@ class _Planner:
 
     def step(self, group: Group) -> Kernel:
         scratch: tuple[int, ...] = ()
+        tile: Callable[[int], str] | None = None
         if not group.fits:
             run = self.plain(group)
         else:
             epilogue = _Epilogue(self.program, group, self.shapes[group.value].dims[-1])
             if group.node.op in SUMS:
-                run, scratch = self.sums(group, epilogue)
+                run, scratch, tile = self.sums(group, epilogue)
             else:
                 run = self.elementwise(group, epilogue)
         if group.outputs == (self.last,):
             run = self.result(run)
         rooms = tuple(self.room(number).bytes for number in group.outputs)
-        return Kernel(group.inputs, group.outputs, group.own, run, rooms + scratch)
+        nodes = [group.node, *group.rows.values(), *([group.level] if group.level else [])]
+        about = f"{nodes[0].name}: {', '.join(dict.fromkeys(node.op for node in nodes))}"
+        return Kernel(group.inputs, group.outputs, group.own, run, rooms + scratch, about, tile)
 
     def room(self, number: int) -> Room:
         return layouts.room_of(self.shapes[number], self.stride(number))
@@ -102,6 +114,24 @@ class _Planner:
         words = not any(self.shapes[number].dims[-1] % tiles.LANES for number in node.inputs)
         if node.op in _POOLS and group.value != self.last:
             return self.pool(group)
+        if node.op == "normalize" and group.value != self.last:
+            values_of = each_member(
+                lambda member: [
+                    numpy_kernels.plain(self.program.tensors[node.tensors[slot]], member)
+                    for slot in ("scale", "shift")
+                ],
+                [self.program.tensors[name] for name in node.tensors.values()],
+            )
+
+            def normalize(
+                values: Sequence[Array], member: int, rooms: Sequence[Array]
+            ) -> list[Array]:
+                out = place.array(rooms[0], len(values[0]))
+                scale, shift = values_of(member)
+                tiles.normalize(values[0], scale, shift, out)
+                return [out]
+
+            return normalize
         if node.op == "concat" and words and group.value != self.last:
 
             def join(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
@@ -155,8 +185,11 @@ class _Planner:
 
         return run
 
-    def sums(self, group: Group, epilogue: _Epilogue) -> tuple[Run, tuple[int, ...]]:
-        """A convolution, or a dense layer as a convolution of a map of one pixel."""
+    def sums(
+        self, group: Group, epilogue: _Epilogue
+    ) -> tuple[Run, tuple[int, ...], Callable[[int], str]]:
+        """A convolution, or a dense layer as a convolution of a map of one pixel: how it runs, with
+        how much room, and on which tile for so many images."""
         node, program = group.node, self.program
         binary = node.op == "bconv"
         slots = {slot: program.tensors[name] for slot, name in node.tensors.items()}
@@ -209,13 +242,22 @@ class _Planner:
             return layouts.lay_out(words.reshape(filters, -1), dtype), inside, whole
 
         prepared = each_member(lay_out, slots.values())
+        sliced = self.sliced(group, epilogue) if binary else None
+
+        def tile(images: int) -> str:
+            if sliced and (self.tile or slicing.worth(outputs[:2], images)):
+                return "sliced"
+            return "floats" if not binary else "nibbles" if dtype == np.uint8 else "words"
+
         zeros = each_member(
             lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
         )
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> Sequence[Array]:
             x = values[0]
             images = len(x)
+            if sliced and tile(images) == "sliced":
+                return sliced(values, member, rooms)
             weights, inside, whole = prepared(member)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             # Tiles of images leave out padding, but the last ones may be half empty.
@@ -235,7 +277,67 @@ class _Planner:
             )  # fmt: skip
             return outs
 
-        return run, (padded.bytes,) if pad or bytes_ else ()
+        return run, (padded.bytes,) if pad or bytes_ else (), tile
+
+    def sliced(self, group: Group, epilogue: _Epilogue) -> Run | None:
+        """A binary convolution by `slices`, where it can and should be."""
+        node = group.node
+        tensor = self.program.tensors[node.tensors["weight"]]
+        filters, kh, kw, channels = tensor.shape
+        stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
+        inputs, outputs = self.dims(node.inputs[0]), self.dims(group.value)
+        window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
+        places = [self.room(number) for number in group.outputs]
+        plain = not (group.rows or group.residual or group.numbers)
+        products = kh * kw * channels
+        if (window.classes > 1 and channels % 2) or products > _MOST_SLICED:
+            return None  # `slicing.sums` says why; and sums are two bytes
+        if self.tile not in (None, "sliced") or (
+            self.tile is None and not slicing.wins(tensor.shape, stride, outputs[:2], plain)
+        ):
+            return None
+        whole = rounded(filters)
+
+        def prepare(member: int) -> slicing.Weights:
+            bits = unpack_bits(_copy(tensor, member))
+            constants = window.constants(bits.sum(3, dtype=np.int32), channels)
+            zeros, found = np.zeros(whole, np.int32), None
+            if plain:
+                planes = max(7, products.bit_length() + 1)
+                found = slicing.limits(constants, *epilogue.limits(member), planes)
+            if found:
+                first, up = found
+                negated = layouts.to_words(np.pad(up, (0, whole - filters)))
+                return slicing.Weights(slicing.picks(bits), planes, True, first, zeros, negated, {})
+            first, most = slicing.sums(constants)
+            planes = max(7, int(first.max() + products).bit_length())
+            zeros[:filters] = most
+            none = np.zeros(whole // lanes_of(filters), layouts.word_of(filters))
+            return slicing.Weights(slicing.picks(bits), planes, False, first, zeros, none, {})
+
+        prepared = each_member(prepare, [tensor, *epilogue.tensors])
+        lays: dict[int, slicing.Lay] = {}
+
+        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+            x = values[0]
+            images = len(x)
+            if images not in lays:
+                lays[images] = slicing.Lay.of(window, outputs[:2], channels, images)
+            lay, mine = lays[images], prepared(member)
+            if lay.key not in mine.starts:
+                mine.starts[lay.key] = slicing.start(
+                    window, lay, outputs[:2], mine.first, mine.planes
+                )
+            outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
+            parts, params, flips, *rest = epilogue.arguments(member, values, outs)
+            slices.convolve(
+                x, np.array([images, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64),
+                lay.lay, lay.columns, lay.taps, mine.picks, *mine.starts[lay.key], mine.planes,
+                mine.as_bits, mine.constants, parts, params, flips, flips ^ mine.negated, *rest,
+            )  # fmt: skip
+            return outs
+
+        return run
 
 
 def _words(tensor: Tensor, member: int) -> Array:
@@ -267,17 +369,18 @@ class _Epilogue:
         self.parts |= tiles.RESIDUAL * (group.residual and floats)
         for row, node in group.rows.items():
             whole = node.op == "rescale"
-            if row < tiles.GROUP:
-                self.parts |= tiles.RESCALE if whole else tiles.FIRST
+            if not whole:
+                self.parts |= 1 << row
             else:
-                self.parts |= tiles.AGAIN if whole else tiles.SECOND
+                self.parts |= tiles.RESCALE if row < tiles.GROUP else tiles.AGAIN
             if len(node.inputs) == 2:
                 self.parts |= tiles.ADDED if row < tiles.GROUP else tiles.ADDED_AGAIN
         if group.numbers and channels % lanes_of(channels):
             self.parts |= tiles.CLEAR  # infinity times the weights of no filter is not 0
         nodes = [*group.rows.values(), *([group.level] if group.level else [])]
         names = [name for node in nodes for name in node.tensors.values()]
-        self.params = each_member(self.prepare, [program.tensors[name] for name in names])
+        self.tensors = [program.tensors[name] for name in names]
+        self.params = each_member(self.prepare, self.tensors)
         word = layouts.word_of(channels)
         self.none = np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), word)
 
@@ -340,6 +443,11 @@ class _Epilogue:
                 flips[:count] = np.logical_not(self.get(level, "inside", member, 1))
         params = rows.reshape(tiles.ROWS, -1, lanes_of(count)).transpose(1, 0, 2)
         return layouts.aligned(params), layouts.to_words(flips)
+
+    def limits(self, member: int) -> tuple[Array, Array]:
+        """Between which values a bit is 1, or where it is negated 0; each (channels,)."""
+        params = self.prepare(member)[0].transpose(1, 0, 2).reshape(tiles.ROWS, -1)
+        return params[tiles.LOW, : self.channels], params[tiles.HIGH, : self.channels]
 
     def arguments(self, member: int, values: Sequence[Array], outs: Sequence[Array]) -> tuple:
         """parts, params, flips, residual, numbers, bits."""

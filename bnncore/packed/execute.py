@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class Model:
         self._last = len(program.nodes)
         self._layout = Layout(self._steps, self._last)
         self._arenas: list[Arena] = []  # of workers that are not at work
+        self._seconds: list[float] | None = None  # of each step, where they are wanted
 
     def __call__(
         self, images: np.ndarray, members: int | None = None, batch: int = 64
@@ -132,6 +134,13 @@ class Model:
         self._each(images, batch, work)
         return labels, used
 
+    def layers(self, images: np.ndarray) -> list[tuple[Kernel, float]]:
+        """Every step, and the seconds that it takes for all images at once and one member."""
+        self._seconds = [0.0] * len(self._steps)
+        self.outputs(images, 1, len(images))
+        seconds, self._seconds = self._seconds, None
+        return list(zip(self._steps, seconds, strict=True))
+
     def _members(self, members: int | None) -> int:
         if members is None:
             return self.program.members
@@ -186,7 +195,10 @@ class Model:
         for time in times:
             step = self._steps[time]
             inputs = [values[number] for number in step.inputs]
+            began = perf_counter()
             outputs = step.run(inputs, member, arena.rooms(time, images))
+            if self._seconds is not None:
+                self._seconds[time] += perf_counter() - began
             values.update(zip(step.outputs, outputs, strict=True))
             for number in self._layout.dead[time]:
                 del values[number]

@@ -41,10 +41,11 @@ LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
-# Parts of the epilogue, in order.
-FIRST, RESIDUAL, SECOND, CLEAR, NUMBERS, BITS = 1, 2, 4, 8, 16, 32
+# Parts of the epilogue. The bit of a row asks for the affine or PReLU whose parameters begin there.
+FIRST, SECOND = 0b010101, 0b010101 << 6
 # Instead of a group a rescaling of integers, and which of the two adds the residual.
-RESCALE, AGAIN, ADDED, ADDED_AGAIN = 64, 128, 256, 512
+RESCALE, AGAIN, ADDED, ADDED_AGAIN = 1 << 12, 1 << 13, 1 << 14, 1 << 15
+RESIDUAL, CLEAR, NUMBERS, BITS = 1 << 16, 1 << 17, 1 << 18, 1 << 19
 # Rows of its parameters: two groups of scale, shift, floor, slope, scale, shift (or, as int32:
 # scale, slope, shift, right, low, high); the bounds of a bit; and above 0 where a filter is, else
 # `CLEAR` writes 0.
@@ -153,21 +154,31 @@ class _Emit:
         return new
 
     def when(
-        self, condition: ir.Value, value: ir.Value, body: Callable[[ir.Value], ir.Value]
-    ) -> ir.Value:
-        """``body(value) if condition else value``."""
+        self,
+        condition: ir.Value,
+        values: list[ir.Value],
+        body: Callable[[list[ir.Value]], list[ir.Value]],
+    ) -> list[ir.Value]:
+        """``body(values) if condition else values``."""
         before = self.b.block
         inside, after = self.b.append_basic_block(), self.b.append_basic_block()
         self.b.cbranch(condition, inside, after)
         self.b.position_at_end(inside)
-        new = body(value)
+        changed = body(values)
         last = self.b.block
         self.b.branch(after)
         self.b.position_at_end(after)
-        joined = self.b.phi(value.type)
-        joined.add_incoming(value, before)
-        joined.add_incoming(new, last)
+        joined = []
+        for value, new in zip(values, changed, strict=True):
+            joined.append(self.b.phi(value.type))
+            joined[-1].add_incoming(value, before)
+            joined[-1].add_incoming(new, last)
         return joined
+
+    def when_each(
+        self, condition: ir.Value, values: list[ir.Value], body: Callable[[ir.Value], ir.Value]
+    ) -> list[ir.Value]:
+        return self.when(condition, values, lambda values: [body(value) for value in values])
 
 
 @intrinsic
@@ -372,6 +383,103 @@ class _Nibbles(_Words):
 _TILES: dict[str, type[_Words]] = {"uint8": _Nibbles, "uint32": _Words, "float32": _Floats}
 
 
+def _epilogue(
+    emit: _Emit, lanes: int, parts: ir.Value, flip: ir.Value, row: Callable[[int], ir.Value]
+) -> Callable[..., None]:
+    """Code of the epilogue for 16 or 32 filters, see `_finish`.
+
+    Args:
+        row: the parameters of a row.
+
+    Returns:
+        what emits it for some pixels at once, from lists: their values, and addresses of residual,
+        numbers and bits.
+    """
+    b = emit.b
+    word = ir.IntType(lanes)
+    vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
+    zero, none = ir.Constant(vector, None), ir.Constant(whole, None)
+
+    def asked(part: int) -> ir.Value:
+        return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
+
+    def affine(first: int) -> Callable[[ir.Value], ir.Value]:
+        return lambda x: b.fadd(b.fmul(x, row(first)), row(first + 1))
+
+    def prelu(first: int) -> Callable[[ir.Value], ir.Value]:
+        def apply(x: ir.Value) -> ir.Value:
+            # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
+            low = b.fcmp_ordered("<", x, row(first))
+            down = b.fmul(b.select(low, row(first), x), row(first + 1))
+            return b.select(b.fcmp_ordered(">=", x, zero), x, down)
+
+        return apply
+
+    def group(first: int) -> Callable[[list[ir.Value]], list[ir.Value]]:
+        def apply(xs: list[ir.Value]) -> list[ir.Value]:
+            for place, part in ((0, affine), (2, prelu), (4, affine)):
+                xs = emit.when_each(asked(1 << first + place), xs, part(first + place))
+            return xs
+
+        return apply
+
+    def rescale(
+        first: int, added: int, residual: list[ir.Value]
+    ) -> Callable[[list[ir.Value]], list[ir.Value]]:
+        def level(index: int) -> ir.Value:
+            return b.bitcast(row(first + index), whole)
+
+        def one(x: ir.Value) -> ir.Value:
+            x = b.fptosi(x, whole)
+            scale = b.select(b.icmp_signed(">=", x, none), level(0), level(1))
+            return b.ashr(b.add(b.mul(x, scale), level(2)), level(3))
+
+        def limit(x: ir.Value) -> ir.Value:
+            x = b.select(b.icmp_signed("<", x, level(4)), level(4), x)
+            return b.sitofp(b.select(b.icmp_signed(">", x, level(5)), level(5), x), vector)
+
+        def more(xs: list[ir.Value]) -> list[ir.Value]:
+            return [
+                b.add(x, b.fptosi(emit.load(vector, at), whole))
+                for x, at in zip(xs, residual, strict=True)
+            ]
+
+        return lambda xs: [limit(x) for x in emit.when(asked(added), [one(x) for x in xs], more)]
+
+    def pixels(
+        xs: list[ir.Value], residual: list[ir.Value], numbers: list[ir.Value], bits: list[ir.Value]
+    ) -> None:
+        def add(xs: list[ir.Value]) -> list[ir.Value]:
+            return [b.fadd(x, emit.load(vector, at)) for x, at in zip(xs, residual, strict=True)]
+
+        def store_numbers(xs: list[ir.Value]) -> list[ir.Value]:
+            for x, at in zip(xs, numbers, strict=True):
+                emit.store(x, at)
+            return xs
+
+        def store_bits(xs: list[ir.Value]) -> list[ir.Value]:
+            for x, at in zip(xs, bits, strict=True):
+                above = b.fcmp_ordered(">=", x, row(LOW))
+                below = b.fcmp_ordered("<=", x, row(HIGH))
+                within = b.bitcast(b.and_(above, below), word)
+                emit.store(b.xor(within, b.trunc(flip, word)), at, lanes // 8)
+            return xs
+
+        def clear(x: ir.Value) -> ir.Value:
+            return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
+
+        xs = emit.when(asked(FIRST), xs, group(0))
+        xs = emit.when(asked(RESCALE), xs, rescale(0, ADDED, residual))
+        xs = emit.when(asked(AGAIN), xs, rescale(GROUP, ADDED_AGAIN, residual))
+        xs = emit.when(asked(RESIDUAL), xs, add)
+        xs = emit.when(asked(SECOND), xs, group(GROUP))
+        xs = emit.when_each(asked(CLEAR), xs, clear)
+        xs = emit.when(asked(NUMBERS), xs, store_numbers)
+        emit.when(asked(BITS), xs, store_bits)
+
+    return pixels
+
+
 @intrinsic
 def _finish(
     typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, total: Any, parts: Any,
@@ -385,72 +493,16 @@ def _finish(
     ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits`` of a word.
     ``parts``: which parts to do; ``flip``: a word of bits to negate.
     """
-    counted = constants.dtype == types.int32
     lanes = flips.dtype.bitwidth
-    word = ir.IntType(lanes)
-    vector = ir.VectorType(_F32, lanes)
+    vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
         emit, b = _Emit(builder), builder
-        zero = ir.Constant(vector, None)
-
-        def row(index: int) -> ir.Value:
-            return emit.load(vector, emit.at(params, 4 * lanes * index))
-
-        def asked(part: int) -> ir.Value:
-            return b.icmp_signed("!=", b.and_(parts, _I64(part)), _I64(0))
-
-        def group(first: int) -> Callable[[ir.Value], ir.Value]:
-            def apply(x: ir.Value) -> ir.Value:
-                x = b.fadd(b.fmul(x, row(first)), row(first + 1))
-                up = b.fcmp_ordered(">=", x, zero)
-                # ReLU is a slope of 0, and a finite floor keeps 0 * -inf from being NaN.
-                low = b.fcmp_ordered("<", x, row(first + 2))
-                down = b.fmul(b.select(low, row(first + 2), x), row(first + 3))
-                x = b.select(up, x, down)
-                return b.fadd(b.fmul(x, row(first + 4)), row(first + 5))
-
-            return apply
-
-        def rescale(first: int, added: int) -> Callable[[ir.Value], ir.Value]:
-            whole = ir.VectorType(_I32, lanes)
-
-            def row(index: int) -> ir.Value:
-                return emit.load(whole, emit.at(params, 4 * lanes * (first + index)))
-
-            def apply(x: ir.Value) -> ir.Value:
-                x = b.fptosi(x, whole)
-                up = b.icmp_signed(">=", x, ir.Constant(whole, None))
-                x = b.add(b.mul(x, b.select(up, row(0), row(1))), row(2))
-                x = b.ashr(x, row(3))
-                x = emit.when(
-                    asked(added),
-                    x,
-                    lambda x: b.add(x, b.fptosi(emit.load(vector, residual), whole)),
-                )
-                x = b.select(b.icmp_signed("<", x, row(4)), row(4), x)
-                x = b.select(b.icmp_signed(">", x, row(5)), row(5), x)
-                return b.sitofp(x, vector)
-
-            return apply
-
-        def clear(x: ir.Value) -> ir.Value:
-            return b.select(b.fcmp_ordered(">", row(LIVE), zero), x, zero)
-
-        def store_numbers(x: ir.Value) -> ir.Value:
-            emit.store(x, numbers)
-            return x
-
-        def store_bits(x: ir.Value) -> ir.Value:
-            above = b.fcmp_ordered(">=", x, row(LOW))
-            below = b.fcmp_ordered("<=", x, row(HIGH))
-            within = b.bitcast(b.and_(above, below), word)
-            emit.store(b.xor(within, b.trunc(flip, word)), bits, lanes // 8)
-            return x
-
-        if counted:
-            whole = ir.VectorType(_I32, lanes)
+        pixels = _epilogue(
+            emit, lanes, parts, flip, lambda k: emit.load(vector, emit.at(params, 4 * lanes * k))
+        )
+        if constants.dtype == types.int32:
             start = emit.load(whole, constant)
             if weights.dtype == types.uint8:
                 minus = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
@@ -459,14 +511,7 @@ def _finish(
             x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
         else:
             x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
-        x = emit.when(asked(FIRST), x, group(0))
-        x = emit.when(asked(RESCALE), x, rescale(0, ADDED))
-        x = emit.when(asked(AGAIN), x, rescale(GROUP, ADDED_AGAIN))
-        x = emit.when(asked(RESIDUAL), x, lambda x: b.fadd(x, emit.load(vector, residual)))
-        x = emit.when(asked(SECOND), x, group(GROUP))
-        x = emit.when(asked(CLEAR), x, clear)
-        x = emit.when(asked(NUMBERS), x, store_numbers)
-        emit.when(asked(BITS), x, store_bits)
+        pixels([x], [residual], [numbers], [bits])
         return context.get_dummy_value()
 
     return types.void(weights, constants, flips, *[types.int64] * 8), body
@@ -590,6 +635,19 @@ def finish(
             numbers_at + place * lanes * 4,
             bits_at + place * lanes // 8,
         )
+
+
+@njit(cache=True, nogil=True)
+def normalize(x: Array, scale: Array, shift: Array, out: Array) -> None:
+    """Bytes (B,H,W,C) times scale (C,), plus shift, into (B,H,W,S)."""
+    images, high, wide, channels = x.shape
+    for n in range(images):
+        for i in range(high):
+            for j in range(wide):
+                for c in range(channels):
+                    out[n, i, j, c] = np.float32(x[n, i, j, c]) * scale[c] + shift[c]
+                for c in range(channels, out.shape[3]):
+                    out[n, i, j, c] = 0
 
 
 @njit(cache=True, nogil=True)

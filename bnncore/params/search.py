@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from bnncore.params.types import (
@@ -20,8 +20,14 @@ from bnncore.params.types import (
     Some,
     Text,
     Threads,
+    Whole,
     Width,
 )
+
+Widths = Annotated[
+    Annotated[Literal["auto"], Tag("<auto>")] | Annotated[Some[Width], Tag("<list>")],
+    Discriminator(lambda value: "<auto>" if isinstance(value, str) else "<list>"),
+]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -29,28 +35,32 @@ class SpaceParams:
     """What a search may choose from: a configuration takes one value of each list.
 
     Whole numbers in equal steps (8, 16, 24) count as near one another; other lists as plain
-    choices. Combinations that cannot be built are skipped.
+    choices. Combinations that cannot be built are skipped. How trials are packed says ``pack``.
 
     Attributes:
-        backbone, width: of `ModelParams`.
-        scheme, sharing, members, start: of `EnsembleParams`.
-        affine, weights: of `PackParams`.
+        backbone: of `ModelParams`.
+        width: of `ModelParams`; ``auto``: the widest that all limits allow.
+        fill: with ``auto``, the widest that fits into such a share of the budget.
+        scheme, sharing, members, start: of `EnsembleParams`; scheme ``fp32`` is the FP32 network
+            with its weights in int8, which has no sharing, members or start. One member is one
+            BNN: it has no scheme and no sharing.
     """
 
     backbone: Some[Text] = ("nin", "fernet", "resnet8")
-    width: Some[Width] = (8, 12, 16, 20, 24, 28, 32)
-    scheme: Some[Text] = ("tentaclenet", "fusion", "bagging")
+    width: Widths = "auto"
+    fill: Some[Share] = (1.0,)
+    scheme: Some[Text] = ("tentaclenet", "fusion", "bagging", "fp32")
     sharing: Some[Text] = ("tentaclenet", "shared_conv", "all_frozen", "no_shared")
     members: Some[Count] = (1, 2, 3, 4, 5, 6, 7, 8)
     start: Some[Literal["bnn", "hadamard", "random"]] = ("bnn", "hadamard")
-    affine: Some[Literal["float32", "float16"]] = ("float32",)
-    weights: Some[Literal["float32", "int8"]] = ("float32",)
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():
-            for value, count in Counter(values).items():
+            for value, count in Counter(values).items() if values != "auto" else ():
                 if count > 1:
                     raise ValueError(f"{name}: expected different values, got {value!r} twice")
+        if self.width != "auto" and self.fill != (1.0,):
+            raise ValueError(f"fill: expected only with width: auto, got {list(self.fill)}")
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -78,7 +88,10 @@ class SearchParams:
         batch: how many configurations are asked for at once. What is asked for depends on this
             number and not on how many workers there are, nor on their speed.
         warmup: how many trials are drawn at random before the sampler's model is asked.
-        rivals: whether to train what the answer is compared with.
+        rivals: whether to train what the answer is compared with, where no trial did.
+        finalists: at the end so many, of those that the validation part cannot tell from its best,
+            are told apart by cross-validation: trained once a fold. Fewer than 2: none.
+        folds: into how many parts training and validation images are divided for that.
         space: what to choose from.
     """
 
@@ -96,6 +109,8 @@ class SearchParams:
     batch: Threads = 4
     warmup: Count = 12
     rivals: Flag = True
+    finalists: Annotated[Whole, Field(ge=0, le=100)] = 4
+    folds: Annotated[Whole, Field(ge=2, le=100)] = 4
     space: SpaceParams = field(default_factory=SpaceParams)
 
     def __post_init__(self) -> None:

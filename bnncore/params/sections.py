@@ -46,9 +46,10 @@ class DataParams:
     """Which images, and how they are divided.
 
     Attributes:
-        name: ``digits``, ``cifar10``, ``cifar100``, ``fer2013`` or ``folder`` (`data.READERS`).
+        name: the set; ``folder`` is one's own.
         path: the data's folder (or fer2013's CSV), absolute or relative to the project's root; when
             None, the folder `name` in the folder that environment variable BNNCORE_DATA names.
+            ``digits`` needs neither, ``folder`` always a path.
         download: fetch cifar10 and cifar100 where they are missing; nothing else ever downloads.
         val_fraction, test_fraction: of the images found for training, how many become the
             validation and test parts of a set that comes without them.
@@ -83,9 +84,9 @@ class Binarizer:
     """How a layer becomes binary.
 
     Attributes:
-        weight: ``xnor``, ``sign``, ``learned`` (`binarize.WEIGHTS`) or ``module:function``.
-        activation: ``clipped``, ``bireal``, ``float`` (`binarize.ACTIVATIONS`) or
-            ``module:function``.
+        weight: a row of `binarize.WEIGHTS` or ``module:function``.
+        activation: a row of `binarize.ACTIVATIONS` or ``module:function``; with ``float`` only
+            weights are binary.
         stochastic: in training, draw each weight's sign at every step with
             P(+1) = (clip(w, -1, 1) + 1) / 2 (BinaryConnect, Eq. 2).
         shift: a learned shift a channel in front of each sign (RSign; Liu et al. 2020, ReActNet);
@@ -111,7 +112,7 @@ class ModelParams:
     """The network of one member.
 
     Attributes:
-        backbone: a key of `backbones.BACKBONES` or ``module:function``.
+        backbone: a row of `backbones.BACKBONES` or ``module:function``.
         width: channels of the first convolution; None for the paper's.
         dropout: probability in front of the dense layer.
         binarizer: how its BNN is binarized.
@@ -192,10 +193,10 @@ class Recipe:
 
 @dataclass(frozen=True, config=SECTION)
 class CustomSharing:
-    """A user's own row of `ensemble.SHARING`.
+    """A row of one's own, beside those of `sharing.SHARING`.
 
     Attributes:
-        own: groups (`ensemble.GROUPS`) or patterns over layer names that each member owns.
+        own: groups (`sharing.GROUPS`) or patterns over layer names that each member owns.
         frozen: whether the shared layers keep the BNN's values.
         name: for tables.
     """
@@ -217,16 +218,16 @@ class EnsembleParams:
 
     Attributes:
         name: unique in the run; names files and runs.
-        scheme: a key of `schemes.SCHEMES`.
-        sharing: a key of `ensemble.SHARING`, or a `CustomSharing`.
-        members: M.
+        scheme: a row of `schemes.SCHEMES`.
+        sharing: a row of `sharing.SHARING`, or a section `CustomSharing`.
+        members: how many, M.
         start: where members' binary layers start: ``bnn`` (the trained BNN), ``hadamard``
             (pseudo-Hadamard, a seed a member) or ``random``.
         classifier: what a TentacleNet's block concatenates: ``logits`` (Fig. 2a), ``features``
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
         jitter: relative noise on the batch-norm parameters of members that start from one network.
         fresh_classifier: members that own their classifier start with a new one.
-        recipe: fields of the section's recipe that differ here.
+        recipe: fields of ``ensembles.recipe`` that differ here.
         teacher: who teaches where the recipe has ``distill``: ``fp32``; the name of an ensemble
             earlier in the list; or ``ensemble``: the members themselves, together, each of them
             (Lan et al. 2018), where they are trained jointly.
@@ -264,7 +265,12 @@ class EnsembleParams:
 
 @dataclass(frozen=True, config=SECTION)
 class EnsemblesParams:
-    """The stage that trains ensembles: one recipe and a list."""
+    """The stage that trains ensembles.
+
+    Attributes:
+        recipe: of all ensembles of the list.
+        train: the ensembles.
+    """
 
     recipe: Recipe = field(default_factory=Recipe)
     train: Annotated[tuple[EnsembleParams, ...], Field(max_length=1000)] = ()
@@ -295,19 +301,36 @@ class PackParams:
 
     Attributes:
         affine: numbers of batch norms, scales and PReLUs that do not fold away.
-        weights: first convolution, shortcuts and dense layers; int8 has a scale a channel.
+        weights: first convolution, shortcuts and dense layers; int8 has a scale a filter;
+            ``mixed``: the first convolution in float16, the others in int8.
         integer: no floats from bytes to logits, whatever the others say: the same scores on every
             device, few instructions on those without a float unit.
+        choose: ``fixed``: as the keys above say. ``auto``: the smallest packing that costs at most
+            `max_drop`; nothing is trained for that (`lowering.packing`).
+        max_drop: points of validation accuracy that ``auto`` may give away.
     """
 
     affine: Literal["float32", "float16"] = "float32"
-    weights: Literal["float32", "int8"] = "float32"
+    weights: Literal["float32", "float16", "int8", "mixed"] = "float32"
     integer: Flag = False
+    choose: Literal["fixed", "auto"] = "fixed"
+    max_drop: Annotated[NotNegative, Field(le=100)] = 0.2
+
+    def __post_init__(self) -> None:
+        said = (self.affine, self.weights, self.integer)
+        if self.choose == "auto" and said != ("float32", "float32", False):
+            raise ValueError("choose: expected fixed beside other keys of one's own, got 'auto'")
 
 
 @dataclass(frozen=True, config=SECTION)
 class EvaluateParams:
-    """How packed files are run: the set of kernels, images at a time, threads."""
+    """How packed files are run.
+
+    Attributes:
+        ops: the kernels; ``numpy`` needs no compiling and is slow.
+        batch: images at a time.
+        threads: that share a batch.
+    """
 
     ops: Literal["compiled", "numpy"] = "compiled"
     batch: Batch = 64
@@ -344,7 +367,13 @@ class RayParams:
 
 @dataclass(frozen=True, config=SECTION)
 class MlflowParams:
-    """Where runs are logged; None: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
+    """Where runs are logged.
+
+    Attributes:
+        uri: the tracking store, or ``none`` to log nothing; None for what MLFLOW_TRACKING_URI says,
+            else ``mlflow.db`` beside `params.yaml`.
+        experiment: the name under which MLflow shows the runs.
+    """
 
     uri: Place | None = None
     experiment: Text = "bnncore"
@@ -366,7 +395,11 @@ class Scale:
 
 @dataclass(frozen=True, config=SECTION)
 class Params:
-    """All of `params.yaml`."""
+    """All of `params.yaml`.
+
+    Attributes:
+        seed: of all training: first weights, the order of images, what is drawn.
+    """
 
     scale: Scale = field(default_factory=Scale)
     seed: Seed = 0

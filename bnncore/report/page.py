@@ -41,7 +41,8 @@ def write(reports: Path | str, path: Path | str | None = None) -> Path:
 
     Reads what `report.write` wrote, and search/front.json ({"budget_bytes", "trials":
     [{configuration..., "val_top1", "file_bytes", "feasible"}]}; a trial with "rival", a text, is
-    marked as one). Each may be missing, but not both results.json and search/front.json.
+    marked as one; "winner" is the number or the rival's text of the best, "rivals" says which
+    trials were rivals). Each may be missing, but not both results.json and search/front.json.
     The page holds its data, styles and scripts; it loads nothing.
 
     Raises:

@@ -23,6 +23,12 @@ _DASHES = ("-", "--", ":", "-.")
 _STEPS: dict[float, tuple[float, ...]] = {
     8: (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), 60: (1, 2, 3, 5, 7), 2000: (1, 2, 5), math.inf: (1,),
 }  # fmt: skip
+# Where a name may stand beside its point: direction, and its own sides there.
+_SIDES = (
+    (1, 0, "left", "center"), (-1, 0, "right", "center"), (0, 1, "center", "bottom"),
+    (0, -1, "center", "top"), (0.75, 0.75, "left", "bottom"), (0.75, -0.75, "left", "top"),
+    (-0.75, 0.75, "right", "bottom"), (-0.75, -0.75, "right", "top"),
+)  # fmt: skip
 _STYLES = {"fp32": ("s", "#d55e00"), "bnn": ("o", "#0072b2"), "ensemble": ("^", "#009e73")}
 
 
@@ -120,24 +126,10 @@ def labels(
     for (x0, y0), (x1, y1) in pairwise(front):
         (a, b), (c, d) = to_pixels((x0, y0)), to_pixels((x1, y1))
         steps += [Bbox.from_extents(a, b - 1, c, b + 1), Bbox.from_extents(c - 1, b, c + 1, d)]
-    sides: list[tuple[float, float, str, str]]
-    sides = [(1, 0, "left", "center"), (-1, 0, "right", "center"), (0, 1, "center", "bottom")]
-    sides += [
-        (0, -1, "center", "top"),
-        (0.75, 0.75, "left", "bottom"),
-        (0.75, -0.75, "left", "top"),
-    ]
-    sides += [(-0.75, 0.75, "right", "bottom"), (-0.75, -0.75, "right", "top")]
-    places = [(r * dx, r * dy, h, v) for r in (8, 14, 22, 32, 44) for dx, dy, h, v in sides]
+    places = [(r * dx, r * dy, h, v) for r in (8, 14, 22, 32, 44) for dx, dy, h, v in _SIDES]
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#333333"}
     for x, y, name in sorted(points, key=lambda p: -p[1]):
-        note = ax.annotate(
-            plain_label(name),
-            (x, y),
-            (8, 0),
-            textcoords="offset points",
-            fontsize=8,
-            color="#333333",
-        )
+        note = ax.annotate(plain_label(name), (x, y), (8, 0), **style)
         best: tuple[float, int] | None = None
         for i, (dx, dy, ha, va) in enumerate(places):
             note.set(position=(dx, dy), ha=ha, va=va)
@@ -195,16 +187,10 @@ def curves(histories: Histories, path: Path | str) -> None:
             if not known:
                 continue
             x, y = zip(*known, strict=True)
-            style = _line(groups.index(_group(name)))
+            style = {**_line(groups.index(_group(name))), "marker": "o" if len(x) < 3 else None}
             if name != _group(name):
                 style |= {"lw": 0.8, "alpha": 0.7}
-            ax.plot(
-                x,
-                y,
-                label=plain_label(_group(name)),
-                **style,
-                marker="o" if len(known) < 3 else None,
-            )
+            ax.plot(x, y, label=plain_label(_group(name)), **style)
         ax.set_xlabel("epoch")
         ax.set_ylabel(label)
         whole_numbers(ax)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import yaml
 
+from bnncore import metrics
 from bnncore import params as P
-from bnncore.metrics import pareto_front
 from bnncore.params import Params
-from bnncore.search import rivals
 from bnncore.search.journal import writing
 from bnncore.search.plot import plot
-from bnncore.search.space import Config, Cost, Row, described, preset
+from bnncore.search.space import FP32, Config, Cost, Row, described, preset
 from bnncore.search.study import COUNTED, FAILED, REJECTED, STOPPED, TRAINED
 
 
@@ -29,7 +29,9 @@ class Report:
         params: those of the whole run, by which the answer is to be trained.
         wanted: how many trials the study shall have.
         rows: one dict a configuration, in the order asked.
-        rivals: rows with ``rival``, a text.
+        rivals: rows with ``rival``, a text; where a trial was one, the trial's, with its number.
+        images: of the validation part.
+        right: of a row, which images cross-validation got right; None where that is not known.
         smallest: of the space, and what it takes.
         importances: share of the variance in validation accuracy that each parameter explains.
         rejecting_s: CPU seconds to count and reject a configuration, in this run: (mean, most).
@@ -46,6 +48,8 @@ class Report:
     importances: dict[str, float]
     rejecting_s: tuple[float, float] | None
     ended: str | None
+    images: int
+    right: Callable[[Row], np.ndarray | None]
     retried: int = 0
     seconds: float = 0.0
 
@@ -55,9 +59,42 @@ class Report:
         return [r for r in self.rows if r["outcome"] == TRAINED]
 
     @property
+    def validated(self) -> list[Row]:
+        """Everything that was trained, by validation accuracy, then bytes, then validation loss."""
+        return _ranked(self.trained + [r for r in self.rivals if "number" not in r])
+
+    @property
+    def finalists(self) -> list[Row]:
+        """What the validation part cannot tell from its best: within the best's 95 % interval, and
+        no more than ``search.finalists``. Empty where that is one alone.
+        """
+        rows = self.validated[: self.params.search.finalists]
+        low = 100 * metrics.wilson(rows[0]["val_top1"] / 100, self.images)[0] if rows else 0.0
+        near = [row for row in rows if row["val_top1"] >= low]
+        return near if len(near) > 1 else []
+
+    @property
+    def told_apart(self) -> list[tuple[Row, np.ndarray]]:
+        """Finalists with what cross-validation got right, the most accurate first."""
+        told = [(r, right) for r in self.finalists if (right := self.right(r)) is not None]
+        told.sort(key=lambda one: (-one[1].mean(), one[0]["file_bytes"]))
+        return told if len(told) > 1 else []
+
+    @property
     def compared(self) -> list[Row]:
-        """Everything that was trained and is within the limits, rivals too, the best first."""
-        return _ranked(self.trained + [r for r in self.rivals if r.get("feasible")])
+        """Everything that was trained, the best first.
+
+        Of finalists that is the smallest file that cross-validation finds within one standard error
+        of the most accurate one (Breiman et al. 1984, section 3.4.3), errors taken in pairs.
+        """
+        told = self.told_apart
+        first: list[Row] = []
+        if told:
+            near = [r for r, right in told if _difference(told[0][1], right)[0]
+                    <= _difference(told[0][1], right)[1]]  # fmt: skip
+            first = [min(near, key=lambda row: row["file_bytes"])]
+        rows = [*first, *(row for row, _ in told), *self.validated]
+        return list({id(row): row for row in rows}.values())
 
     @property
     def winner(self) -> Row | None:
@@ -73,18 +110,22 @@ class Report:
     def front(self) -> list[Row]:
         """What no other beats in both bytes and accuracy, by bytes."""
         rows = self.compared
-        return [rows[i] for i in pareto_front([(r["file_bytes"], r["val_top1"]) for r in rows])]
+        return [
+            rows[i] for i in metrics.pareto_front([(r["file_bytes"], r["val_top1"]) for r in rows])
+        ]
 
     def preset(self, row: Row) -> Params:
-        """What the pipeline runs to train what a row is about."""
-        if "rival" in row:
-            return rivals.rival_preset(self.params, row["rival"], row)
+        """What the pipeline runs to train what a row is about, packed as it was."""
         return preset(self.params, row)
 
 
-def _ranked(rows: Sequence[Row]) -> list[Row]:
-    """By validation accuracy, then bytes, then validation loss."""
+def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """By how much `a` is more often right than `b`, of the same images, and the standard error."""
+    difference = a.astype(int) - b
+    return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
 
+
+def _ranked(rows: Sequence[Row]) -> list[Row]:
     def key(row: Row) -> tuple[float, ...]:
         return -row["val_top1"], row["file_bytes"], row.get("val_loss", 0.0)
 
@@ -92,10 +133,10 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
 
 
 def about(row: Row) -> str:
-    """A row in words: ``nin 37, one BNN (the rival 'one wider BNN', not a trial)``."""
-    if "rival" in row:
-        return f"{row['about']} (the rival {row['rival']!r}, not a trial)"
-    return f"{described(row)} (trial {row['number']})"
+    """A row in words: ``nin 37, one BNN, start bnn (the rival 'one wider BNN', not a trial)``."""
+    trial = "number" in row
+    which = f"trial {row['number']}" if trial else f"the rival {row['rival']!r}, not a trial"
+    return f"{described(row)} ({which})"
 
 
 def write(report: Report, out: Path) -> list[Path]:
@@ -110,7 +151,11 @@ def write(report: Report, out: Path) -> list[Path]:
     """
     search, winner = report.params.search, report.winner
     front = [id(row) for row in report.front]
-    rows = [{**r, "front": id(r) in front} for r in (*report.rows, *report.rivals)]
+    folds = {id(row): 100 * float(right.mean()) for row, right in report.told_apart}
+    rows = [
+        {**r, "about": described(r), "front": id(r) in front, "fold_top1": folds.get(id(r))}
+        for r in (*report.rows, *(r for r in report.rivals if "number" not in r))
+    ]
     content = {
         "study": report.name,
         "budget_bytes": round(1024 * search.budget_kib) if search.count == "file" else None,
@@ -118,7 +163,8 @@ def write(report: Report, out: Path) -> list[Path]:
         "counted": search.count,
         "objectives": search.objectives,
         "best": report.best["number"] if report.best else None,
-        "winner": winner and winner.get("rival", winner.get("number")),
+        "winner": winner and winner.get("number", winner.get("rival")),
+        "rivals": {r["rival"]: r.get("number") for r in report.rivals},
         "importances": report.importances,
         "trials": rows,
     }
@@ -150,12 +196,12 @@ def write(report: Report, out: Path) -> list[Path]:
 def _comment(report: Report, winner: Row) -> str:
     """What best.yaml is; its second line is a preset's description."""
     lines = ["@package _global_", f"{report.name}, {winner['val_top1']:.2f} %: {about(winner)}"]
-    if "rival" in winner and report.best:
+    if "number" not in winner and report.best:
         lines.append(
             f"The best configuration of the search: {report.best['val_top1']:.2f} %, "
             f"{about(report.best)}"
         )
-    if winner.get("rival") == rivals.INT8:
+    if winner["scheme"] == FP32:
         lines.append("It is the model fp32 of the pipeline; there is no ensemble to train.")
     return "".join(f"# {line}\n" for line in lines)
 
@@ -187,32 +233,49 @@ def show(report: Report, say: Callable[[str], None] = print) -> None:
             f"{least.activation_kib:.2f} KiB of activations"
         )
         return
-    say(f"the best within {p.budget_kib:g} KiB{unit}: {about(winner)}\n  {_figures(winner)}")
-    if "rival" in winner and report.best:
+    said = f"the best within {p.budget_kib:g} KiB{unit}: {about(winner)}"
+    say(f"{said}\n  {_figures(winner, report.images)}")
+    if "number" not in winner and report.best:
         say(
             f"it beat the best configuration of the search: {about(report.best)}\n"
-            f"  {_figures(report.best)}"
+            f"  {_figures(report.best, report.images)}"
         )
+    if told := report.told_apart:
+        right = {id(row): right for row, right in told}
+        best = right[id(winner)]
+        low, high = (100 * end for end in metrics.wilson(float(best.mean()), len(best)))
+        say(
+            f"told apart by cross-validation, on {len(best):,} images; the smallest within a "
+            f"standard error of the most accurate: {100 * best.mean():.2f} % ({low:.2f} to "
+            f"{high:.2f})"
+        )
+        for row, other in told:
+            mean, error = (100 * figure for figure in _difference(other, best))
+            than = "the best" if row is winner else f"{mean:+.2f} ± {1.96 * error:.2f} points"
+            say(f"  {row['file_bytes'] / 1024:7.2f} KiB {100 * other.mean():6.2f} %  {than}: "
+                f"{described(row)}")  # fmt: skip
     say("accuracy that bytes buy:")
     for row in report.front:
         say(_line(row))
     if report.rivals:
         say("rivals of the same bytes:")
     for row in report.rivals:
-        say(_line(row) + ("" if row.get("feasible") else "; over another limit"))
+        say(_line(row))
     if report.importances:
         say("what accuracy depended on: " + ", ".join(
             f"{name} {share:.0%}" for name, share in report.importances.items()))  # fmt: skip
 
 
-def _figures(row: dict[str, Any]) -> str:
+def _figures(row: Row, images: int) -> str:
+    low, high = (100 * end for end in metrics.wilson(row["val_top1"] / 100, images))
     return (
-        f"validation {row['val_top1']:.2f} %, file {row['file_bytes']:,} bytes (at most "
-        f"{row['bound_bytes']:,}), {row['megaops']:.2f} million operations an image, "
-        f"{row['activation_kib']:.2f} KiB of activations"
+        f"validation {row['val_top1']:.2f} % ({low:.2f} to {high:.2f}), file "
+        f"{row['file_bytes']:,} bytes (at most {row['bound_bytes']:,}), {row['megaops']:.2f} "
+        f"million operations an image, {row['activation_kib']:.2f} KiB of activations"
     )
 
 
 def _line(row: Row) -> str:
-    said = f"{row['rival']}: {row['about']}" if "rival" in row else described(row)
+    said = f"{row['rival']}: {described(row)}" if "rival" in row else described(row)
+    said += f", trial {row['number']}" if "rival" in row and "number" in row else ""
     return f"  {row['file_bytes'] / 1024:7.2f} KiB {row['val_top1']:6.2f} %  {said}"

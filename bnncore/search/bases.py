@@ -9,7 +9,6 @@ from pathlib import Path
 from bnncore import params as P
 from bnncore.cluster.crew import Crew, Work
 from bnncore.data import Dataset
-from bnncore.networks.sharing import SHARING
 from bnncore.params import Params
 from bnncore.search import trial
 from bnncore.training import plans
@@ -23,23 +22,24 @@ class Bases:
         self.data, self.folder, self.say = data, folder, say
         self._keys: dict[str, str] = {}  # network -> the name of what is kept of it
 
-    def needed(self, crew: Crew, p: Params, todo: list[Work]) -> str | None:
-        """The name of the network that members of the ensemble of `p` start from, or None.
+    def needed(self, crew: Crew, p: Params, todo: list[Work]) -> tuple[str, ...]:
+        """Names of the networks that what `p` are about starts from, or learns from.
 
-        It is known to `crew` then, or what must be trained for it is added to `todo`.
+        They are known to `crew` then, or what must be trained for them is added to `todo`.
         """
-        (ensemble,) = p.ensembles.train
-        if ensemble.start != "bnn" and not SHARING[str(ensemble.sharing)].block:
-            return None
-        key = self._key(p)
-        fp32, bnn = f"fp32/{key}", f"bnn/{key}"
-        wanted = bnn if ensemble.start == "bnn" else fp32
-        if not self._known(crew, wanted, todo):
-            if wanted == bnn and not self._known(crew, fp32, todo):
-                todo.append(Work(fp32, trial.network, (p,), None, math.inf, keep=True))
-            needs = fp32 if wanted == bnn else None
-            todo.append(Work(wanted, trial.network, (p,), needs, math.inf, keep=True))
-        return wanted
+        names = [f"{kind}/{self._key(p)}" for kind in trial.bases(p)]
+        for name in names:
+            self._add(crew, p, name, todo)
+        return tuple(names)
+
+    def _add(self, crew: Crew, p: Params, name: str, todo: list[Work]) -> None:
+        if self._known(crew, name, todo):
+            return
+        needs: tuple[str, ...] = ()
+        if name.startswith("bnn/"):
+            needs = (name.replace("bnn/", "fp32/", 1),)
+            self._add(crew, p, *needs, todo)
+        todo.append(Work(name, trial.network, (p,), needs, math.inf, keep=True))
 
     def _known(self, crew: Crew, name: str, todo: list[Work]) -> bool:
         if name in crew.kept or any(work.name == name for work in todo):

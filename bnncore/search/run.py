@@ -4,7 +4,8 @@ The driver asks a `Study` for configurations (backbone, width, scheme, sharing, 
 one's bytes are counted from its shapes (`search.space`), and what is over the budget is rejected
 before anything is trained. The others are trained side by side on a Ray cluster, one task each
 (`search.trial`), from networks that they share (`search.bases`). Then come the rivals of what was
-found (`search.rivals`). `search.answer` says what all that amounts to.
+found (`search.rivals`), as far as no trial was one, and the best few are told apart by
+cross-validation. `search.answer` says what all that amounts to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,7 @@ from bnncore.params import Params
 from bnncore.search import rivals, space, trial
 from bnncore.search.answer import Report
 from bnncore.search.bases import Bases
-from bnncore.search.space import Cost, Row, Space, described, preset
+from bnncore.search.space import Config, Row, Space, described, identity, preset
 from bnncore.search.study import COUNTED, FAILED, REJECTED, STOPPED, Study, Trial
 from bnncore.training import checkpoint, plans, schemes
 from bnncore.training.ensembled import Ensembled
@@ -51,7 +53,8 @@ def study_name(params: Params, data: Dataset) -> str:
         del plain[section]
     del plain["ensembles"]["train"]
     del plain["model"]["backbone"], plain["model"]["width"]
-    del plain["search"]["trials"], plain["search"]["rivals"]
+    for key in ("trials", "rivals", "finalists", "folds"):  # what comes after the trials, too
+        del plain["search"][key]
     binarizer = params.model.binarizer
     named = [*params.search.space.backbone, binarizer.weight, binarizer.activation]
     code = [path.read_text() for _, path in sorted(modules.users_files(named).items())]
@@ -118,7 +121,7 @@ class Search:
         repeated when the study goes on.
 
         Args:
-            answered: gets the report before rivals are trained, which may take as long again.
+            answered: gets the report before rivals and finalists are trained, and between them.
         """
         started = time.monotonic()
         deadline = started + timeout if timeout is not None else math.inf
@@ -140,9 +143,10 @@ class Search:
                 self._train(crew, batch, stopping)
                 if self.study.ended:
                     break
-            if self.search.rivals and not stopping():
-                answered(self.report())
-                self._train_rivals(crew, stopping)
+            for more in (self._train_rivals, self._train_finalists):
+                if not stopping():
+                    answered(self.report())
+                    more(crew, stopping)
         report = self.report()
         report.retried = crew.retried
         report.seconds = time.monotonic() - started
@@ -171,15 +175,20 @@ class Search:
         trials = {t.name: t for t in batch}
         todo: list[Work] = []
         for t in batch:
-            p = preset(self.params, t.config)
-            needs = self.bases.needed(crew, p, todo)
-            args = (p, self.study.floors(t))
-            # About as long: passes of an image through the members, forward and backward.
-            weight = t.cost.megaops * p.ensembles.recipe.epochs if t.cost else 0.0
-            weight += 1e-3 * t.config["members"]
-            todo.append(Work(t.name, trial.ensemble, args, needs, weight))
+            todo.append(self._work(crew, todo, t.name, t.config, self.study.floors(t)))
 
         crew.run(todo, self._done(lambda name, result: self._told(trials[name], result)), stopping)
+
+    def _work(
+        self, crew: Crew, todo: list[Work], name: str, config: Config, rungs: list[trial.Rung]
+    ) -> Work:
+        """The task that trains a configuration; what it needs is added to `todo`."""
+        p = preset(self.params, config)
+        needs = self.bases.needed(crew, p, todo)
+        # About as long: passes of an image through the members, forward and backward.
+        recipe = p.ensembles.recipe if p.ensembles.train else p.pretrain
+        weight = self.space.cost(config).megaops * recipe.epochs + 1e-3 * config["members"]
+        return Work(name, trial.train, (p, self.space.packings(config), rungs), needs, weight)
 
     def _done(self, told: Callable[[str, Any], None]) -> Callable[[Work, Any], None]:
         """What `Crew.run` calls: networks are kept on disk, anything else is `told` by name."""
@@ -198,61 +207,87 @@ class Search:
             self.study.fail(t, found)
         else:
             outcome, figures = self.study.tell(t, result), result
-            found = f"{result['val_top1']:6.2f} %"
-        assert t.cost is not None
+            found = f"{result['val_top1']:6.2f} %, {result['file_bytes'] / 1024:6.2f} KiB"
+        taken = self.space.cost({**t.config, **figures})
         self.say(
-            f"{len(self.study.trials(*COUNTED)):>4}/{self.wanted} {t.name} {outcome:<8} {found}, "
-            f"at most {t.cost.counted_kib:6.2f} KiB: {described(t.config)}"
+            f"{len(self.study.trials(*COUNTED)):>4}/{self.wanted} {t.name} {outcome:<8} {found}: "
+            f"{described({**t.config, **figures})}"
         )
-        if figures and figures["file_bytes"] > t.cost.file_bytes:
+        if figures and figures["file_bytes"] > taken.file_bytes:
             self.say(
                 f"{t.name}: the file has {figures['file_bytes']} bytes; expected at most "
-                f"{t.cost.file_bytes}: please report this"
+                f"{taken.file_bytes}: please report this"
             )
         self._log(t, outcome, figures)
 
-    # -- rivals ----------------------------------------------------------------------------
+    # -- after the trials ------------------------------------------------------------------
 
     def _train_rivals(self, crew: Crew, stopping: Callable[[], bool]) -> None:
-        """Train what an answer must be compared with, within the same budget."""
-        best = self.report().best
-        if best is None:
+        """Train what an answer must be compared with, where no trial was the same."""
+        report = self.report()
+        if not (self.search.rivals and report.best):
             return
-        known = self.study.rivals
-        missing = {
-            r.label: r
-            for r in rivals.rivals(self.params, self.space, best)
-            if not r.row.items() <= known.get(r.label, {}).items()
-        }
+        known = {r["rival"] for r in report.rivals}
+        wanted = rivals.rivals(self.params, self.space, report.best)
+        missing = {label: config for label, config in wanted.items() if label not in known}
         todo: list[Work] = []
-        for rival in missing.values():
-            members = rival.config["members"]  # what trains longest begins first
-            if rival.label == rivals.INT8:
-                todo.append(Work(rival.label, trial.fp32, (rival.params,), weight=members))
-            else:
-                needs = self.bases.needed(crew, rival.params, todo)
-                args = (rival.params, [(1.0, None)])
-                todo.append(Work(rival.label, trial.ensemble, args, needs, members))
+        for label, config in missing.items():
+            todo.append(self._work(crew, todo, label, config, [(1.0, None)]))
         if missing:
             self.say(f"     rivals of the answer, to be trained: {', '.join(missing)}")
 
-        told = self._done(lambda name, result: self._told_rival(missing[name], result))
+        told = self._done(lambda name, result: self._told_rival(name, missing[name], result))
         crew.run(todo, told, stopping)
 
-    def _told_rival(self, rival: rivals.Rival, result: trial.Result | WorkError) -> None:
+    def _told_rival(self, label: str, config: Config, result: trial.Result | WorkError) -> None:
         if isinstance(result, WorkError):
-            self.say(f"     rival: {rival.label} failed: {result}")
+            self.say(f"     rival: {label} failed: {result}")
             return
-        row = {**rival.row, **{k: result[k] for k in ("val_top1", "val_loss", "file_bytes")}}
-        self.say(
-            f"     rival {rival.label} {row['val_top1']:6.2f} %, {row['file_bytes'] / 1024:6.2f} "
-            f"KiB: {rival.about}"
+        keys = (
+            "affine",
+            "weights",
+            "integer",
+            "drop",
+            "val_top1",
+            "val_loss",
+            "file_bytes",
+            "cpu_s",
         )
-        self.study.keep_rival(rival.label, row)
+        row = {**config, **{k: result[k] for k in keys}, "feasible": True}
+        taken = asdict(self.space.cost(row))
+        row |= {k.replace("file_", "bound_"): v for k, v in taken.items()}
+        self.say(
+            f"     rival {label} {row['val_top1']:6.2f} %, {row['file_bytes'] / 1024:6.2f} "
+            f"KiB: {described(row)}"
+        )
+        self.study.keep_rival(label, row)
         if self.tracker:
-            with self.tracker.model(f"rival-{rival.label}", rival.config) as child:
+            with self.tracker.model(f"rival-{label}", config) as child:
                 child.history(trial.merged(result["history"]))
-                child.metrics({k: row[k] for k in ("val_top1", "file_bytes")})
+                child.metrics({k: row[k] for k in ("val_top1", "file_bytes", "drop")})
+
+    def _train_finalists(self, crew: Crew, stopping: Callable[[], bool]) -> None:
+        """Train those anew, fold by fold, that the validation part cannot tell from its best."""
+        folds, todo, rows = self.search.folds, [], {}
+        for place, row in enumerate(self.report().finalists):
+            p = preset(self.params, row)
+            for k in sorted(set(range(folds)) - self.study.folds(row).keys()):
+                name = f"finalist-{place}-fold-{k}"
+                rows[name] = row, k
+                todo.append(Work(name, trial.fold, (p, k, folds), weight=row["megaops"]))
+        if todo:
+            self.say(f"     told apart by {folds} folds: {len(todo)} trainings")
+
+        def told(work: Work, right: str | WorkError) -> None:
+            row, k = rows[work.name]
+            if isinstance(right, WorkError):
+                self.say(f"     fold {k} failed: {right}: {described(row)}")
+                return
+            self.study.keep_fold(row, k, right)
+            top1 = 100 * right.count("1") / len(right)
+            self.say(f"     fold {k + 1}/{folds} {top1:6.2f} %: {described(row)}")
+
+        crew.run(todo, told, stopping)
 
     # -- what is said of it ----------------------------------------------------------------
 
@@ -261,18 +296,28 @@ class Search:
         rejecting = None
         if self.study.rejecting_s:
             rejecting = float(np.mean(self.study.rejecting_s)), max(self.study.rejecting_s)
-        shown = self.study.rivals if self.search.rivals else {}
-        return Report(
+        report = Report(
             name=self.study.name,
             params=self.full,
             wanted=self.wanted,
             rows=self.study.rows(),
-            rivals=[{"rival": label, **row} for label, row in shown.items()],
+            rivals=[],
+            images=len(self.data.val),
+            right=self.study.right,
             smallest=(self.space.smallest, self.space.least),
             importances=self.study.importances(),
             rejecting_s=rejecting,
             ended=self.ended or self.study.ended,
         )
+        if self.search.rivals and report.best:
+            # Those that the best has now: another best may have had others.
+            trials = {identity(r): r for r in report.trained}
+            known = self.study.rivals
+            for label, config in rivals.rivals(self.params, self.space, report.best).items():
+                row = trials.get(identity(config), known.get(label))
+                if row and identity(row) == identity(config):
+                    report.rivals.append({"rival": label, **row})
+        return report
 
     def _log_rejection(self, t: Trial) -> None:
         self._log(t, REJECTED, {})
@@ -281,8 +326,9 @@ class Search:
         """A child run of the study's; the same names in all, so that they compare."""
         if self.tracker is None:
             return
-        taken: Cost | None = t.cost
+        taken = self.space.cost({**t.config, **result}) if t.cost else None
         about: Row = {**t.config, "outcome": outcome}
+        about |= {k: result[k] for k in ("affine", "weights", "integer") if k in result}
         if taken:  # among the parameters too: the compare view opens on the first three that differ
             about["bound_kib"] = round(taken.file_bytes / 1024, 2)
         with self.tracker.model(t.name, about) as child:
@@ -293,7 +339,7 @@ class Search:
                 figures |= {"file_bytes": taken.file_bytes, "counted_kib": taken.counted_kib}
                 figures |= {"megaops": taken.megaops, "activation_kib": taken.activation_kib}
             if result:
-                keys = ["val_top1", "val_loss", "file_bytes", "cpu_s"]
+                keys = ["val_top1", "val_loss", "file_bytes", "drop", "cpu_s"]
                 figures |= {k: result[k] for k in keys if k in result}
                 if outcome == STOPPED:  # not a result that compares with the others'
                     figures["stopped_top1"] = figures.pop("val_top1")
@@ -316,5 +362,4 @@ def finish(
         (bnn,) = train_many([plans.first_job(params, data, fp32.state)])
         plan = plans.plan(params, section, data, fp32.state, bnn.state)
         trained = schemes.train(plan, train_many)
-    program, _ = packing.packed(trained, params, data, name, section)
-    return trained, program
+    return trained, packing.packed(trained, params, data, name, section).program

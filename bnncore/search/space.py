@@ -1,6 +1,7 @@
 """What a search chooses from: configurations, and what each takes.
 
-A configuration is a dict with a value for each field of `params.SpaceParams`. Nothing here trains.
+A choice is a dict with a value of each list of `params.SpaceParams`. A configuration is what it
+comes to: its width is a number, and what makes no difference has one value. Nothing here trains.
 
 Legend: `M` members.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from bnncore import check
 from bnncore import params as P
 from bnncore.data import Dataset
-from bnncore.lowering import blueprint
-from bnncore.lowering.packing import facts
+from bnncore.lowering import blueprint, packing
 from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import EnsembleSpec
 from bnncore.networks.sharing import SHARING
@@ -34,33 +35,54 @@ from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, Sear
 from bnncore.storage import untrained
 from bnncore.training import plans, schemes
 
+Choice = dict[str, Any]
 Config = dict[str, Any]
 Row = dict[str, Any]  # of a report
-TRACED = 64  # networks that are traced before they are asked for
+KEYS = ("backbone", "width", "scheme", "sharing", "members", "start")
+FP32 = "fp32"  # the scheme of what is no ensemble
+# What one network is, whatever its choice says of an ensemble.
+ONE_BNN: Config = {"scheme": "fusion", "sharing": "no_shared", "members": 1}
+ONE_FP32: Config = {"scheme": FP32, "sharing": "no_shared", "members": 1, "start": "random"}
+# In steps of 4, so that trials share trained networks; finer where 4 is much.
+WIDTHS = (*range(2, 8), *range(8, 513, 4))
 
 
 # -- configurations ----------------------------------------------------------------------------
 
 
-def preset(params: Params, config: Config, **changes: Any) -> Params:
+def preset(params: Params, config: Config) -> Params:
     """`params` with the configuration as its only ensemble, ``best``: what the pipeline can run.
 
+    Of the FP32 network that is its model ``fp32``, without ensembles, trained as long as an
+    ensemble in all.
+
     Args:
-        changes: other fields of the ensemble's section.
+        config: a trained one's row has its packing as well; else it is what `params` say.
     """
     model = replace(params.model, backbone=config["backbone"], width=config["width"])
+    params = replace(params, model=model, pack=packing_of(config) or params.pack)
+    if config["scheme"] == FP32:
+        recipes = (params.pretrain, params.binarize, params.ensembles.recipe)
+        longer = replace(params.pretrain, epochs=sum(r.epochs for r in recipes))
+        ensembles = replace(params.ensembles, train=())
+        return replace(params, pretrain=longer, ensembles=ensembles)
+    changes: dict[str, Any] = {}
+    if config["members"] == 1:  # nothing to differ from
+        changes |= {"jitter": 0.0, "fresh_classifier": False}
     epochs = params.ensembles.recipe.epochs
     if config["scheme"] == "snapshot" and epochs % config["members"]:
         # A cycle a member, all of the same length.
         changes["recipe"] = {"epochs": -(-epochs // config["members"]) * config["members"]}
     keys = ("scheme", "sharing", "members", "start")
     ensemble = EnsembleParams("best", **{k: config[k] for k in keys}, **changes)
-    return replace(
-        params,
-        model=model,
-        pack=PackParams(config["affine"], config["weights"]),
-        ensembles=replace(params.ensembles, train=(ensemble,)),
-    )
+    return replace(params, ensembles=replace(params.ensembles, train=(ensemble,)))
+
+
+def packing_of(row: Row) -> PackParams | None:
+    """How what a row is about was packed; None where it is not trained yet."""
+    if row.get("weights") is None:
+        return None
+    return PackParams(row["affine"], row["weights"], row["integer"])
 
 
 def model(params: Params) -> tuple[str, EnsembleParams | None]:
@@ -74,7 +96,7 @@ def shortened(params: Params) -> Params:
     most = params.search.epochs or math.inf
 
     def cut(recipe: P.Recipe) -> P.Recipe:
-        return replace(recipe, epochs=int(min(recipe.epochs, most)))
+        return replace(recipe, epochs=int(max(min(recipe.epochs, most), 1 + recipe.two_step)))
 
     ensembles = replace(params.ensembles, recipe=cut(params.ensembles.recipe))
     return replace(
@@ -86,10 +108,15 @@ def shortened(params: Params) -> Params:
 
 
 def at_rung(params: Params, fraction: float) -> Params:
-    """`params` with that fraction of the ensembles' epochs."""
-    recipe = params.ensembles.recipe
-    recipe = replace(recipe, epochs=max(1, round(fraction * recipe.epochs)))
-    return replace(params, ensembles=replace(params.ensembles, recipe=recipe))
+    """`params` with that fraction of the epochs of what is trained last."""
+
+    def part(recipe: P.Recipe) -> P.Recipe:
+        return replace(recipe, epochs=max(1, round(fraction * recipe.epochs)))
+
+    if not params.ensembles.train:
+        return replace(params, pretrain=part(params.pretrain))
+    ensembles = replace(params.ensembles, recipe=part(params.ensembles.recipe))
+    return replace(params, ensembles=ensembles)
 
 
 @dataclass(frozen=True)
@@ -121,7 +148,7 @@ class Cost:
 def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str = "file") -> Cost:
     """Count `spec`, packed as `params` say: one member is traced, the rest is multiplication."""
     drawing = blueprint.draw(spec)
-    info = facts(params, *model(params))
+    info = packing.facts(params, *model(params))
     if count == "file":
         size = blueprint.file_bound(spec, params.pack, classes, info)
         counted = size / 1024
@@ -148,17 +175,21 @@ class Space:
     def __init__(self, params: Params, data: Dataset):
         self.params, self.search = params, params.search
         self.image, self.classes = data.image, data.classes
-        self.values: dict[str, tuple] = dict(vars(params.search.space))
-        self.size = math.prod(map(len, self.values.values()))
+        widths = params.search.space.width
+        self.narrowest = WIDTHS[0] if widths == "auto" else min(widths)
+        left_out = "width" if widths == "auto" else "fill"
+        fields = vars(params.search.space).items()
+        self.values: dict[str, tuple] = {k: v for k, v in fields if k != left_out}
         self.distributions = {name: _distribution(v) for name, v in self.values.items()}
         self._problems: dict[tuple, str | None] = {}
         self._specs: dict[tuple, EnsembleSpec] = {}
+        self._widths: dict[tuple, int | None] = {}
         if (most := max(self.values["members"])) > MAX_MEMBERS:
             raise ParamsError(
                 f"search.space.members: expected at most {MAX_MEMBERS}, which a packed file can "
                 f"hold, got {most}"
             )
-        for name, known in (("scheme", schemes.SCHEMES), ("sharing", SHARING)):
+        for name, known in (("scheme", (*schemes.SCHEMES, FP32)), ("sharing", (*SHARING,))):
             for value in self.values[name]:
                 if value not in known:
                     raise ParamsError(
@@ -179,32 +210,71 @@ class Space:
                 f"smallest configuration, {described(self.smallest)}, takes "
                 f"{self.least.counted_kib:.2f} KiB"
             )
-        self._trace_networks()
 
-    def _trace_networks(self) -> None:
-        """Trace every network once, now, so that no rejection waits for it; of a very large space
-        each when it is first seen.
+    def config(self, choice: Choice) -> Config:
+        """What a choice comes to."""
+        config = {"width": self.narrowest, **choice}
+        if config["scheme"] == FP32:
+            config |= ONE_FP32
+        elif config["members"] == 1:
+            config |= ONE_BNN
+        fill = config.pop("fill", None)
+        if fill and not self.problem(config):
+            config["width"] = self.widest(config, fill) or self.narrowest
+        return config
+
+    def widest(self, config: Config, fill: float = 1.0) -> int | None:
+        """The widest network of `WIDTHS` that fits so much of the budget, and the other limits."""
+        key = (fill, *(config[k] for k in ("backbone", "scheme", "sharing", "members")))
+        if key not in self._widths:
+            share = replace(self.search, budget_kib=fill * self.search.budget_kib)
+
+            def fits(width: int) -> bool:
+                return bool(self.packings(config | {"width": width}, share, enough=1))
+
+            self._widths[key] = most(fits, WIDTHS)
+        return self._widths[key]
+
+    def packings(
+        self, config: Config, search: SearchParams | None = None, enough: int = 99
+    ) -> tuple[PackParams, ...]:
+        """The packings, at most `enough` of them, in which it is within all limits for certain."""
+        limits = search or self.search
+        fitting = (
+            pack for pack in self._candidates(config)
+            if max(self._cost(config, pack).constraints(limits).values()) <= 0
+        )  # fmt: skip
+        return tuple(islice(fitting, enough))
+
+    def _candidates(self, config: Config) -> tuple[PackParams, ...]:
+        """From narrow to wide. An FP32 network is narrowed whatever ``pack`` says: its weights in
+        four bytes each would be no rival.
         """
-        if len(self.values["backbone"]) * len(self.values["width"]) > TRACED:
-            return
-        for backbone, width, scheme, sharing in product(
-            *(self.values[k] for k in ("backbone", "width", "scheme", "sharing"))
-        ):
-            changed = {"backbone": backbone, "scheme": scheme, "sharing": sharing}
-            config = self.smallest | changed | {"members": min(self.values["members"])}
-            if not self.problem(config):
-                blueprint.draw(self.spec(config | {"width": width}))
+        auto = PackParams(choose="auto")
+        pack = auto if config["scheme"] == FP32 else self.params.pack
+        return packing.packings(pack)[::-1]
 
     def spec(self, config: Config) -> EnsembleSpec:
         key = tuple(config[k] for k in ("backbone", "width", "scheme", "sharing"))
         if key not in self._specs:  # finding it takes as long as all else
             p = preset(self.params, config)
-            spec = plans.ensemble_spec(p, p.ensembles.train[0], self.image, len(self.classes))
+            count = len(self.classes)
+            if p.ensembles.train:
+                spec = plans.ensemble_spec(p, p.ensembles.train[0], self.image, count)
+            else:
+                spec = plans.single_spec(p, self.image, count, binary=False)
             self._specs[key] = spec
         return replace(self._specs[key], members=config["members"])
 
     def cost(self, config: Config) -> Cost:
-        p = preset(self.params, config)
+        """What the configuration takes, packed as it was, or else in the smallest packing."""
+        taken = packing_of(config)
+        packs = [taken] if taken else self._candidates(config)
+        costs = [self._cost(config, pack) for pack in packs]
+        return min(costs, key=lambda c: (c.counted_kib, c.file_bytes))
+
+    def _cost(self, config: Config, pack: PackParams) -> Cost:
+        p = replace(preset(self.params, config), pack=pack)
         return cost(self.spec(config), p, self.classes, self.search.count)
 
     def problem(self, config: Config) -> str | None:
@@ -215,45 +285,48 @@ class Space:
         key = (config["backbone"], config["scheme"], config["sharing"], few)
         if key not in self._problems:
             try:
-                narrow = {"width": min(self.values["width"]), "members": few}
-                p = preset(self.params, config | narrow)
+                p = preset(self.params, config | {"width": self.narrowest, "members": few})
                 check.check(p, self.image, len(self.classes))
                 self._problems[key] = None
             except ValueError as error:
                 self._problems[key] = str(error).removeprefix("ensembles.train.best.")
         return self._problems[key]
 
-    def near(self, config: Config, tried: set[str], seed: int) -> Config:
-        """An untried configuration that differs from `config` in as few values as are needed.
+    def near(self, choice: Choice, tried: set[str], seed: int) -> Choice | None:
+        """A choice that comes to an untried configuration and differs from `choice` in as few
+        values as are needed; None where all were tried.
 
-        One value is changed at random, after a while two, and so on; there must be one.
+        One value is changed at random, after a while two, and so on.
         """
         rng = np.random.default_rng(seed)
         open_ = [name for name, values in self.values.items() if len(values) > 1]
         for k in range(100 * len(open_)):
-            changed = dict(config)
+            changed = dict(choice)
             for name in rng.choice(open_, size=1 + k // 100, replace=False):
                 values = self.values[name]
                 changed[name] = values[rng.integers(len(values))]
-            if identity(changed) not in tried:
+            if identity(self.config(changed)) not in tried:
                 return changed
-        for choice in np.ndindex(*map(len, self.values.values())):
-            config = {k: v[i] for (k, v), i in zip(self.values.items(), choice, strict=True)}
-            if identity(config) not in tried:
-                return config
-        raise ValueError(f"expected an untried configuration, but all {self.size} were tried")
+        return next((c for c in self.choices() if identity(self.config(c)) not in tried), None)
+
+    def choices(self) -> Iterator[Choice]:
+        """All there are."""
+        for values in product(*self.values.values()):
+            yield dict(zip(self.values, values, strict=True))
 
     def _smallest(self) -> tuple[Config, Cost]:
         """Bytes grow with the width and with the members, so the rest is tried at the least."""
         found: list[tuple[float, int, Config, Cost]] = []
-        least = {"width": (min(self.values["width"]),), "members": (min(self.values["members"]),)}
-        values = self.values | least | {"start": self.values["start"][:1]}
-        problems = set()
-        for choice in np.ndindex(*map(len, values.values())):
-            config = {k: v[i] for (k, v), i in zip(values.items(), choice, strict=True)}
-            problem = self.problem(config)
-            if problem:
-                problems.add(f"{config['backbone']}: {problem}")
+        fewest, problems = min(self.values["members"]), set()
+        for backbone, scheme, sharing in product(
+            *(self.values[k] for k in ("backbone", "scheme", "sharing"))
+        ):
+            config = self.config({
+                "backbone": backbone, "width": self.narrowest, "scheme": scheme,
+                "sharing": sharing, "members": fewest, "start": self.values["start"][0],
+            })  # fmt: skip
+            if problem := self.problem(config):
+                problems.add(f"{backbone}: {problem}")
                 continue
             taken = self.cost(config)
             found.append((taken.counted_kib, len(found), config, taken))
@@ -262,6 +335,12 @@ class Space:
             raise ParamsError(f"search.space: nothing in it can be built: {why}")
         _, _, config, taken = min(found)
         return config, taken
+
+
+def most(fits: Callable[[int], bool], values: Sequence[int]) -> int | None:
+    """The largest of rising `values` that fits; None if none does. What fits also fits smaller."""
+    count = bisect_left(values, True, key=lambda value: not fits(value))
+    return values[count - 1] if count else None
 
 
 def _distribution(values: tuple) -> BaseDistribution:
@@ -274,14 +353,19 @@ def _distribution(values: tuple) -> BaseDistribution:
 
 
 def identity(config: Config) -> str:
-    return json.dumps(config, sort_keys=True)
+    """The same for configurations that come to the same, however they are packed."""
+    return json.dumps({k: config[k] for k in KEYS})
 
 
 def described(config: Config) -> str:
-    """One line for people: ``nin 16, fusion, shared_conv, 4 members, start bnn``."""
-    members = f"{config['members']} member{'s' if config['members'] > 1 else ''}"
-    extra = [config[k] for k in ("affine", "weights") if config[k] != "float32"]
-    return ", ".join(
-        [f"{config['backbone']} {config['width']}", config["scheme"], config["sharing"], members,
-         f"start {config['start']}", *extra]
-    )  # fmt: skip
+    """One line for people: ``nin 16, fusion, shared_conv, 4 members, start bnn, int8 weights``."""
+    if config["scheme"] == FP32:
+        said = ["FP32 network"]
+    elif config.items() >= ONE_BNN.items():
+        said = ["one BNN", f"start {config['start']}"]
+    else:
+        members = f"{config['members']} members"
+        said = [config["scheme"], config["sharing"], members, f"start {config['start']}"]
+    taken = packing_of(config)
+    said += [packing.words(taken)] if taken and packing.words(taken) else []
+    return ", ".join([f"{config['backbone']} {config['width']}", *said])

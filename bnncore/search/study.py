@@ -27,14 +27,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from bnncore.params import digest
 from bnncore.search.journal import BEGIN_STUDY, Journal, mend
-from bnncore.search.space import Config, Cost, Row, Space, identity
+from bnncore.search.space import Choice, Config, Cost, Row, Space, identity
 
 # Asks in a row that give nothing to train, after which the space counts as used up.
 IDLE = 1000
@@ -48,13 +50,31 @@ STATES = {
 }  # fmt: skip
 
 
+SHOWN = (
+    *("outcome", "affine", "weights", "integer", "drop", "val_top1", "stopped_top1", "val_loss"),
+    *("file_bytes", "bound_bytes", "counted_kib", "megaops", "activation_kib", "feasible"),
+    *("reason", "cpu_s"),
+)
+
+
+def _of(trial: FrozenTrial) -> str:
+    return identity(trial.user_attrs["config"])
+
+
+def _digest(row: Row) -> str:
+    """Of a configuration as it is packed."""
+    return digest(identity(row), row["affine"], row["weights"], row["integer"])
+
+
 @dataclass(frozen=True)
 class Trial:
     """A configuration that was asked for and counted.
 
     Attributes:
         number: how many were asked for before it.
-        cost: what it takes; None where it cannot be built.
+        choice: what was proposed.
+        config: what it comes to.
+        cost: what it takes in the smallest packing; None where it cannot be built.
         over: limit -> how far over it, as a share; 0 or less is within.
         problem: why it cannot be built.
         notes: the sampler's own.
@@ -62,6 +82,7 @@ class Trial:
 
     number: int
     batch: int
+    choice: Choice
     config: Config
     cost: Cost | None
     over: dict[str, float]
@@ -127,12 +148,10 @@ class Study:
 
     def rows(self) -> list[Row]:
         """One dict a configuration that was asked for, in that order."""
-        keys = ["outcome", "val_top1", "stopped_top1", "val_loss", "file_bytes", "bound_bytes"]
-        keys += ["counted_kib", "megaops", "activation_kib", "feasible", "reason", "cpu_s"]
         rows = []
         for t in self.trials():
-            row = {"number": _number(t), **{name: t.params[name] for name in self.space.values}}
-            row |= {k: t.user_attrs.get(k) for k in keys}
+            row = {"number": _number(t), **t.user_attrs["config"]}
+            row |= {k: t.user_attrs.get(k) for k in SHOWN}
             if row["file_bytes"] is None or row["outcome"] == STOPPED:
                 row["file_bytes"] = row["bound_bytes"]
             rows.append(row)
@@ -146,6 +165,24 @@ class Study:
 
     def keep_rival(self, label: str, row: Row) -> None:
         self._study.set_user_attr(f"rival {label}", {"study": self.name, **row})
+
+    def folds(self, row: Row) -> dict[int, str]:
+        """Fold -> which images of it were right (`trial.fold`), of those that were trained."""
+        known = self._study.user_attrs
+        names = {k: f"fold {k} of {self.search.folds}, {_digest(row)}"
+                 for k in range(self.search.folds)}  # fmt: skip
+        return {k: known[name]["right"] for k, name in names.items() if name in known}
+
+    def right(self, row: Row) -> np.ndarray | None:
+        """Which images cross-validation got right, fold by fold; None until all are trained."""
+        folds = self.folds(row)
+        if len(folds) < self.search.folds:
+            return None
+        return np.array([digit == "1" for k in sorted(folds) for digit in folds[k]])
+
+    def keep_fold(self, row: Row, k: int, right: str) -> None:
+        name = f"fold {k} of {self.search.folds}, {_digest(row)}"
+        self._study.set_user_attr(name, {"study": self.name, "right": right})
 
     def importances(self) -> dict[str, float]:
         """Share of the variance in accuracy that each parameter explains (fANOVA)."""
@@ -181,24 +218,24 @@ class Study:
         batches = [t.user_attrs["batch"] for t in known if t.user_attrs["outcome"] in COUNTED]
         batch = next(b for b in itertools.count() if batches.count(b) < self.search.batch)
         earlier = [t for t in known if t.user_attrs["batch"] < batch]
-        here = {identity(t.params): t for t in known if t.user_attrs["batch"] == batch}
+        here = {_of(t): t for t in known if t.user_attrs["batch"] == batch}
         before = sum(b < batch for b in batches)
         history = self._history(earlier)
-        tried = {identity(t.params) for t in earlier}
+        tried = {_of(t) for t in earlier}
         number = 1 + max(map(_number, earlier), default=-1)
         asked: list[Trial] = []
         found = idle = 0
         while found < min(self.search.batch, wanted - before) and not stopped():
-            if len(tried) >= self.space.size:
-                self.ended = f"all {self.space.size} configurations of the space were tried"
-                break
             if idle >= IDLE:
                 self.ended = f"{IDLE} configurations in a row did not fit"
                 break
-            digest = hashlib.sha256(f"{self.search.seed}:{number}".encode()).digest()
-            seed = int.from_bytes(digest[:4], "little")
+            seeded = hashlib.sha256(f"{self.search.seed}:{number}".encode()).digest()
+            seed = int.from_bytes(seeded[:4], "little")
             history.sampler = self._sampler(before, seed)
             proposed = self._propose(history, tried, seed)
+            if proposed is None:
+                self.ended = f"all {len(tried)} configurations of the space were tried"
+                break
             notes = history.get_trials(deepcopy=False)[proposed.number].system_attrs
             trial = self.count(proposed.params, number, batch, notes)
             done = here.get(identity(trial.config))
@@ -238,27 +275,31 @@ class Study:
         history.add_trials(t for t in earlier if t.user_attrs["outcome"] != REJECTED)
         return history
 
-    def _propose(self, history: optuna.Study, tried: set[str], seed: int) -> optuna.Trial:
+    def _propose(self, history: optuna.Study, tried: set[str], seed: int) -> optuna.Trial | None:
         """What the sampler proposes; where that was tried, something untried near it."""
         for _ in range(PROPOSALS):
             proposed = history.ask(self.space.distributions)
-            if identity(proposed.params) not in tried:
+            if identity(self.space.config(proposed.params)) not in tried:
                 return proposed
             history.tell(proposed, state=TrialState.FAIL)
-        history.enqueue_trial(self.space.near(proposed.params, tried, seed))
+        near = self.space.near(proposed.params, tried, seed)
+        if near is None:
+            return None
+        history.enqueue_trial(near)
         return history.ask(self.space.distributions)
 
     def count(
-        self, config: Config, number: int, batch: int, notes: dict[str, Any] | None = None
+        self, choice: Choice, number: int, batch: int, notes: dict[str, Any] | None = None
     ) -> Trial:
-        """The configuration with what it takes, before anything trains."""
+        """The choice with what it takes, before anything trains."""
         started = time.thread_time()
+        config = self.space.config(choice)
         problem = self.space.problem(config)
         taken = None if problem else self.space.cost(config)
         over = taken.constraints(self.search) if taken else {"buildable": 1.0}
         # NSGA-II's; what else a sampler notes has no meaning in another study.
         kept = {k: v for k, v in (notes or {}).items() if k.endswith("generation")}
-        trial = Trial(number, batch, config, taken, over, problem, kept)
+        trial = Trial(number, batch, choice, config, taken, over, problem, kept)
         if not trial.feasible:
             self.rejecting_s.append(time.thread_time() - started)
         return trial
@@ -288,9 +329,10 @@ class Study:
         self._write(trial, FAILED, {"reason": reason})
 
     def tell(self, trial: Trial, result: dict[str, Any]) -> str:
-        """Write down what `search.trial.ensemble` found; returns the outcome."""
+        """Write down what `search.trial.train` found; returns the outcome."""
         outcome = STOPPED if result["stopped"] else TRAINED
-        notes = {key: result[key] for key in ("val_loss", "file_bytes", "rungs", "cpu_s")}
+        keys = ("affine", "weights", "integer", "drop", "val_loss", "file_bytes", "rungs", "cpu_s")
+        notes = {key: result[key] for key in keys}
         notes["stopped_top1" if result["stopped"] else "val_top1"] = result["val_top1"]
         self._write(trial, outcome, notes)
         return outcome
@@ -299,12 +341,13 @@ class Study:
         """One line of the journal."""
         attributes: dict[str, Any] = {
             "study": self.name, "asked": trial.number, "batch": trial.batch, "outcome": outcome,
-            "feasible": trial.feasible, **notes,
+            "feasible": trial.feasible, "config": trial.config, **notes,
         }  # fmt: skip
         # Mirrored for optuna-dashboard, which does not show constraints.
         attributes |= {f"constraint_{k}": v for k, v in trial.over.items()}
         if trial.cost:
-            attributes |= {k.replace("file_", "bound_"): v for k, v in asdict(trial.cost).items()}
+            taken = self.space.cost({**trial.config, **notes})
+            attributes |= {k.replace("file_", "bound_"): v for k, v in asdict(taken).items()}
         values, rungs = None, {}
         if outcome == TRAINED:
             values = [float(notes["val_top1"]), float(notes["file_bytes"])][: 1 + self.two]
@@ -315,7 +358,7 @@ class Study:
             optuna.trial.create_trial(
                 state=STATES[outcome],
                 values=values,
-                params={name: trial.config[name] for name in self.space.values},
+                params=trial.choice,
                 distributions=self.space.distributions,
                 user_attrs=attributes,
                 system_attrs=trial.notes,

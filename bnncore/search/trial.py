@@ -1,4 +1,4 @@
-"""What one task of a search does: train a network, a trial or a rival, and measure it.
+"""What one task of a search does: train a network, a configuration or a fold of it, and measure it.
 
 These run in workers of the cluster (`cluster.crew`). Scores are of the validation part: a search
 never sees the test part.
@@ -9,13 +9,19 @@ Legend: `M` members, `N` images, `C` classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from bnncore import metrics
-from bnncore.data import Dataset
+from bnncore.data import Dataset, Split
 from bnncore.lowering import packing
-from bnncore.packed import execute, packfile, votes
+from bnncore.lowering.packing import Packed
+from bnncore.networks.sharing import SHARING
+from bnncore.packed import packfile, votes
 from bnncore.params import PackParams, Params
 from bnncore.search import space
 from bnncore.training import loop, plans, schemes
@@ -35,27 +41,41 @@ def network(
     return Ensembled(job.spec, trained.state, {job.name: trained.history})
 
 
-def ensemble(
-    threads: int, data: Dataset, params: Params, rungs: list[Rung], base: Ensembled | None = None
-) -> Result:
-    """Train the only ensemble of `params`, rung by rung.
+Bases = tuple[Ensembled, ...]  # of `bases`, in that order
+
+
+def bases(params: Params) -> tuple[str, ...]:
+    """What must be trained before what `params` are about, of ``fp32`` and ``bnn``."""
+    if not params.ensembles.train:
+        return ()
+    (ensemble,) = params.ensembles.train
+    binary = ensemble.start == "bnn"
+    block = SHARING[str(ensemble.sharing)].block and not binary
+    taught = params.recipe(ensemble).distill > 0 and ensemble.teacher == "fp32"
+    return ("fp32",) * (block or taught) + ("bnn",) * binary
+
+
+def train(
+    threads: int, data: Dataset, params: Params, among: Sequence[PackParams], rungs: list[Rung],
+    *given: Ensembled,
+) -> Result:  # fmt: skip
+    """Train what `params` are about, rung by rung, and assess it.
 
     Args:
+        among: packings to choose from.
         rungs: (fraction of the epochs, validation accuracy in percent below which to stop there).
-        base: the BNN or the FP32 network that members start from.
+        given: what `bases` names.
 
     Returns:
         What `assess` finds, the accuracies at the rungs, whether it stopped before the last, and
         seconds of the processor.
     """
     started, found = time.process_time(), {}
-    train_many = partial(loop.train_many, data=data, threads=threads)
     values: list[float] = []
     for fraction, floor in rungs:
         p = space.at_rung(params, fraction)
-        state = base.state if base else {}
-        plan = plans.plan(p, p.ensembles.train[0], data, state, state)
-        found = assess(schemes.train(plan, train_many), p, data)
+        made = _trained(threads, data, p, given)
+        found = assess(packed(made, p, data, among), data) | {"history": made.histories}
         values.append(found["val_top1"])
         if floor is not None and values[-1] < floor:
             break
@@ -63,30 +83,64 @@ def ensemble(
     return {**found, "rungs": values, "stopped": stopped, "cpu_s": time.process_time() - started}
 
 
-def fp32(threads: int, data: Dataset, params: Params) -> Result:
-    """Train the FP32 network as its recipe says, and assess it."""
-    started = time.process_time()
-    found = assess(network(threads, data, params), params, data)
-    return {**found, "cpu_s": time.process_time() - started}
-
-
-def assess(trained: Ensembled, params: Params, data: Dataset) -> Result:
-    """Scores on the validation part, in percent and nats, and the real size of the packed file.
-
-    Outputs are torch's, which the packed Program gives too; but of a narrowed Program they are its
-    own.
+def fold(threads: int, data: Dataset, params: Params, k: int, folds: int) -> str:
+    """Train all of what `params` are about without fold `k` of the images: which of those of the
+    fold it gets right, a digit 0 or 1 each, in the order of the data.
     """
-    program, theirs = packing.packed(trained, params, data, *space.model(params))
-    outputs = theirs["val"]
-    if params.pack != PackParams():
-        outputs = execute.Model(program, params.evaluate.ops).outputs(data.val.images)
-    scores, predicted = votes.combine(program, outputs)
-    labels = data.val.labels
+    data = folded(data, k, folds)
+    known: dict[str, Ensembled] = {}
+    if needed := bases(params):
+        known["fp32"] = network(threads, data, params)
+    if "bnn" in needed:
+        known["bnn"] = network(threads, data, params, known["fp32"])
+    made = _trained(threads, data, params, tuple(known[name] for name in needed))
+    found = packed(made, params, data, [params.pack])
+    _, predicted = votes.combine(found.program, found.val)
+    return "".join(map(str, (predicted == data.val.labels).astype(int)))
+
+
+def folded(data: Dataset, k: int, folds: int) -> Dataset:
+    """Training and validation images anew: every `folds`-th of each class is for validation.
+
+    Normalisation stays that of `data`.
+    """
+    parts = data.train, data.val
+    whole = Split(*(np.concatenate([getattr(p, name) for p in parts])
+                    for name in ("images", "labels")))  # fmt: skip
+    of = np.empty(len(whole), int)
+    of[np.argsort(whole.labels, kind="stable")] = np.arange(len(whole)) % folds
+    return replace(data, train=whole[of != k], val=whole[of == k])
+
+
+def _trained(threads: int, data: Dataset, params: Params, given: Bases) -> Ensembled:
+    if not params.ensembles.train:
+        return network(threads, data, params)
+    states = {name: one.state for name, one in zip(bases(params), given, strict=True)}
+    fp32, bnn = states.get("fp32", {}), states.get("bnn", {})
+    plan = plans.plan(params, params.ensembles.train[0], data, fp32, bnn)
+    return schemes.train(plan, partial(loop.train_many, data=data, threads=threads))
+
+
+def packed(
+    trained: Ensembled, params: Params, data: Dataset, among: Sequence[PackParams]
+) -> Packed:
+    """As the pipeline packs it."""
+    return packing.packed(trained, params, data, *space.model(params), among=among)
+
+
+def assess(found: Packed, data: Dataset) -> Result:
+    """Scores of a packed Program on the validation part, in percent and nats, its real size, and
+    how it is packed.
+    """
+    scores, _ = votes.combine(found.program, found.val)
     return {
-        "val_top1": 100 * metrics.accuracy(predicted, labels),
-        "val_loss": metrics.nll(votes.probabilities(program, scores), labels),
-        "file_bytes": len(packfile.encode(program)),
-        "history": trained.histories,
+        "val_top1": found.top1,
+        "val_loss": metrics.nll(votes.probabilities(found.program, scores), data.val.labels),
+        "file_bytes": len(packfile.encode(found.program)),
+        "affine": found.pack.affine,
+        "weights": found.pack.weights,
+        "integer": found.pack.integer,
+        "drop": found.drop,
     }
 
 

@@ -2,16 +2,15 @@
 
 The stages of one pipeline run are separate processes that log into one parent run, with one child
 run a model. The process that trains never imports MLflow, whose import and retries draw from
-Python's global random state at moments that no seed fixes: it appends plain lines to a log
-(`log`), one file a pipeline run, and a background process brings the store to what the log says
-(`sync`). Only a process can be ended when a call hangs, and it may be killed at any moment: runs
-are found by their tags, what the store has is not sent again, and the log says how far it is
-carried. So a server that is away, slow or hanging costs nothing but the wait in `Tracker.finish`.
+Python's global random state at moments that no seed fixes: it keeps a file a run that says what the
+run shall be (`runs`), and a background process brings the store to that (`sync`). Only a process
+can be ended when a call hangs, and it may be killed at any moment: runs are found by their tags,
+and what the store has is not sent again. So a server that is away, slow or hanging costs nothing
+but the wait in `Tracker.finish`.
 """
 
-from bnncore.tracking.jobs import merge
-from bnncore.tracking.log import METRICS, NOWHERE, ModelRun, Tracker, resolve_uri
-from bnncore.tracking.sync import sync
+from bnncore.tracking.runs import METRICS, NOWHERE, ModelRun, Tracker, resolve_uri
+from bnncore.tracking.sync import merge, sync
 from bnncore.tracking.ui import compare_path
 
 __all__ = [

@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from bnncore.tracking.log import folder_of
+from bnncore.tracking.runs import folder_of
 from bnncore.tracking.sync import Store, sync
 from bnncore.tracking.ui import ui
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: --flush carries over what is logged, --ui shows the runs."""
+    """Command line: --flush carries over what is kept, --ui shows the runs."""
     parser = argparse.ArgumentParser(prog="python -m bnncore.tracking", description=main.__doc__)
     do = parser.add_mutually_exclusive_group(required=True)
     do.add_argument("--flush", action="store_true", help="log what tracking servers have missed")
@@ -28,28 +28,25 @@ def main(argv: list[str] | None = None) -> int:
         ui(args.root, args.port)
         return 0
     if args.follow:
-        return follow(args.root, args.follow[0], int(args.follow[1]))
+        return follow(args.root, Path(args.follow[0]), int(args.follow[1]))
     left = sync(args.root)
-    print(f"{left} entries left in {folder_of(args.root)}" if left else "all is logged")
+    print(f"{left} runs left in {folder_of(args.root)}" if left else "all is logged")
     return 1 if left else 0
 
 
-def follow(root: Path, key: str, stage: int) -> int:
-    """Carry a project's logs until the standard input ends; 1 if that of `key` could not be.
+def follow(root: Path, folder: Path, stage: int) -> int:
+    """Carry a project's runs until the standard input ends; 1 if those of `folder` could not be.
 
     The process `stage`, which began this one, holds the input's other end; but so may another
     that it forked: hence this ends, too, when it is another's child.
     """
     store, ended = Store(), False
-    log = folder_of(root) / f"{key}.jsonl"
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], 0.5)[0]) or os.getppid() != stage
         sync(root, store, wait=False)
-    left = store.carry(log)
-    if left:  # a store that refused at once is asked once more; one that hangs had its time
+    if store.carry(folder):  # one that refused is asked once more; one that hangs had its time
         time.sleep(1)
-        left = store.carry(log)
-    return 1 if left else 0
+    return 1 if store.carry(folder) else 0
 
 
 if __name__ == "__main__":

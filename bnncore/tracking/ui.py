@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from bnncore.tracking.log import project, resolve_uri
+from bnncore.tracking.runs import project, resolve_uri
 from bnncore.tracking.sync import Store
 
-_TRAINING = "#/experiments?workflowType=machine_learning"  # else it opens its view of traces
+# In MLflow's view of model training (else it opens that of traces), the most accurate first.
+_RUNS = ("/#/experiments/{}/runs?workflowType=machine_learning&orderByAsc=false"
+         "&orderByKey=metrics.%60test_top1%60")  # fmt: skip
 
 
 def compare_path(root: Path | str, uri: str | None = None) -> str | None:
@@ -20,6 +22,12 @@ def compare_path(root: Path | str, uri: str | None = None) -> str | None:
     Those with final figures, or all where none has any (their curves can be compared); None
     where nothing was logged.
     """
+    found = pages(root, uri)
+    return found and found[1]
+
+
+def pages(root: Path | str, uri: str | None = None) -> tuple[str, str] | None:
+    """The path of the runs of the experiment that was logged into last, and `compare_path`."""
     uri = resolve_uri(root, uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return None
@@ -35,7 +43,8 @@ def compare_path(root: Path | str, uri: str | None = None) -> str | None:
     models = client.search_runs([place], f"tags.`mlflow.parentRunId` = '{parent}'")
     final = [run for run in models if "bnncore.final" in run.data.tags]
     runs = quote(json.dumps([run.info.run_id for run in final or models]))
-    return f"/#/compare-runs?runs={runs}&experiments={quote(json.dumps([place]))}"
+    compare = f"/#/compare-runs?runs={runs}&experiments={quote(json.dumps([place]))}"
+    return _RUNS.format(place), compare
 
 
 def ui(root: Path, port: int) -> None:
@@ -45,9 +54,10 @@ def ui(root: Path, port: int) -> None:
         print(f"The runs are at {uri}")
         return
     where = f"http://127.0.0.1:{port}"
-    print(f"MLflow: {where}/{_TRAINING} (Ctrl-C ends it)")
-    if path := compare_path(root):
-        print(f"The last run's models compared: {where}{path}")
+    runs, compare = pages(root) or ("", "")
+    print(f"MLflow: {where}{runs} (Ctrl-C ends it)")
+    if compare:
+        print(f"The last run's models compared: {where}{compare}")
     sys.stdout.flush()
     mlflow = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--workers", "1"]
     mlflow += ["--host", "127.0.0.1", "--port", str(port)]

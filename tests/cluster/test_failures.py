@@ -112,26 +112,31 @@ def test_twenty_killed_actors(pair, undisturbed, seed, turn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", ["__init__", "epoch", "bias", "state", "close"])
-def test_an_actor_that_dies_right_after_an_answer(pair, monkeypatch, call):
-    """Before the group is asked the next, whatever that is."""
+def test_an_actor_that_dies_right_after_an_answer(pair, monkeypatch):
+    """Before the group is asked the next, whatever that is: once for each of its methods."""
     p, images = plan("tentaclenet", "tentaclenet", members=2, epochs=2, subset=0.1)
     expected = schemes.train(p, lambda jobs: loop.train_many(jobs, images)).state
-    original, struck = getattr(Group, call), []
+    calls = ["__init__", "epoch", "bias", "state", "close"]
+    struck = {}
 
-    def strike(self, *args, **options):
-        if not struck:
-            struck.append(call)
-            actors = args[2] if call == "__init__" else self.actors
-            ray.kill(actors[-1])
-        return original(self, *args, **options)
+    def striking(call, original):
+        def strike(self, *args, **options):
+            if call not in struck and self not in struck.values():  # each in a group of its own
+                struck[call] = self
+                ray.kill((args[2] if call == "__init__" else self.actors)[-1])
+            return original(self, *args, **options)
 
-    monkeypatch.setattr(Group, call, strike)
+        return strike
+
+    for call in calls:
+        monkeypatch.setattr(Group, call, striking(call, getattr(Group, call)))
+    monkeypatch.setattr("bnncore.cluster.cluster.ATTEMPTS", len(calls) + 1)
     before = pair.lost
     trained = schemes.train(p, lambda jobs: pair.train_many(jobs, images))
-    assert struck == [call]
+    assert sorted(struck) == sorted(calls)
     assert differences(expected, trained.state) == []
-    assert pair.lost - before == 1
+    # To close an actor may be quicker than to kill it.
+    assert pair.lost - before in (len(calls) - 1, len(calls))
 
 
 @pytest.mark.slow
@@ -184,20 +189,27 @@ def _history(folder: Path) -> list[dict]:
 
 
 def _kill_driver(folder: Path, rng: random.Random, undisturbed) -> None:
-    driver = _driver(folder)
-    _epochs(driver, rng.randrange(1, EPOCHS - 1))
+    """Killed at any moment of its first epochs; gone on with, and killed as it writes a
+    checkpoint; gone on with."""
+    # Ray's agents wait a minute for a server that is gone.
+    driver = _driver(folder, RAY_gcs_rpc_server_reconnect_timeout_s="5")
+    _epochs(driver, rng.randrange(1, EPOCHS // 2))
     time.sleep(rng.uniform(0, 0.5))
     offspring = processes.descendants(driver.pid)
     driver.kill()
     driver.wait()
-    assert not (folder / "result.safetensors").exists()
     done = len(_history(folder))
-    assert done < EPOCHS, "training was over when it struck"
+    assert done < EPOCHS - 1, "training was nearly over when it struck"
+    driver = _driver(folder, str(done + 2))
+    output, _ = driver.communicate()
+    assert driver.returncode == -signal.SIGKILL, output
+    assert len(_history(folder)) == done + 1, "the epoch before is kept"
+    assert not (folder / "result.safetensors").exists()
     again = _driver(folder)
     output, _ = again.communicate()
     assert again.returncode == 0, output
     assert differences(undisturbed, load_file(folder / "result.safetensors")) == []
-    ended = processes.gone(offspring, 150)  # Ray's agents take a minute to notice
+    ended = processes.gone(offspring, 150)
     processes.kill([] if ended else offspring)
     assert ended, "processes of a killed driver live on"
 
@@ -211,18 +223,6 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path, undisturbed, seed):
 @pytest.mark.parametrize("turn", range(10))
 def test_ten_killed_drivers(tmp_path, undisturbed, seed, turn):
     _kill_driver(tmp_path, random.Random(seed + turn), undisturbed)
-
-
-@pytest.mark.slow
-def test_killed_while_it_writes_a_checkpoint(tmp_path, undisturbed):
-    driver = _driver(tmp_path, "3")
-    output, _ = driver.communicate()
-    assert driver.returncode == -signal.SIGKILL, output
-    assert [e["epoch"] for e in _history(tmp_path)] == [1, 2], "the epoch before is kept"
-    again = _driver(tmp_path)
-    output, _ = again.communicate()
-    assert again.returncode == 0, output
-    assert differences(undisturbed, load_file(tmp_path / "result.safetensors")) == []
 
 
 # -- nodes -------------------------------------------------------------------------------------
@@ -250,11 +250,6 @@ def _kill_node(folder: Path, rng: random.Random, undisturbed, answered: bool = F
     assert not answered or "the answer was lost: ObjectReconstructionFailedError" in lines, output
     assert f"epoch {EPOCHS} actors 1" in lines, "it went on with the members on fewer actors"
     assert differences(undisturbed, load_file(folder / "result.safetensors")) == []
-
-
-@pytest.mark.slow
-def test_a_killed_node(tmp_path, undisturbed, seed):
-    _kill_node(tmp_path, random.Random(seed), undisturbed)
 
 
 @pytest.mark.slow

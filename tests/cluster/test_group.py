@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import ray
 
+from bnncore import check
 from bnncore.cluster import group
 from bnncore.networks.ensemble import Ensemble
 from bnncore.params import RayParams
-from bnncore.training import loop, schemes
+from bnncore.training import loop, plans, schemes
+from tests import tiny
 from tests.small import differences, plan
 
 IN_SEQUENCE_OR_ALONE = [
@@ -23,11 +25,12 @@ IN_SEQUENCE_OR_ALONE = [
 # These show what threads do not: the sums of real collectives, of two and of four; states that are
 # merged, and jobs that arrive whole. By their numbers of actors, so that those are used again.
 SPREAD = [
-    (1, "voting", "shared_conv", {}),
+    (1, "voting", "shared_conv", {"recipe": {"distill": 0.5, "optimizer": "adamw"}}),
     (2, "tentaclenet", "tentaclenet", {"classifier": "features"}),
     (2, "fusion", "shared_conv", {}),
     (4, "tentaclenet", "tentaclenet", {"classifier": "features"}),
     (4, "fusion", "shared_conv", {}),
+    (4, "fusion", "no_shared", {"recipe": {"distill": 0.5}, "teacher": "ensemble"}),
 ]
 # Members times shards of a batch.
 SHARDED = [
@@ -84,6 +87,30 @@ def test_same_bits_over_members_times_shards(cluster, count, scheme, sharing, ex
 
 
 @pytest.mark.slow
+def test_a_users_network_trains_over_actors_to_the_same_bits(cluster):
+    """Its function, and a binarizer of the user's own, are found by name in other processes."""
+    data = tiny.dataset((12, 12, 1), 4, train=32)
+    sections = [{"name": n, "scheme": n, "sharing": "no_shared", "members": 2}
+                for n in ("fusion", "snapshot")]  # fmt: skip
+    p = tiny.parse(
+        model={
+            "backbone": "examples.own_cnn:small_cnn",
+            "binarizer": {"weight": "tests.networks.test_binarize:half"},
+        },
+        ensembles={"train": sections},
+    )
+    check.check(p, data.image, 4)
+    (fp32,) = loop.train_many([plans.first_job(p, data, None)], data)
+    (bnn,) = loop.train_many([plans.first_job(p, data, fp32.state)], data)
+    cluster.params = RayParams(actors=2)
+    for section in p.ensembles.train:
+        its = plans.plan(p, section, data, fp32.state, bnn.state)
+        here = schemes.train(its, lambda jobs: loop.train_many(jobs, data)).state
+        there = schemes.train(its, lambda jobs: cluster.train_many(jobs, data)).state
+        assert differences(here, there) == []
+
+
+@pytest.mark.slow
 def test_blocks_that_are_no_power_of_two_agree_within_rounding(cluster):
     p, images = plan(members=6, epochs=1)
     alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
@@ -93,6 +120,7 @@ def test_blocks_that_are_no_power_of_two_agree_within_rounding(cluster):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_exchange_stays_within_its_bytes(cluster):
     p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=1)
     shared = sum(
@@ -118,6 +146,7 @@ def test_blocks(members, count):
     assert len(sizes) <= 1
 
 
+@pytest.mark.slow
 def test_the_members_share_one_copy_of_the_data(local_ray):
     _, images = plan()
 
@@ -128,6 +157,7 @@ def test_the_members_share_one_copy_of_the_data(local_ray):
     assert ray.get(shares.remote(ray.put(images)))
 
 
+@pytest.mark.slow
 def test_order_of_results_is_the_order_of_jobs(cluster):
     p, images = plan("voting", "all_frozen", members=5, epochs=1)
     jobs = [p.job((i,), f"e.{i}") for i in range(5)]

@@ -25,7 +25,6 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from bnncore import tracking
 from bnncore.packed import packfile
 from bnncore.tracking import Tracker
 from pipeline import submit, swap
@@ -55,7 +54,6 @@ def submitted(folder: Path, environment: dict[str, str], *arguments: str):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
     )
 
 
@@ -94,7 +92,7 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     (folder / "reports" / "mine.txt").write_text("not the pipeline's")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with processes.two_nodes(tmp_path, dashboard=True, PATH=path) as (environment, nodes):
-        environment["MLFLOW_TRACKING_URI"] = "none"  # test_a_jobs_runs_come has them
+        environment["MLFLOW_TRACKING_URI"] = "none"
         with _Watch(nodes) as watch:
             fails = "dvc repro pretrain && echo now it ends && exit 3"
             failed = submitted(folder, environment, "--", "sh", "-c", fails)
@@ -138,7 +136,7 @@ def test_two_nodes_run_the_pipeline_as_a_job(tmp_path):
     assert test_pipeline.ran(test_pipeline.dvc(folder, "repro")) == []
     # Nothing lives on.
     assert len(watch.seen) > 10
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while left := [p for p, t in watch.seen.items() if t is not None and processes.began(p) == t]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
@@ -231,13 +229,21 @@ def there_and_here(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "there", tmp_path / "here"
 
 
-def test_only_results_are_taken_from_an_archive(tmp_path, there_and_here, client):
+@pytest.mark.slow  # a store of MLflow's is made
+def test_only_results_and_runs_are_taken_from_an_archive(
+    tmp_path, there_and_here, client, capsys, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     there, here = there_and_here
-    handed_out(tmp_path / "x.tar", *submit.pack(["packed", "Makefile"], there, tmp_path / "x.tar"))
+    Tracker(there, {"seed": 1}, wait=0).model("fused", {})
+    paths = ["packed", "Makefile", *submit.STORE]
+    handed_out(tmp_path / "x.tar", *submit.pack(paths, there, tmp_path / "x.tar"))
     submit.fetch(client, "job", [], here)
+    assert capsys.readouterr().out == "brought back: packed; 2 MLflow runs\n"
+    assert len([*here.glob("checkpoints/mlflow/*/*.synced")]) == 2, "the store of here has them"
     assert (here / "packed" / "a.bnn").read_text() == "new"
     assert (here / "Makefile").read_text() == "old"
-    names = [".dvc", "Makefile", "dvc.yaml", "packed", "params.yaml"]
+    names = [".dvc", "Makefile", "checkpoints", "dvc.yaml", "mlflow.db", "packed", "params.yaml"]
     assert sorted(p.name for p in here.iterdir()) == names
     assert sorted(p.name for p in (here / swap.WORK).iterdir()) == ["job.brought", "lock"]
 
@@ -280,45 +286,6 @@ def test_what_goes_wrong_changes_nothing(tmp_path, there_and_here, client, monke
     assert (here / "packed" / "a.bnn").read_text() == "old"
     assert (here / "Makefile").read_text() == "old"
     assert [p.name for p in (here / swap.WORK).glob("*")] in ([], ["lock"])
-
-
-@pytest.mark.slow
-def test_a_jobs_runs_come_into_the_store_of_here(tmp_path):
-    from mlflow import MlflowClient
-
-    there, here = tmp_path / "there", tmp_path / "here"
-    for place, name in ((there, "fused"), (here, "older")):
-        place.mkdir()
-        (place / "params.yaml").write_text("{}")
-        (place / "fused.bnn").write_text("a packed file")
-        with (
-            Tracker(place, {"seed": name}, "sqlite:///mlflow.db") as tracker,
-            tracker.model(name, {"members": 2}) as model,
-        ):
-            model.epoch(1, {"val_top1": 40.0})
-            model.epoch(2, {"val_top1": 50.0})
-            model.metrics({"test_top1": 45.0})
-            model.artifact(place / "fused.bnn")
-    assert tracking.merge(there, here, "job-1") == 2
-    assert tracking.merge(there, here, "job-1") == 0, "once is enough"
-    (there / "fused.bnn").unlink()
-    (there / "mlflow.db").unlink()  # nothing refers to it
-
-    client = MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("bnncore")
-    runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 4
-    (fused,) = (r for r in runs if r.info.run_name == "fused")
-    parent = client.get_run(fused.data.tags["mlflow.parentRunId"])
-    assert parent.data.params["seed"] == "fused"
-    assert fused.data.tags["bnncore.job"] == "job-1"
-    assert fused.data.params["members"] == "2"
-    assert fused.data.metrics["test_top1"] == 45.0
-    assert fused.info.status == "FINISHED"
-    curve = client.get_metric_history(fused.info.run_id, "val_top1")
-    assert [(m.step, m.value) for m in curve] == [(1, 40.0), (2, 50.0)]
-    path = client.download_artifacts(fused.info.run_id, "fused.bnn", str(tmp_path))
-    assert Path(path).read_text() == "a packed file"
 
 
 # -- cluster/ ----------------------------------------------------------------------------------

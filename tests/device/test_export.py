@@ -17,7 +17,7 @@ from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
 from bnncore.packed import execute, integers, narrow, votes
 from bnncore.packed.program import Program
-from bnncore.params import PackParams
+from bnncore.params import Binarizer, PackParams
 from tests import tiny
 from tests.graphs import random_images, random_program
 
@@ -74,7 +74,10 @@ def network(
     classifier = None
     if sharing == "tentaclenet":
         combine, classifier = "sum", "logits" if backbone == "nin" else "features"
-    ensemble = tiny.ensemble(members, sharing, combine, backbone=backbone, classifier=classifier)
+    changes: dict = {"backbone": backbone, "classifier": classifier}
+    if backbone.startswith("lean"):
+        changes["binarizer"] = Binarizer("sign", stem="binary", head="binary")
+    ensemble = tiny.ensemble(members, sharing, combine, **changes)
     tiny.scramble(ensemble)
     program = lower(ensemble, (0.4,), (0.3,), tuple("abcd"))
     return integers.converted(program, integers.ranges(program, random_images(program, 32))
@@ -91,6 +94,7 @@ NETWORKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "sharing", "combine", "whole"),
     [
@@ -107,9 +111,10 @@ def test_networks_of_every_backbone_sharing_and_vote(tmp_path, backbone, sharing
 
 
 PACKS = [PackParams("float16"), PackParams("float32", "int8"), PackParams("float16", "int8"),
-         PackParams(integer=True)]  # fmt: skip
+         PackParams("float16", "mixed"), PackParams(integer=True)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", PACKS, ids=str)
 def test_narrowed_files(tmp_path, pack):
     plain = network("resnet8", "shared_conv")
@@ -146,6 +151,7 @@ SANITIZED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SANITIZED)
 @pytest.mark.skipif(COMPILER[0] == sys.executable, reason="sanitizers need gcc")
 def test_the_self_test_passes_under_sanitizers_as_c_and_as_cpp(tmp_path, make):
@@ -171,6 +177,7 @@ def test_the_self_test_can_fail(tmp_path):
     assert subprocess.run(["./t"], cwd=tmp_path).returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize("core", emulate.CORES)
 @pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")

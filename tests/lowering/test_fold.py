@@ -160,6 +160,7 @@ def _set(chain: Chain, roll: int, positive_slopes: bool) -> None:
         chain.conv.weight.data[roll] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("integer", [True, False], ids=["sums", "floats"])
 @pytest.mark.parametrize("chain", [c for c in CHAINS if c != "nothing"])
 def test_values_that_training_and_pruning_leave(chain, integer):
@@ -214,6 +215,7 @@ def test_chains_that_do_not_tell_their_channels(links):
 NETWORKS = ("nin", "fernet", "resnet8", "birealnet18", "reactnet10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", NETWORKS)
 @pytest.mark.parametrize("where", ["scales", "slopes"])
 def test_networks_with_such_values_give_torchs_labels(backbone, where):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from bnncore.packed.rules import validate
 from bnncore.params import Binarizer
 from tests import tiny
 
+CONV_HEADS = ("nin", "leanresnet8", "leanplain")
 DATA = tiny.dataset((12, 12, 3), 5, train=20)
 
 
@@ -26,7 +28,7 @@ def scrambled(backbone, sharing="shared_conv", members=2, combine="mean", **chan
     model = tiny.model(backbone, 8, DATA, **changes)
     classifier = None
     if sharing == "tentaclenet":
-        combine, classifier = "sum", "logits" if backbone == "nin" else "features"
+        combine, classifier = "sum", "logits" if backbone in CONV_HEADS else "features"
     ensemble = Ensemble(EnsembleSpec(model, members, SHARING[sharing], combine, classifier), seed=2)
     tiny.scramble(ensemble, seed=7)
     if ensemble.bias is not None:
@@ -57,10 +59,12 @@ def by_op(program):
 
 @pytest.mark.parametrize("sharing", ["shared_conv", "tentaclenet", "no_shared", "c2"])
 @pytest.mark.parametrize(
-    "backbone", ["nin", "resnet9", "fernet", "resnet8", "resnet18", "birealnet18", "reactnet10"]
-)
+    "backbone",
+    ["nin", "resnet9", "fernet", "resnet8", "resnet18", "birealnet18", "reactnet10",
+     "leanresnet8", "leanplain"],
+)  # fmt: skip
 def test_packed_equals_torch(backbone, sharing):
-    if sharing == "c2" and backbone in ("nin", "fernet"):
+    if sharing == "c2" and backbone in ("fernet", *CONV_HEADS):
         pytest.skip("no shortcuts")
     ensemble = scrambled(backbone, sharing)
     program, packed = compare(ensemble)
@@ -75,6 +79,7 @@ def test_packed_equals_torch(backbone, sharing):
     assert own  # norms are always a member's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "binarizer",
     [
@@ -85,11 +90,17 @@ def test_packed_equals_torch(backbone, sharing):
         Binarizer("xnor", "float"),
         Binarizer("sign", "float"),
         Binarizer("xnor", "clipped", stochastic=True),
+        Binarizer("sign", act="none", stem="binary", head="binary"),
+        Binarizer("xnor", shift=True, act="rprelu", stem="binary"),
+        Binarizer("sign", "float", shift=True, act="prelu"),
+        Binarizer("learned", shift=False, act="prelu"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("backbone", ["nin", "resnet8", "reactnet10"])
+@pytest.mark.parametrize("backbone", ["nin", "resnet8", "reactnet10", "leanresnet8", "leanplain"])
 def test_packed_equals_torch_for_every_binarizer(backbone, binarizer):
+    if binarizer.head == "binary" and backbone not in CONV_HEADS:
+        binarizer = replace(binarizer, head="float")
     ensemble = scrambled(backbone, "no_shared", binarizer=binarizer)
     for layer in ensemble.modules():
         if isinstance(layer, BinaryConv2d) and layer.scale is not None:
@@ -103,6 +114,9 @@ def test_packed_equals_torch_for_every_binarizer(backbone, binarizer):
         assert not {"sign", "threshold", "interval"} & set(found)
     else:
         assert "bconv" in found
+    if binarizer.stem == "binary":
+        (stem,) = (n for n in program.nodes if n.name == "stem.conv" and n.op == "conv")
+        assert program.tensors[stem.tensors["weight"]].kind == "binary"
     if binarizer.weight == "sign" and backbone == "resnet8":
         assert not any(t.role == "scale" and "conv1" in n for n, t in program.tensors.items())
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bnncore import metrics
 from bnncore.lowering import blueprint
-from bnncore.lowering.packing import facts, packed
+from bnncore.lowering.packing import PACKINGS, facts, packed
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.params import PackParams
@@ -21,15 +22,11 @@ DATA = tiny.dataset()
 
 def parse(pack: PackParams):
     train = [{"name": "one", "scheme": "fusion", "sharing": "shared_conv", "members": 2}]
-    values = {"affine": pack.affine, "weights": pack.weights, "integer": pack.integer}
-    return tiny.parse(ensembles={"train": train}, pack=values)
+    return tiny.parse(ensembles={"train": train}, pack=vars(pack))
 
 
-@pytest.mark.parametrize("pack", [PackParams(), PackParams("float16", "int8"),
-                                  PackParams(integer=True)], ids=str)  # fmt: skip
-@pytest.mark.parametrize("name", ["fp32", "bnn", "one"])
-def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
-    p = parse(pack)
+def scrambled(p, name: str):
+    """The section and an ensemble of random values that claims to be trained."""
     section = p.ensembles.train[0] if name == "one" else None
     if section:
         spec = plans.ensemble_spec(p, section, DATA.image, len(DATA.classes))
@@ -37,25 +34,45 @@ def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
         spec = plans.single_spec(p, DATA.image, len(DATA.classes), binary=name == "bnn")
     ensemble = Ensemble(spec, seed=1)
     tiny.scramble(ensemble)
-    trained = ensembled.Ensembled(spec, ensemble.state(), {})
-    program, outputs = packed(trained, p, DATA, name, section, ("val", "test"))
-    told = facts(p, name, section)
-    assert list(program.info) == list(told)
-    assert {k: v for k, v in program.info.items() if k != "val_top1"} == {
-        k: v for k, v in told.items() if k != "val_top1"
-    }
+    return section, ensembled.Ensembled(spec, ensemble.state(), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [*PACKINGS, PackParams(choose="auto")])
+@pytest.mark.parametrize("name", ["fp32", "bnn", "one"])
+def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
+    p = parse(pack)
+    section, trained = scrambled(p, name)
+    found = packed(trained, p, DATA, name, section, ("val", "test"))
+    told = facts(replace(p, pack=found.pack), name, section)
+    assert list(found.program.info) == list(told)
+    assert found.program.info | {"val_top1": 0} == told | {"val_top1": 0}
     assert told["kind"] == ("ensemble" if section else name)
-    size = len(packfile.encode(program))
-    assert size <= blueprint.file_bound(spec, p.pack, DATA.classes, told)
-    assert {part: o.shape for part, o in outputs.items()} == {
-        "val": (spec.members, 16, 4), "test": (spec.members, 16, 4),
-    }  # fmt: skip
-    _, predicted = votes.combine(program, outputs["val"])
-    top1 = round(100 * metrics.accuracy(predicted, DATA.val.labels), 2)
-    assert program.info["val_top1"] == top1
-    if pack == PackParams():
-        theirs = execute.Model(program).outputs(DATA.test.images)
-        np.testing.assert_allclose(theirs, outputs["test"], atol=1e-4)
+    assert found.pack == pack or pack.choose == "auto"
+    size = len(packfile.encode(found.program))
+    assert size <= blueprint.file_bound(trained.spec, found.pack, DATA.classes, told)
+    members = trained.spec.members
+    assert {k: o.shape for k, o in found.theirs.items()} == dict.fromkeys(
+        ("val", "test"), (members, 16, 4)
+    )
+    _, predicted = votes.combine(found.program, found.val)
+    assert found.top1 == 100 * metrics.accuracy(predicted, DATA.val.labels)
+    assert found.program.info["val_top1"] == round(found.top1, 2)
+    ours = execute.Model(found.program).outputs(DATA.val.images)
+    np.testing.assert_allclose(ours, found.val, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 7.0, 100.0])
+@pytest.mark.parametrize("among", [None, PACKINGS[1:]])
+def test_auto_takes_the_smallest_that_costs_little(max_drop, among):
+    p = parse(PackParams(choose="auto", max_drop=max_drop))
+    section, trained = scrambled(p, "one")
+    taken = packed(trained, p, DATA, "one", section, among=among)
+    every = [packed(trained, parse(pack), DATA, "one", section) for pack in among or PACKINGS]
+    sizes = {one.pack: len(packfile.encode(one.program)) for one in every}
+    smaller = [one for one in every if sizes[one.pack] < sizes[taken.pack]]
+    assert all(one.drop > max_drop for one in smaller)
+    assert taken.drop <= max_drop or taken.top1 == max(one.top1 for one in every)
 
 
 def test_an_accuracy_takes_no_more_room_than_was_kept_for_it():

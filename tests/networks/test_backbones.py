@@ -98,8 +98,17 @@ def test_twins_share_names_and_shapes_of_weights(backbone):
     assert not any(isinstance(m, BinaryConv2d) for m in fp32.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("binarizer", [None, Binarizer(), Binarizer("learned", "float")])
+@pytest.mark.parametrize(
+    "binarizer",
+    [
+        None,
+        Binarizer(),
+        Binarizer("learned", "float"),
+        Binarizer("sign", shift=True, act="rprelu", stem="binary"),
+    ],
+)
 def test_every_backbone_runs_and_every_parameter_gets_a_gradient(backbone, binarizer):
     torch.manual_seed(0)
     data = tiny.dataset((16, 12, 3), 5)
@@ -108,6 +117,20 @@ def test_every_backbone_runs_and_every_parameter_gets_a_gradient(backbone, binar
     assert logits.shape == (3, 5)
     logits.square().sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(("backbone", "layers"), [("leanresnet8", 6), ("leanresnet20", 18)])
+def test_a_lean_network_holds_little_more_than_its_bits(backbone, layers):
+    lean = Binarizer("sign", stem="binary", head="binary")
+    net = network(backbone, binarizer=lean)
+    assert len(shapes(net, "binary")) == layers + 2
+    assert not shapes(net, "fp32")
+    assert not [n for n in weight_layers(net) if "shortcut" in n]
+    norms = [m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    numbers = sum(p.numel() for n, p in net.named_parameters() if "conv" not in n)
+    assert numbers == 2 * sum(norms)  # nothing else has numbers: no biases, scales or slopes
+    # One norm in front of each inner convolution, which becomes a threshold; one behind each edge.
+    assert norms == [16, *(m[0] for m in shapes(net)[1:-1]), 10]
 
 
 def test_dropout_draws_from_its_own_generator():

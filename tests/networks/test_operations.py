@@ -217,6 +217,7 @@ def _packed_equals(ensemble: Ensemble, expected: torch.Tensor, x: torch.Tensor) 
     assert apart.sum() <= 1, (ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", FUZZED, ids=lambda t: getattr(t, "__name__", str(t)))
 def test_random_arguments_give_torchs_values_or_are_refused_by_name(target):
     """By `lower`, and by the template in both twins."""

@@ -20,7 +20,7 @@ from bnncore.networks.parts import Dropout, ModelSpec
 from bnncore.networks.sharing import SHARING, layer_groups
 from bnncore.networks.template import TemplateError, binarized
 from bnncore.packed import execute
-from bnncore.params import Binarizer, ParamsError, RayParams
+from bnncore.params import Binarizer, ParamsError
 from bnncore.training import plans, schemes
 from bnncore.training.loop import train_many
 from tests import tiny
@@ -165,8 +165,16 @@ def test_packed_equals_torch(name, sharing):
     packed_equals_torch(Ensemble(row, seed=0), GRAY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "binarizer", [Binarizer("sign"), Binarizer("learned", "bireal"), Binarizer("xnor", "float")]
+    "binarizer",
+    [
+        Binarizer("sign"),
+        Binarizer("learned", "bireal"),
+        Binarizer("xnor", "float"),
+        Binarizer("xnor", shift=True, act="rprelu", stem="binary"),
+        Binarizer("learned", "float", shift=True, act="prelu"),
+    ],
 )
 def test_packed_equals_torch_for_every_binarizer(binarizer):
     row = EnsembleSpec(spec("plain", binarizer=binarizer), 2, SHARING["no_shared"])
@@ -522,29 +530,3 @@ def test_what_cannot_be_packed_is_named_before_anything_trains(name, message):
     )
     with pytest.raises(ParamsError, match=message):
         check.check(p, GRAY.image, 4)
-
-
-@pytest.mark.slow
-def test_a_users_network_trains_over_actors_to_the_same_bits():
-    """Its function, and a binarizer of the user's own, are found by name in other processes."""
-    cluster = pytest.importorskip("bnncore.cluster.cluster")
-    data = tiny.dataset((12, 12, 1), 4, train=96)
-    names = ("fusion", "boosting", "snapshot", "gradient_boosting", "stochastic_rounding")
-    sections = [{"name": n, "scheme": n, "sharing": "no_shared", "members": 2} for n in names]
-    p = tiny.parse(
-        model={
-            "backbone": "examples.own_cnn:small_cnn",
-            "binarizer": {"weight": "tests.networks.test_binarize:half"},
-        },
-        ensembles={"train": sections, "recipe": {"epochs": 6, "batch_size": 8, "lr": 0.01}},
-    )
-    check.check(p, data.image, 4)
-    (fp32,) = train_many([plans.first_job(p, data, None)], data)
-    (bnn,) = train_many([plans.first_job(p, data, fp32.state)], data)
-    with cluster.Cluster(RayParams(actors=2)) as spread:
-        for section in p.ensembles.train:
-            plan = plans.plan(p, section, data, fp32.state, bnn.state)
-            here = schemes.train(plan, lambda jobs: train_many(jobs, data)).state
-            there = schemes.train(plan, lambda jobs: spread.train_many(jobs, data)).state
-            assert here.keys() == there.keys()
-            assert all(torch.equal(v, there[n]) for n, v in here.items()), section.name

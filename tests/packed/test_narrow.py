@@ -51,8 +51,10 @@ def rounded(ensemble: Ensemble, program: Program) -> None:
                 continue
             module = member.get_submodule(node.name)
             if node.op in ("conv", "dense"):
-                weight, scale = (value(program, node, s, m) for s in ("weight", "weight_scale"))
-                weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+                weight = value(program, node, "weight", m)
+                if "weight_scale" in node.tensors:
+                    scale = value(program, node, "weight_scale", m)
+                    weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
                 module.weight.copy_(weight.permute(0, 3, 1, 2) if node.op == "conv" else weight)
                 if "bias" in node.tensors:
                     module.bias.copy_(value(program, node, "bias", m))
@@ -88,10 +90,17 @@ def replaced(norm, scale: torch.Tensor, shift: torch.Tensor) -> None:
     norm.bias.copy_(shift)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_equals_torch_with_the_same_narrowing(seed):
+@pytest.mark.parametrize(
+    ("seed", "weights"), [(0, "int8"), (1, "int8"), (2, "mixed"), (3, "float16")]
+)
+def test_equals_torch_with_the_same_narrowing(seed, weights):
     ensemble = trained(seed)
-    program = narrow.narrowed(lower(ensemble, *STATS, tuple("abcde")), BOTH)
+    whole = lower(ensemble, *STATS, tuple("abcde"))
+    program = narrow.narrowed(whole, PackParams("float16", weights))
+    kinds = [program.tensors[n.tensors["weight"]].kind for n in program.nodes if n.op != "bconv"
+             and "weight" in n.tensors]  # fmt: skip
+    assert kinds[0] == ("float16" if weights == "mixed" else weights)
+    assert set(kinds[1:]) == {"int8" if weights == "mixed" else weights}
     rounded(ensemble, program)
     images = np.random.default_rng(seed).integers(0, 256, (32, 16, 16, 3), np.uint8)
     scale, shift = (torch.from_numpy(a)[:, None, None] for a in normalization(*STATS))
@@ -139,7 +148,10 @@ def test_nothing_asked_nothing_changed():
     assert packfile.encode(narrow.narrowed(program, PackParams())) == packfile.encode(program)
 
 
-@pytest.mark.parametrize("options", [("float16", "float32"), ("float32", "int8")])
+@pytest.mark.parametrize(
+    "options",
+    [("float16", "float32"), *(("float32", kind) for kind in ("int8", "mixed", "float16"))],
+)
 def test_each_option_alone_makes_the_file_smaller(options):
     program = lower(trained(), *STATS, tuple("abcde"))
     assert len(packfile.encode(narrow.narrowed(program, PackParams(*options)))) < len(

@@ -57,6 +57,7 @@ def check_places(values, align):
     return total
 
 
+@pytest.mark.slow
 def test_values_alive_together_never_overlap_and_the_block_is_tight():
     for seed in range(150):
         values = plan.of_nodes(random_program(seed, steps=30))

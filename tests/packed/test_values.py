@@ -18,10 +18,11 @@ SIDE = 4
 KERNELS = {
     "numpy": numpy_kernels.plan,
     "torch": torch_kernels.plan,
-    "words": lambda program: compiled_kernels.plan(program, np.dtype("u4")),
+    "words": lambda program: compiled_kernels.plan(program, "words"),
+    "sliced": lambda program: compiled_kernels.plan(program, "sliced"),
 }
 if "avx2" in tiles.features():
-    KERNELS["bytes"] = lambda program: compiled_kernels.plan(program, np.dtype("u1"))
+    KERNELS["nibbles"] = lambda program: compiled_kernels.plan(program, "nibbles")
 
 # What `Chain.start` makes of an image, by channel modulo 5: x in {-128, -1, 0, 1, 127} times
 HUGE = 1.5 * 2.0**121  # times 127 is infinity; sums of these do not overflow
@@ -184,6 +185,7 @@ def test_what_the_chains_begin_with(channels: int) -> None:
     assert [name for name, found in kinds.items() if not found.any()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", OPERATORS)
 def test_chains_of_two(first: str) -> None:
     for number, second in enumerate(OPERATORS):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from bnncore.packed import packfile
@@ -24,6 +27,7 @@ STAGES = ("pretrain", "binarize", "ensemble-train", "pack", "evaluate")
 # -- a copy to run in ------------------------------------------------------------------------------
 
 TINY = {
+    "pack": {},  # nothing rounded, so that packed and trained models can be compared exactly
     "model": {"backbone": "nin", "width": 8, "dropout": 0.0},
     "pretrain": {"epochs": 2, "batch_size": 128, "lr": 0.01},
     "binarize": {"epochs": 3, "batch_size": 128, "lr": 0.01},
@@ -68,7 +72,7 @@ def environment(**more: str) -> dict[str, str]:
 def dvc(folder: Path, *arguments: str, ok: bool = True, **more: str) -> str:
     done = subprocess.run(
         ["dvc", *arguments], cwd=folder, env=environment(**more),
-        capture_output=True, text=True, timeout=500,
+        capture_output=True, text=True,
     )  # fmt: skip
     output = done.stdout + done.stderr
     if ok:
@@ -88,6 +92,17 @@ def finished(tmp_path_factory) -> Path:
     folder = copy(tmp_path_factory.mktemp("pipeline"), TINY)
     assert ran(dvc(folder, "repro", **QUIET)) == list(STAGES)
     return folder
+
+
+@pytest.fixture(scope="module")
+def narrower(finished, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A copy, packed otherwise and logged, and the stages that ran for it."""
+    folder = tmp_path_factory.mktemp("narrower") / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["pack"]["affine"] = "float16"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder, ran(dvc(folder, "repro", MLFLOW_TRACKING_URI="sqlite:///mlflow.db"))
 
 
 @pytest.mark.slow
@@ -131,28 +146,26 @@ class TestTheWholePipeline:
         dvc(folder, "repro", "inputs", **QUIET)
         assert ran(dvc(folder, "repro", "--dry", **QUIET)) == list(STAGES)
 
-    def test_pack_changes_rerun_pack_and_evaluate_only(self, finished, tmp_path):
-        folder = tmp_path / "copy"
-        shutil.copytree(finished, folder, symlinks=True)
-        params = yaml.safe_load((folder / "params.yaml").read_text())
-        params["pack"]["affine"] = "float16"
-        (folder / "params.yaml").write_text(yaml.safe_dump(params))
-        assert ran(dvc(folder, "repro", **QUIET)) == ["pack", "evaluate"]
+    def test_pack_changes_rerun_pack_and_evaluate_only(self, narrower):
+        assert narrower[1] == ["pack", "evaluate"]
 
     def test_dvc_shows_metrics_and_stages(self, finished):
-        shown = dvc(finished, "metrics", "show", "--md").splitlines()
-        (row,) = (line for line in shown if "metrics/fused.json" in line)
-        assert "test_top1" in shown[0]
-        assert row.count("|") == shown[0].count("|")
+        results = json.loads((finished / "reports/results.json").read_text())
+        best = max(results[1:], key=lambda r: (r["val_top1"], -r["file_bytes"]))
+        shown = json.loads((finished / "reports/metrics.json").read_text())
+        assert shown == {"best": best["name"], "test_top1": round(best["test_top1"], 2),
+                         "file_kib": round(best["file_bytes"] / 1024, 2)}  # fmt: skip
+        dvc(finished, "plots", "show")
+        page = (finished / "dvc_plots/index.html").read_text()
+        for name in ("test accuracy by model", "test accuracy by bytes", best["name"]):
+            assert name in page
         assert "ensemble-train" in dvc(finished, "dag")
 
-    def test_mlflow_has_a_parent_and_a_child_a_model(self, finished):
+    def test_mlflow_has_a_parent_and_a_child_a_model(self, narrower):
         """Of stages that ran before, too: evaluate logs what it finds."""
         from mlflow import MlflowClient
 
-        dvc(finished, "repro", "--single-item", "--force", "evaluate",
-            MLFLOW_TRACKING_URI="sqlite:///mlflow.db")  # fmt: skip
-        client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+        client = MlflowClient(f"sqlite:///{narrower[0] / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("bnncore")
         runs = client.search_runs([experiment.experiment_id])
         parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
@@ -171,48 +184,90 @@ class TestTheWholePipeline:
 # -- killed and started again ----------------------------------------------------------------------
 
 
-def killed_once(folder: Path, stage: str, after_epochs: int) -> str:
-    """Start `dvc repro`; SIGKILL it and all its children once a checkpoint has so many epochs."""
+def interrupted(
+    folder: Path, stage: str, model: str, kill: Callable[[subprocess.Popen], None]
+) -> dict[str, list[dict]]:
+    """Run one stage by `dvc repro`, have it killed before `model` is trained, and run it again.
+
+    Returns:
+        What its checkpoints had when it was killed, as `curves` has it.
+    """
+    shutil.rmtree(folder / "models" / model)
+    command = ["repro", "--single-item", "--force", stage]
     running = subprocess.Popen(
-        ["dvc", "repro"], cwd=folder, env=environment(**QUIET),
+        ["dvc", *command], cwd=folder, env=environment(**QUIET),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 240
     try:
-        while time.monotonic() < deadline:
-            for path in (folder / "checkpoints" / stage).glob("*/state.safetensors"):
-                if epochs(path) >= after_epochs:
-                    return f"killed at {epochs(path)} epochs of {path.parent.name}"
+        while not curves(folder, stage):
             assert running.poll() is None, running.stdout.read()
+            assert time.monotonic() < deadline, f"no checkpoint of {stage} in time"
             time.sleep(0.01)
-        raise AssertionError(f"no checkpoint of {stage} in time")
+        kill(running)
     finally:
-        # dvc first: when it sees its stage die, it begins to rewrite its lock file, and would be
-        # killed with that file half written
         processes.kill([running.pid, *processes.descendants(running.pid)])
         running.communicate()
+    assert not (folder / "models" / model).exists(), "it was not finished"
+    found = curves(folder, stage)
+    assert ran(dvc(folder, *command, **QUIET)) == [stage]
+    return found
 
 
-def epochs(path: Path) -> int:
-    from safetensors import safe_open
-
-    try:
+def curves(folder: Path, stage: str) -> dict[str, list[dict]]:
+    """Name of a job -> the epochs that its checkpoint has."""
+    found = {}
+    for path in (folder / "checkpoints" / stage).glob("*/state.safetensors"):
         with safe_open(path, "np") as file:
-            return len(json.loads(file.metadata()["history"]))
-    except FileNotFoundError:
-        return 0
+            found[path.parent.name.partition("-")[0]] = json.loads(file.metadata()["history"])
+    return found
+
+
+def everything(running: subprocess.Popen) -> None:
+    # dvc first: when it sees its stage die, it begins to rewrite its lock file, and would be
+    # killed with that file half written
+    processes.kill([running.pid, *processes.descendants(running.pid)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["binarize", "ensemble-train"])
-def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, stage):
-    folder = copy(tmp_path / "killed", TINY)
-    print(killed_once(folder, stage, 1))
-    done = "models/bnn" if stage == "binarize" else "models/ensembles/voted"
-    assert not (folder / done / "weights.safetensors").exists()  # it was not finished
-    dvc(folder, "repro", "ensemble-train", **QUIET)
-    for path in sorted((finished / "models").rglob("weights.safetensors")):
+@pytest.mark.parametrize(
+    ("stage", "model"), [("binarize", "bnn"), ("ensemble-train", "ensembles/voted")]
+)
+def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, stage, model):
+    folder = tmp_path / "killed"
+    shutil.copytree(finished, folder, symlinks=True)
+    assert interrupted(folder, stage, model, everything)
+    for path in sorted((finished / "models" / model).parent.rglob("weights.safetensors")):
         ours = load_file(folder / path.relative_to(finished))
         theirs = load_file(path)
         assert ours.keys() == theirs.keys()
         assert all((ours[name] == theirs[name]).all() for name in theirs), path
+
+
+@pytest.mark.slow
+def test_sigkill_of_dvc_ends_its_stage_and_the_next_goes_on(finished, tmp_path):
+    """Else the stage would train on, and its successor could not have its checkpoints."""
+    folder = tmp_path / "killed"
+    shutil.copytree(finished, folder, symlinks=True)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["ensembles"] = {
+        "recipe": {"epochs": 40, "batch_size": 256, "lr": 0.01},
+        "train": [params["ensembles"]["train"][1]],
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+    def dvc_alone(running: subprocess.Popen) -> None:
+        those = {p: processes.began(p) for p in processes.descendants(running.pid)}
+        assert len(those) > 4, "Ray's are among them"
+        try:
+            os.kill(running.pid, signal.SIGKILL)
+            running.wait()
+            assert processes.gone(those, 120)
+        finally:
+            processes.kill(p for p, at in those.items() if at and processes.began(p) == at)
+
+    found = interrupted(folder, "ensemble-train", "ensembles/fused", dvc_alone)["fused"]
+    assert len(found) < 40
+    trained = json.loads((folder / "models/ensembles/fused/histories.json").read_text())["fused"]
+    assert len(trained) == 40
+    assert trained[: len(found)] == found, "to the second as it was before"

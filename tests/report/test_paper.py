@@ -69,6 +69,7 @@ def test_every_published_accuracy_has_its_line():
     assert by_row["TentacleNet, Table 2", "resnet9 benn_boosting, 25"] == -4.77
 
 
+@pytest.mark.slow
 def test_runs_stand_beside_what_was_published(tmp_path):
     a = {"fp32": 61.0, "bnn": 47.0, "fusion/shared_conv/4": 50.0, "fusion/shared_conv/3": 49.0}
     b = {"fp32": 62.0, "bnn": 47.5, "fusion/shared_conv/4": 51.0}
@@ -91,6 +92,7 @@ def test_runs_stand_beside_what_was_published(tmp_path):
     assert rows["Kim et al., Figure 5A", "voting, M = 4", ""]["ours"] == ""
 
 
+@pytest.mark.slow
 def test_differences_to_fp32_are_those_of_the_same_run(tmp_path):
     name = "tentaclenet/tentaclenet/3"
     kwargs = {"dataset": "fer2013", "backbone": "fernet"}
@@ -162,6 +164,7 @@ def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert "none: expected a finished run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_is_the_set_it_is_named_after_and_runs_beside_the_papers_are_told(tmp_path):
     rows = {
         "fp32": 90.0,

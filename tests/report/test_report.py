@@ -161,13 +161,6 @@ def test_kind_is_told_from_the_scheme_and_the_members():
     assert [row["kind"] for row in rows] == ["fp32", "bnn", "ensemble"]
 
 
-def test_bad_results_are_named():
-    with pytest.raises(ValueError, match="result 1: expected a text as 'name', got None"):
-        report.complete([{"name": "a"}, {}])
-    with pytest.raises(ValueError, match="got 'a' again"):
-        report.complete([{"name": "a"}, {"name": "a"}])
-
-
 def test_families_by_what_tells_them_apart():
     results, _, _ = a_run()
     families = table.families(results)
@@ -210,6 +203,7 @@ def test_members_are_whole_numbers(members):
     assert all(tick == round(tick) for tick in ticks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$", "$\\frac$", "_hidden", "a_b^c", "{m}", "%s", "\\n"])
 def test_any_name_is_drawn_as_it_is(name, tmp_path):
     """Names that matplotlib would read as a formula, or leave out of a legend."""

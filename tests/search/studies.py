@@ -30,14 +30,14 @@ SPACES: dict[str, Space] = {}  # by study; making one takes a second
 
 def parse(**search) -> P.Params:
     values = {"trials": 6, "budget_kib": 12, "warmup": 2, "batch": 2, "rungs": [0.5]}
-    values |= {"space": SPACE | search.pop("space", {}), "rivals": False, **search}
+    values |= {"space": SPACE | search.pop("space", {}), "rivals": False, "finalists": 0, **search}
     return tiny.parse(pretrain=SHORT, binarize=SHORT, ensembles={"recipe": SHORT}, search=values)
 
 
 def configuration(**changes) -> space.Config:
     return {
         "backbone": "nin", "width": 8, "scheme": "fusion", "sharing": "shared_conv", "members": 2,
-        "start": "bnn", "affine": "float32", "weights": "float32", **changes,
+        "start": "bnn", **changes,
     }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def result(trial: Trial, **changes) -> dict:
     config = trial.config
     top1 = 50 + config["width"] + 2 * config["members"] + 5 * (config["scheme"] == "fusion")
     return {"val_top1": top1, "val_loss": 1.0, "file_bytes": trial.cost.file_bytes, "cpu_s": 1.0,
+            "affine": "float32", "weights": "float32", "integer": False, "drop": 0.0,
             "rungs": [top1 - 1, top1], "stopped": False, "history": {}, **changes}  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def asked(folder: Path, p: P.Params, batches: int, wanted: int = 99) -> list[lis
 def report(of: Study, p: P.Params, rivals: Sequence[space.Row] = ()) -> Report:
     smallest = (of.space.smallest, of.space.least)
     return Report(of.name, p, p.search.trials, of.rows(), list(rivals), smallest,
-                  of.importances(), None, of.ended)  # fmt: skip
+                  of.importances(), None, of.ended, len(DATA.val), of.right)  # fmt: skip
 
 
 def comparable(rows: Sequence[space.Row]) -> list[space.Row]:

@@ -7,36 +7,38 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
 from bnncore import check
 from bnncore import params as P
-from bnncore.search import answer, rivals
+from bnncore.search import answer, rivals, space
 from bnncore.search import study as S
 from bnncore.search.plot import plot
 from tests.search.studies import DATA, configuration, parse, report, result, study
 
 PARAMS = parse()
-OWN = {k: v for k, v in configuration().items() if k != "width"}
+TAKEN = {"bound_bytes": 9999, "counted_kib": 9.0, "megaops": 0.1, "activation_kib": 1.0,
+         "affine": "float16", "weights": "mixed", "integer": False, "drop": 0.1}  # fmt: skip
 
 
 def trial(number: int, top1: float, size: int, loss: float = 1.0, **config) -> dict:
     row = {"number": number, **configuration(**config), "outcome": S.TRAINED, "val_top1": top1}
-    return row | {"val_loss": loss, "file_bytes": size, **TAKEN}
+    return row | {"val_loss": loss, "file_bytes": size, "stopped_top1": None, **TAKEN}
 
 
-TAKEN = {"bound_bytes": 9999, "counted_kib": 9.0, "megaops": 0.1, "activation_kib": 1.0,
-         "feasible": True}  # fmt: skip
-
-
-def rival(label: str, top1: float, size: int, **more) -> dict:
+def rival(label: str, top1: float, size: int) -> dict:
     config = {
-        rivals.WIDER: {**OWN, "sharing": "no_shared", "members": 1, "width": 37},
-        rivals.INT8: {"backbone": "nin", "width": 18, "weights": "int8", "members": 1},
-    }.get(label, {**OWN, "width": 8})
-    row = {"rival": label, "about": f"about {label}", **config, "val_top1": top1}
-    return row | {"file_bytes": size, **TAKEN} | more
+        rivals.WIDER: configuration(**space.ONE_BNN, width=37),
+        rivals.INT8: configuration(**space.ONE_FP32, width=18),
+    }.get(label, configuration())
+    return {"rival": label, **config, "val_top1": top1, "file_bytes": size, **TAKEN}
+
+
+def right(percent: int, shift: int = 0) -> np.ndarray:
+    """So many of 400 images, the first ones, or those behind."""
+    return np.roll(np.arange(400) < 4 * percent, shift)
 
 
 PAPER = next(iter(rivals.PAPERS))
@@ -50,18 +52,25 @@ CASES = {
     "of the same bytes, the surer": ([trial(1, 90, 10, 0.9), trial(2, 90, 10, 0.1)], [], 2),
     "the smaller, a rival": ([trial(1, 90, 20)], [rival(rivals.WIDER, 90, 19)], rivals.WIDER),
     "the smaller, a trial": ([trial(1, 90, 20)], [rival(rivals.WIDER, 90, 21)], 1),
-    "a trial, the rival is over another limit": (
-        [trial(1, 90, 20)], [rival(rivals.WIDER, 99, 10, feasible=False)], 1),
+    "a trial that was a rival": (
+        [trial(1, 90, 20)], [{"rival": rivals.WIDER, **trial(1, 90, 20)}], 1),
+    "an FP32 network that was a trial": ([trial(1, 90, 20, **space.ONE_FP32)], [], 1),
     "a trial, another was stopped": (
         [trial(1, 50, 20), trial(2, 0, 10) | {"outcome": S.STOPPED, "stopped_top1": 99.0}], [], 1),
 }  # fmt: skip
+# Bytes, and what is right, of two finalists -> which is the best.
+FOLDS = {
+    "the more accurate": ([(20, right(95)), (10, right(80))], 0),
+    "the smaller of two that are equal": ([(20, right(90)), (10, right(90))], 1),
+    "the smaller of two that differ here and there": ([(20, right(91)), (10, right(90, 200))], 1),
+    "though the other had validated better": ([(10, right(80)), (20, right(95))], 1),
+}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_best_is_the_best_of_everything_trained(tmp_path, case):
     rows, others, expected = CASES[case]
-    for row in rows:
-        row.setdefault("stopped_top1", None)
     found = report(study(tmp_path), PARAMS, others)
     found = replace(found, rows=rows)
     lines: list[str] = []
@@ -69,8 +78,7 @@ def test_the_best_is_the_best_of_everything_trained(tmp_path, case):
     answer.write(found, tmp_path)
     winner = next(r for r in (*rows, *others) if expected in (r.get("rival"), r.get("number")))
     words = str(expected) if "rival" in winner else f"(trial {expected})"
-    within = [r for r in (*rows, *others) if r["feasible"]]
-    everything = [r for r in within if r.get("outcome", S.TRAINED) == S.TRAINED]
+    everything = [r for r in (*rows, *others) if r.get("outcome", S.TRAINED) == S.TRAINED]
     assert winner["val_top1"] == max(r["val_top1"] for r in everything)
 
     # Headline: the winner, and where it is a rival, what it beat.
@@ -90,17 +98,38 @@ def test_the_best_is_the_best_of_everything_trained(tmp_path, case):
     assert text.startswith("# @package _global_\n")
     assert words in text.splitlines()[1]
     assert preset.model.width == winner["width"]
-    if expected == rivals.INT8:
+    assert preset.pack == P.PackParams("float16", "mixed")  # as it was, nothing left to choose
+    if winner["scheme"] == "fp32":
         assert preset.ensembles.train == ()
-        assert preset.pack.weights == "int8"
         assert preset.pretrain.epochs == 3 * PARAMS.pretrain.epochs
         assert "the model fp32" in text
     else:
         (ensemble,) = preset.ensembles.train
         assert (ensemble.members, ensemble.sharing) == (winner["members"], winner["sharing"])
-        assert (ensemble.jitter == 0) == (expected == rivals.WIDER)
+        assert (ensemble.jitter == 0) == (winner["members"] == 1)
     if "rival" in winner:
         assert "# The best configuration of the search: " in text
+
+
+@pytest.mark.parametrize("case", FOLDS)
+def test_finalists_are_told_apart(tmp_path, case):
+    two, expected = FOLDS[case]
+    rows = [trial(k, 90 - k, size) for k, (size, _) in enumerate(two)]
+    p = parse(finalists=2)
+    known = {k: images for k, (_, images) in enumerate(two)}
+    rows.append(trial(2, 87, 1))  # a third that validates almost as well
+    found = replace(report(study(tmp_path), p), rows=rows, right=lambda row: known[row["number"]])
+    assert [r["number"] for r in found.finalists] == [0, 1]
+    assert found.winner["number"] == expected
+    assert [r["number"] for r in found.compared] == [expected, 1 - expected, 2]
+    lines: list[str] = []
+    answer.show(found, lines.append)
+    assert f"(trial {expected})" in next(line for line in lines if line.startswith("the best"))
+    at = next(k for k, line in enumerate(lines) if "cross-validation, on 400 images" in line)
+    assert sum("the best:" in line for line in lines[at + 1 : at + 3]) == 1
+    # Until all folds are there, or where the validation part tells them apart, it decides.
+    assert replace(found, right=lambda row: None).winner["number"] == 0
+    assert replace(found, images=10**6).finalists == []
 
 
 def test_nothing_fits(tmp_path, monkeypatch):

@@ -33,8 +33,7 @@ def written(tmp_path_factory) -> bytes:
 
 def fates(of: S.Study) -> dict[str, str]:
     """Configuration -> outcome."""
-    keys = configuration()
-    return {space.identity({k: r[k] for k in keys}): r["outcome"] for r in of.rows()}
+    return {space.identity(r): r["outcome"] for r in of.rows()}
 
 
 def trained(new: bytes) -> Callable[[bytes], bytes]:
@@ -176,19 +175,19 @@ def test_a_damaged_network_is_trained_again(tmp_path, file):
     bases = Bases(DATA, tmp_path, lines.append)
     p = space.preset(parse(), configuration())
     todo: list = []
-    name = bases.needed(Known(), p, todo)
+    (name,) = bases.needed(Known(), p, todo)
     assert [w.name.split("/")[0] for w in todo] == ["fp32", "bnn"]
     network = trial.network(1, DATA, p)
     for work in todo:
         bases.save(work.name, network)
     again: list = []
-    assert bases.needed(Known(), p, again) == name
+    assert bases.needed(Known(), p, again) == (name,)
     assert again == []
     (tmp_path / name / file).write_bytes(b"\x00")
-    assert bases.needed(Known(), p, again) == name
+    assert bases.needed(Known(), p, again) == (name,)
     assert [w.name for w in again] == [name]
     assert str(Path(name)) in lines[0]
     bases.save(name, network)
-    assert bases.needed(Known(), p, again[:0]) == name
+    assert bases.needed(Known(), p, again[:0]) == (name,)
     assert json.loads((tmp_path / name / "spec.json").read_text())
     assert len(lines) == 1

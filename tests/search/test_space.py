@@ -1,4 +1,4 @@
-"""What is known of a configuration before anything trains, and of the rivals."""
+"""What a choice comes to and what is known of it before anything trains, and of the rivals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from tests.search.studies import DATA, SHORT, configuration, parse
     ("search", "named"),
     [
         ({"space": {"backbone": ["nin", "lenet"]}}, r"search\.space\.backbone.*'lenet'"),
-        ({"space": {"scheme": ["stacking"]}}, r"search\.space\.scheme: expected some of .*fusion"),
+        ({"space": {"scheme": ["stacking"]}}, r"search\.space\.scheme: expected some of .*fp32"),
+        ({"space": {"width": [8], "fill": [0.5]}}, r"space\.fill: expected only with width: auto"),
+        ({"space": {"width": "wide"}}, r"search\.space\.width: expected 'auto', got 'wide'"),
+        ({"space": {"width": "auto"}, "budget_kib": 1}, r"nothing in the space fits 1 .*nin 2,"),
         ({"space": {"sharing": ["c9"]}}, r"search\.space\.sharing: expected some of .*all_frozen"),
         ({"budget_kib": 1}, r"budget_kib: nothing in the space fits 1 KiB; .*nin 8.*KiB"),
         ({"space": {"width": []}}, r"search\.space\.width.*at least 1"),
@@ -46,8 +49,7 @@ def test_bad_input_is_named(search, named):
 
 def every(found: space.Space):
     """All configurations that can be built."""
-    for choice in np.ndindex(*map(len, found.values.values())):
-        config = {k: v[i] for (k, v), i in zip(found.values.items(), choice, strict=True)}
+    for config in map(found.config, found.choices()):
         if not found.problem(config):
             yield config
 
@@ -59,19 +61,70 @@ def test_the_smallest_configuration_is_the_smallest():
     assert sizes[space.identity(found.smallest)] == min(sizes.values())
 
 
-@pytest.mark.parametrize("scheme", ["fusion", "voting", "tentaclenet"])
+@pytest.mark.parametrize("pack", [{}, {"choose": "auto"}])
+@pytest.mark.parametrize("scheme", ["fusion", "voting", "tentaclenet", "fp32"])
 @pytest.mark.parametrize("backbone", ["nin", "resnet8"])
-def test_no_file_is_larger_than_its_cost(backbone, scheme):
-    p = parse()
+def test_no_file_is_larger_than_its_cost(backbone, scheme, pack):
+    p = replace(parse(), pack=PackParams(**pack))
     sharing = "tentaclenet" if scheme == "tentaclenet" else "shared_conv"
-    config = configuration(backbone=backbone, scheme=scheme, sharing=sharing, members=3)
     found = space.Space(p, DATA)
+    config = found.config(
+        configuration(backbone=backbone, scheme=scheme, sharing=sharing, members=3)
+    )
     ensemble = Ensemble(found.spec(config), seed=1)
     tiny.scramble(ensemble)
     trained = ensembled.Ensembled(ensemble.spec, ensemble.state(), {"x": []})
-    result = trial.assess(trained, space.preset(p, config), DATA)
-    most = found.cost(config).file_bytes
+    among = found.packings(config, replace(p.search, budget_kib=99.0))
+    result = trial.assess(trial.packed(trained, space.preset(p, config), DATA, among), DATA)
+    most = found.cost(config | result).file_bytes
     assert 0.7 * most < result["file_bytes"] <= most
+    assert found.cost(config).file_bytes <= most  # before it is known how it will be packed
+
+
+# Fixed or automatic packing, another limit -> what is the tightest then.
+LIMITS = [({}, {}), ({"choose": "auto"}, {}), ({}, {"megaops": 0.05}), ({}, {"activation_kib": 4})]
+
+
+@pytest.mark.parametrize(("pack", "limit"), LIMITS)
+def test_the_width_fills_the_budget(pack, limit):
+    p = parse(space={"width": "auto", "fill": [1.0, 0.5], "scheme": ["fusion", "fp32"]}, **limit)
+    found = space.Space(replace(p, pack=PackParams(**pack)), DATA)
+    widths = set()
+    for choice in found.choices():
+        config = found.config(choice)
+        if found.problem(config):
+            continue
+        share = replace(p.search, budget_kib=choice["fill"] * p.search.budget_kib)
+        assert found.packings(config, share), "fits"
+        wider = space.WIDTHS[space.WIDTHS.index(config["width"]) + 1]
+        assert not found.packings(config | {"width": wider}, share), "and no wider one does"
+        widths.add(config["width"])
+    assert len(widths) > 3
+
+
+def test_what_makes_no_difference_is_one_configuration():
+    found = space.Space(parse(space={"scheme": ["fusion", "voting", "fp32"]}), DATA)
+    alone = [found.config(c) for c in found.choices() if c["members"] == 1 or c["scheme"] == "fp32"]
+    # Backbones x widths x (two starts of one BNN, and the FP32 network).
+    assert len({space.identity(c) for c in alone}) == 2 * 2 * 3
+    for config in alone:
+        p = space.preset(parse(), config)
+        check.check(p, DATA.image, len(DATA.classes))
+        assert [e.jitter for e in p.ensembles.train] in ([0.0], [])
+
+
+def test_folds_divide_all_but_the_test_images():
+    folds = [trial.folded(DATA, k, 3) for k in range(3)]
+    together = sorted(image.tobytes() for fold in folds for image in fold.val.images)
+    assert together == sorted(i.tobytes() for part in (DATA.train, DATA.val) for i in part.images)
+    for fold in folds:
+        assert len(fold.train) + len(fold.val) == len(DATA.train) + len(DATA.val)
+        assert {i.tobytes() for i in fold.val.images}.isdisjoint(
+            i.tobytes() for i in fold.train.images
+        )
+        counts = np.bincount(fold.val.labels)
+        assert counts.max() - counts.min() <= 2
+        assert fold.test is DATA.test
 
 
 def test_cost_counts_as_storage_does():
@@ -79,8 +132,8 @@ def test_cost_counts_as_storage_does():
     config = configuration(members=3)
     found = space.Space(p, DATA)
     taken = found.cost(config)
-    info = facts(p, *space.model(space.preset(p, config)))
-    info |= {"backbone": "nin"}
+    preset = space.preset(p, config)
+    info = facts(preset, *space.model(preset))
     counts = untrained.count(found.spec(config), PackParams(), DATA.classes, info)
     assert taken.counted_kib == counts.filter_sharing / 8 / 1024
     assert taken.file_bytes == counts.file
@@ -115,56 +168,37 @@ def test_numbers_in_equal_steps_have_an_order():
     assert isinstance(members, optuna.distributions.CategoricalDistribution)
 
 
-def test_networks_are_traced_when_the_space_is_made():
-    """What is counted later costs no walk through a model."""
-    blueprint.forget()
-    found = space.Space(parse(), DATA)
-    walks = blueprint._walk.cache_info().misses
-    assert all(found.cost(config).file_bytes > 0 for config in every(found))
-    assert blueprint._walk.cache_info().misses == walks > 0
-
-
 # -- rivals ----------------------------------------------------------------------------------------
 
 
-def test_rivals_use_the_budget_and_no_more():
-    p = parse(budget_kib=24)
+@pytest.mark.parametrize("limit", [{}, {"megaops": 0.3}, {"activation_kib": 4}])
+def test_rivals_use_the_limits_and_no_more(limit):
+    p = parse(budget_kib=24, **limit)
     found = space.Space(p, DATA)
-    best = configuration(backbone="fernet") | {"bound_bytes": 0}
-    seen = list(rivals.rivals(p, found, best))
-    assert len(seen) == 5
-    for rival in seen:
-        grown = "width" if rival.label in (rivals.WIDER, rivals.INT8) else "members"
-        config = rival.config | {grown: rival.config[grown] + 1}
-        more = rivals.rival_preset(p, rival.label, config)
-        if rival.label == rivals.INT8:
-            spec = plans.single_spec(more, DATA.image, 4, binary=False)
-            assert more.pack.weights == "int8"
-            assert not more.ensembles.train
-        else:
-            spec = found.spec(config)
-        assert rival.cost.file_bytes <= 24 * 1024 < space.cost(spec, more, DATA.classes).file_bytes
-        assert rival.feasible
-        check.check(rival.params, DATA.image, len(DATA.classes))
+    seen = rivals.rivals(p, found, configuration(backbone="fernet"))
+    assert {rivals.WIDER, rivals.INT8} <= seen.keys()
+    assert len(seen) == 5 or limit
+    for label, config in seen.items():
+        alone = label in (rivals.WIDER, rivals.INT8)
+        assert config["backbone"] == ("fernet" if alone else p.model.backbone)
+        assert found.packings(config)
+        values = space.WIDTHS if alone else rivals.MEMBERS
+        grown = "width" if alone else "members"
+        at = values.index(config[grown]) + 1
+        assert at == len(values) or not found.packings(config | {grown: values[at]})
+        check.check(space.preset(p, config), DATA.image, len(DATA.classes))
 
 
-@pytest.mark.parametrize("limit", ["megaops", "activation_kib"])
-def test_a_rival_may_be_over_another_limit(limit):
-    p = parse()
-    best = configuration() | {"bound_bytes": 0}
-    rest = {r.label: r for r in rivals.rivals(p, space.Space(p, DATA), best)}
-    value = sorted(getattr(r.cost, limit) for r in rest.values())[2]
-    p = parse(**{limit: value})
-    for rival in rivals.rivals(p, space.Space(p, DATA), best):
-        assert rival.feasible == (getattr(rival.cost, limit) <= value)
-
-
-def test_an_int8_rival_is_judged_with_its_rounded_weights():
+def test_an_fp32_network_is_judged_with_its_rounded_weights():
     """Its size is the file's, its accuracy the narrowed Program's, both as stage pack does it."""
-    p = rivals.rival_preset(parse(), rivals.INT8, {"backbone": "resnet8", "width": 8})
-    found = trial.fp32(1, DATA, p)
-    spec = plans.single_spec(p, DATA.image, 4, binary=False)
+    p = parse()
+    found = space.Space(p, DATA)
+    config = found.config(configuration(backbone="resnet8", scheme="fp32"))
+    among = found.packings(config, replace(p.search, budget_kib=99.0))
+    assert among[0] == PackParams("float16", "int8")
+    result = trial.train(1, DATA, space.preset(p, config), among[:1], [(1.0, None)])
+    spec = plans.single_spec(space.preset(p, config), DATA.image, 4, binary=False)
     plain = blueprint.file_bound(spec, PackParams(), DATA.classes)
-    assert found["file_bytes"] <= space.cost(spec, p, DATA.classes).file_bytes < plain / 2.5
-    (history,) = found["history"].values()
+    assert result["file_bytes"] <= found.cost(config).file_bytes < plain / 2.5
+    (history,) = result["history"].values()
     assert len(history) == 3 * SHORT["epochs"]  # as long as an ensemble's three stages

@@ -29,7 +29,7 @@ def spec(backbone, members=1, sharing="no_shared", image=DIGITS, classes=10, wid
     binarizer = changes.pop("binarizer", Binarizer())
     model = ModelSpec(backbone, image, classes, width, binarizer=binarizer)
     if sharing == "tentaclenet":
-        kind = "logits" if backbone == "nin" else "features"
+        kind = "logits" if backbone in ("nin", "leanresnet8", "leanplain") else "features"
         return EnsembleSpec(model, members, SHARING[sharing], "sum", kind)
     return EnsembleSpec(model, members, SHARING[sharing], **changes)
 
@@ -188,12 +188,16 @@ def test_papers_command_says_which_file_is_missing(tmp_path, capsys):
 
 # -- trained files, and before training ----------------------------------------------------------
 
+# Every backbone, and every sharing with two of them; soak: all with all.
 STRUCTURES = [
-    (backbone, sharing)
-    for backbone in ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10")
+    pytest.param(backbone, sharing, marks=() if sharing in ("shared_conv", "tentaclenet")
+                 else pytest.mark.slow if backbone in ("resnet8", "nin") else pytest.mark.soak)
+    for backbone in ("nin", "fernet", "resnet8", "resnet9", "birealnet18", "reactnet10",
+                     "leanresnet8", "leanplain")
     for sharing in SHARING
-    if not (backbone in ("nin", "fernet") and sharing in ("c2", "c3_blocks"))
-]
+    if not (backbone in ("nin", "fernet", "leanplain") and sharing in ("c2", "c3_blocks"))
+    if not (backbone == "leanresnet8" and sharing == "c2")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("negative", [True, False])
@@ -231,8 +235,9 @@ def test_counts_of_other_binarizers(weight, activation):
         assert counts.filter_sharing == same.filter_sharing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", ["float32", "float16"])
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "float16", "int8", "mixed"])
 def test_bound_of_narrowed_files(affine, weights):
     pack = PackParams(affine, weights)
     for backbone, sharing in (("nin", "tentaclenet"), ("resnet8", "c2"), ("reactnet10", "c1")):

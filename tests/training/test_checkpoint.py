@@ -211,6 +211,7 @@ def killed_at(strike: int, save, folder) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_checkpoint, save_model])
 def test_a_kill_at_any_moment_leaves_no_mixture(tmp_path, save):
     def found(folder) -> float | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.params import Recipe
@@ -110,11 +111,64 @@ def test_loss_of_weights_targets_and_offsets_by_hand():
     )
 
 
-def test_adam_and_its_settings_are_torchs():
-    recipe = replace(RECIPE, betas=(0.8, 0.95), weight_decay=0.01, lr=0.02, epochs=1)
+def test_losses_of_teachers_by_hand():
+    rng = np.random.default_rng(0)
+    n, c = len(DATA.train), len(DATA.classes)
+    z, teacher = (torch.from_numpy(rng.normal(size=(n, c)).astype(np.float32)) for _ in range(2))
+    y = torch.from_numpy(DATA.train.labels)
+    recipe = replace(RECIPE, distill=0.3, temperature=4.0, label_smoothing=0.1)
+    trainer = Trainer(job(recipe=recipe, teacher=teacher.numpy()), DATA, device="cpu")
+    (batch,) = trainer.feed.epoch(0, [torch.arange(n)])
+    assert torch.equal(batch.extra["teacher"], teacher)
+
+    def logs(values):
+        return values.double() - values.double().exp().sum(1, keepdim=True).log()
+
+    target = 0.9 * torch.eye(c)[y] + 0.1 / c
+    p, q = logs(teacher / 4), logs(z / 4)
+    expected = 0.7 * -(target * logs(z)).sum(1) + 0.3 * 16 * (p.exp() * (p - q)).sum(1)
+    found = trainer.step._loss(z, y, batch.extra)
+    assert found.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_members_learn_from_the_ensemble_that_they_form(prefixes):
+    recipe = replace(RECIPE, distill=0.3, temperature=4.0, prefixes=prefixes)
+    plain = Trainer(job(3, recipe=replace(recipe, distill=0.0)), DATA, device="cpu")
+    taught = Trainer(job(3, recipe=recipe), DATA, device="cpu")
+    x = tiny.normalized(DATA, DATA.train.images[:16])
+    y = torch.from_numpy(DATA.train.labels[:16])
+    twin = copy.deepcopy(taught.ensemble).train()
+    z = twin.outputs(x)
+    whole = (sum(z) / 3).detach()
+    parts = [
+        F.kl_div((m / 4).log_softmax(1), (whole / 4).softmax(1), reduction="batchmean") * 16
+        for m in z
+    ]
+    extra = 0.3 * sum(parts) / 3
+    extra.backward()
+    theirs = dict(twin.parameters_by_name())
+    found = []
+    for trainer in (plain, taught):
+        trainer.ensemble.train()
+        loss, _ = trainer.step(x, y, {})
+        found.append((loss.item(), {n: p.grad for n, p in trainer.step.trained.items()}))
+    (before, base), (after, grads) = found
+    assert after - before == pytest.approx(extra.item(), rel=1e-3)
+    for name, grad in grads.items():
+        expected = base[name] + theirs[name].grad
+        assert torch.allclose(grad, expected, rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_optimizers_and_their_settings_are_torchs(kind):
+    recipe = replace(
+        RECIPE, optimizer=kind, betas=(0.8, 0.95), weight_decay=0.01, lr=0.02, epochs=1
+    )
     trainer = Trainer(job(1, "no_shared", recipe=recipe), DATA, device="cpu")
     twin = copy.deepcopy(trainer.ensemble).train()
-    optimizer = torch.optim.Adam(twin.parameters(), 0.02, (0.8, 0.95), weight_decay=0.01)
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[kind]
+    optimizer = make(twin.parameters(), 0.02, (0.8, 0.95), weight_decay=0.01)
     batches = trainer.feed.order(0)
     trainer.epoch([])
     for at in batches:
@@ -203,6 +257,29 @@ def test_linear_and_cosine_by_the_step():
     cosine = replace(linear, schedule="cosine")
     expected = [0.1, 0.05 * (1 + math.cos(math.pi / 4)), 0.05, 0]
     assert [learning_rate(cosine, [], d) for d in (0, 0.25, 0.5, 1)] == pytest.approx(expected)
+
+
+def test_warm_up_rises_to_the_schedule_and_two_steps_have_one_each():
+    warm = Recipe(epochs=4, lr=1.0, schedule="linear", warmup=2)
+    rates = [learning_rate(warm, [], epoch / 4) for epoch in (0, 0.5, 1, 2, 3)]
+    assert rates == pytest.approx([0, 0.25 * 0.875, 0.5 * 0.75, 0.5, 0.25])
+    halves = Recipe(epochs=5, lr=1.0, two_step=True)
+    rates = [learning_rate(halves, [], epoch / 5) for epoch in (0, 0.9, 1, 2, 2.9, 3, 4)]
+    assert rates == pytest.approx([1, 1, 1 / 2, 1, 1, 2 / 3, 1 / 3])
+
+
+def test_the_first_of_two_steps_has_real_weights_and_the_second_binary_ones():
+    recipe = replace(RECIPE, epochs=2, two_step=True)
+    trainer = Trainer(job(1, "no_shared", recipe=recipe), DATA, device="cpu")
+    layers = [m for m in trainer.ensemble.modules() if isinstance(m, BinaryConv2d)]
+    sums, _ = trainer.epoch([])
+    assert all(layer.binary()[0] is layer.weight for layer in layers)
+    trainer.epoch([{"val_loss": 1.0}])
+    assert sums["steps"] == 3
+    for layer in layers:
+        signs, scale = layer.binary()
+        assert torch.equal(signs.abs(), torch.ones_like(signs))
+        assert torch.allclose(scale, layer.weight.abs().mean((1, 2, 3)))
 
 
 def test_plateau_waits_for_patience_epochs_without_a_lower_loss():
@@ -307,11 +384,17 @@ def test_frozen_layers_keep_their_values_and_the_rest_moves():
         assert kind in ("weight", "bias", "weights") or "running" in kind or "num_" in kind, layer
 
 
-@pytest.mark.parametrize("sharing", ["shared_conv", "tentaclenet"])
-def test_resumed_training_ends_with_the_same_bits(tmp_path, sharing):
-    recipe = Recipe(
-        epochs=4, batch_size=16, lr=0.01, schedule="plateau", augment="crop_flip", pad=1
-    )
+@pytest.mark.parametrize(
+    ("sharing", "changes"),
+    [
+        ("shared_conv", {"schedule": "plateau", "augment": "crop_flip", "pad": 1}),
+        ("tentaclenet", {"schedule": "plateau", "augment": "crop_flip", "pad": 1}),
+        ("no_shared", {"optimizer": "adamw", "warmup": 3, "distill": 0.5}),
+        ("no_shared", {"label_smoothing": 0.1, "two_step": True}),
+    ],
+)
+def test_resumed_training_ends_with_the_same_bits(tmp_path, sharing, changes):
+    recipe = Recipe(epochs=4, batch_size=16, lr=0.01, **changes)
     combine = "sum" if sharing == "tentaclenet" else "mean"
     model = tiny.model(data=DATA, dropout=0.3)
     start = job(2, sharing, combine, model=model, recipe=recipe)
@@ -321,7 +404,7 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path, sharing):
         pass
 
     def kill(_, epoch):
-        if epoch["epoch"] == 2:
+        if epoch["epoch"] == (1 if recipe.two_step else 2):
             raise Killed
 
     checkpoint = Checkpoint(tmp_path, "job")

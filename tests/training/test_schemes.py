@@ -76,6 +76,7 @@ def outputs(result, split) -> np.ndarray:
 # -- every scheme ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_gives_members_that_differ_and_can_be_read_back(scheme, tmp_path):
     sharing = {"tentaclenet": "tentaclenet", "stochastic_rounding": "no_shared"}
@@ -100,6 +101,52 @@ def test_what_members_trained_apart_share_stays_shared(scheme):
     for name, value in plan.start.items():
         if name.startswith("shared.") and name != "shared.weights":
             assert torch.equal(result.state[name], value), name
+
+
+# -- teachers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["fusion", "voting", "tentaclenet", "gradient_boosting"])
+def test_a_student_learns_from_what_an_earlier_ensemble_says(scheme):
+    taught = {"distill": 0.5}
+    sharing = "tentaclenet" if scheme == "tentaclenet" else "no_shared"
+    student = {"scheme": "fusion", "sharing": "no_shared", "members": 1, "recipe": taught}
+    p = tiny.parse(
+        ensembles={
+            "train": [
+                {"name": "many", "scheme": scheme, "sharing": sharing, "members": 2},
+                {"name": "one", **student, "teacher": "many"},
+                {"name": "of-fp32", **student},
+            ]
+        }
+    )
+    check.check(p, IMAGE, CLASSES)
+    watched = Watched()
+    trained: dict[str, Ensembled] = {}
+    for section in p.ensembles.train:
+        plan = plans.plan(p, section, DATA, *pretrained(), trained)
+        trained[section.name] = schemes.train(plan, watched)
+    *_, one, of_fp32 = watched.jobs
+    network = trained["many"].ensemble().eval()
+    with torch.no_grad():
+        scores = network(tiny.normalized(DATA, DATA.train.images)).numpy()
+    said = one.teacher
+    if scheme == "voting":
+        said = np.exp(said) * 2  # the votes, which are not divided there
+        scores = scores * 2 / scores.sum(1, keepdims=True)
+    assert np.allclose(said, scores, atol=1e-4)
+    assert of_fp32.teacher.shape == said.shape
+    assert not np.allclose(of_fp32.teacher, one.teacher)
+    assert all(job.teacher is None for job in watched.jobs[:-2])
+
+
+def test_the_bnn_learns_from_the_fp32_network():
+    taught = tiny.parse(binarize={"epochs": 2, "batch_size": 16, "lr": 0.01, "distill": 0.5})
+    fp32, bnn = pretrained()
+    job = plans.first_job(taught, DATA, fp32)
+    (found,) = train_many([job], DATA)
+    assert job.teacher.argmax(1).tolist() != DATA.train.labels.tolist()[::-1]
+    assert any(not torch.equal(value, bnn[name]) for name, value in found.state.items())
 
 
 # -- bagging ---------------------------------------------------------------------------------------

@@ -19,7 +19,13 @@ from bnncore.training.step import Alone
 from tests.small import GRID, SHARDED, differences, plan
 
 JOINT = [row for row in GRID if row[0] != "voting"]
-STEPS = [*JOINT, ("fusion", "shared_conv", {"recipe": {"prefixes": True}})]
+RECIPES = [
+    {"recipe": {"prefixes": True}},
+    {"recipe": {"distill": 0.5, "optimizer": "adamw", "warmup": 1, "label_smoothing": 0.1}},
+    {"recipe": {"distill": 0.5}, "teacher": "ensemble"},
+    {"recipe": {"distill": 0.5, "prefixes": True}, "teacher": "ensemble"},
+]
+STEPS = [*JOINT, *(("fusion", "shared_conv", recipe) for recipe in RECIPES)]
 MEMBERS = (0, 1, 2, 3)
 HALVES, QUARTERS, UNEQUAL = [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 1, 2), (3,)]
 
@@ -106,6 +112,7 @@ def trained(job, images, trainer):
     return trainer.state(), [tuple(epoch[k] for k in keys) for epoch in done.history]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "sharing", "extra"), STEPS, ids=map(str, range(len(STEPS))))
 def test_same_bits_over_1_2_and_4_processes_with_and_without_replay(scheme, sharing, extra):
     p, images = plan(scheme, sharing, members=4, epochs=1, subset=0.1, dropout=0.2, **extra)

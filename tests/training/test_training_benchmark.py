@@ -51,6 +51,7 @@ def test_gpu_rows_on_a_cpu(capsys):
     assert "images a second on cpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_gpu_rows_need_no_cluster_tracking_or_peer():
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -66,6 +67,7 @@ def test_gpu_rows_need_no_cluster_tracking_or_peer():
     assert "plain loop" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gpu_without_one_is_refused():
     script = str(ROOT / "benchmarks" / "training.py")

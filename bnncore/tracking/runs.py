@@ -1,4 +1,4 @@
-"""The side that trains: it appends lines to ``checkpoints/mlflow/KEY.jsonl``.
+"""The side that trains: it keeps what each run shall be in ``checkpoints/mlflow/KEY/*.json``.
 
 KEY is a hash of the resolved parameters, DVC's experiment name and the store. A stage that was
 killed therefore goes on in the runs it had begun, and a changed parameter begins new ones.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 METRICS = {
     "val_top1": "percent of validation images classified correctly",
@@ -38,35 +40,70 @@ Logged in this order too: the parallel-coordinates view opens on the metric that
 """
 
 NOWHERE = "none"  # MLFLOW_TRACKING_URI=none: log nothing
+PARENT = "parent.json"
 _VALUE = 6000  # MLflow's limit on a parameter's length
 
 
 class Run:
-    """A run of MLflow's, as a process that trains sees it: a way to append to the log.
+    """A run of MLflow's, as a process that trains sees it: a file that says what it shall be.
 
     As a context manager it finishes: FAILED on an exception, KILLED on Ctrl-C.
     """
 
-    def __init__(self, tracker: Tracker, name: str | None) -> None:
-        self.name = name
-        self._tracker = tracker
-        self._open = True
+    def __init__(
+        self, tracker: Tracker, model: str | None, name: str, params: Mapping[str, Any]
+    ) -> None:
+        self._tracker, self._open, self._params = tracker, True, flat(params)
+        file = PARENT if model is None else f"model-{quote(model, '')}.json"
+        self._file, self._wanted = tracker.folder / file, self._blank(model=model, uri=tracker.uri)
+        if self._file.exists():
+            self._wanted = json.loads(self._file.read_bytes())
+            self._wanted["params"] |= self._params
+        if not self._wanted["generation"]:  # else they are of the stage that trained it
+            self._wanted |= {"name": name, "tags": tracker.tags, "began": time.time()}
+        self._wanted["status"] = "RUNNING"
+
+    def _blank(self, **more: Any) -> dict[str, Any]:
+        """Of a training that has not begun; `rows` are metric -> step -> [value, time]."""
+        return {"params": dict(self._params), "generation": None, "first": 0, "last": 0,
+                "final": False, "rows": {}, "files": {}, **more}  # fmt: skip
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[dict[str, Any]]:
+        """What the run shall be, kept after the body. A full disk must not stop a training run."""
+        try:
+            yield self._wanted
+            self._tracker._keep(self)
+        except OSError as error:
+            self._tracker._say(f"{error.filename}: {error.strerror}; going on without logging it")
 
     def metrics(self, values: Mapping[str, float | None]) -> None:
         """Logs final figures (names: `METRICS`; None is left out).
 
         They are at the last epoch's step, or after it where the curve says something else.
         """
-        self._tracker._put(self.name, "figures", values=numbers(values))
+        with self._change() as wanted:
+            wanted["final"] = True
+            for name, value in numbers(values).items():
+                rows = wanted["rows"].setdefault(name, {})
+                last = max(map(int, rows), default=-1)
+                if not rows or not _same(rows[str(last)][0], value):
+                    rows[str(max(last + 1, wanted["last"]))] = value, time.time()
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Attaches a file as it is now, in a folder of the run's artifacts."""
-        self._tracker._put(self.name, "file", path=path, folder=folder)
+        with self._change() as wanted:  # a copy, for it may change before the store has it
+            content = Path(path).read_bytes()
+            kept = f"{hashlib.sha256(content).hexdigest()[:16]}/{Path(path).name}"
+            if self._tracker._open:
+                write(self._file.parent / "files" / kept, content)
+            wanted["files"][str(Path(folder or "", Path(path).name))] = kept
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Ends the run: FINISHED, FAILED or KILLED."""
         if self._open:
-            self._tracker._put(self.name, "end", status=status)
+            with self._change() as wanted:
+                wanted |= {"status": status, "ended": time.time()}
             self._open = False
         return True
 
@@ -84,21 +121,32 @@ class ModelRun(Run):
     """The child run of one model. Get it from `Tracker.model`."""
 
     def epoch(self, epoch: int, metrics: Mapping[str, float | None]) -> None:
-        """Logs an epoch's figures. Returns at once.
-
-        "time" among them is when the epoch was finished (unix seconds), else it is now. It tells
-        an epoch that is told again from one of a new training, which gets a run of its own.
-        """
-        self.history([{"time": time.time(), **metrics, "epoch": epoch}])
+        """Logs an epoch's figures. Returns at once; "time" among them is as in `history`."""
+        self.history([{**metrics, "epoch": epoch}])
 
     def history(self, epochs: Iterable[Mapping[str, float | None]]) -> None:
-        """Logs the curve of a model that an earlier run trained (a cached stage).
+        """Logs a curve, or more of it; a step that the run has is not heard again.
 
-        epochs: objects with "epoch", "time" (see `epoch`) and figures. Without times nothing
-        happens if the run has a curve.
+        epochs: objects with "epoch", figures and "time", when the epoch was finished (unix
+        seconds). That of the first one tells what is told again from a new training, which gets a
+        run of its own.
         """
-        rows = [[int(e["epoch"] or 0), e.get("time"), numbers(e)] for e in epochs]
-        self._tracker._put(self.name, "epochs", rows=rows)
+        told = [(int(e["epoch"] or 0), e.get("time"), numbers(e)) for e in epochs]
+        if not told:
+            return
+        first, moment, _ = told[0]
+        with self._change() as wanted:
+            known = wanted["generation"]
+            if known and moment and moment != known and first <= wanted["first"]:
+                known = None  # it was trained anew
+                wanted |= self._blank(tags=self._tracker.tags, began=time.time())
+            if not known:
+                wanted |= {"generation": moment or time.time(), "first": first}
+            for step, moment, values in told:
+                wanted["last"] = max(wanted["last"], step)
+                for name, value in values.items():
+                    rows = wanted["rows"].setdefault(name, {})
+                    rows.setdefault(str(step), (value, moment or time.time()))
 
 
 class Tracker(Run):
@@ -123,109 +171,85 @@ class Tracker(Run):
         name: str | None = None,
         wait: float = 60.0,
     ) -> None:
-        super().__init__(self, None)
-        self.root = project(root)
-        self.uri = resolve_uri(self.root, uri)
-        self.wait = wait
+        self.root, self.uri, self.wait = project(root), resolve_uri(root, uri), wait
         dvc = os.environ.get("DVC_EXP_NAME", "")
-        self.key = digest([params, dvc, self.uri, experiment])
-        self.log = folder_of(self.root) / f"{self.key}.jsonl"
+        key = digest([params, dvc, self.uri, experiment])
+        self.folder = folder_of(root) / key
+        self.tags = {} if self.uri == NOWHERE else origin(Path(root))
+        super().__init__(self, None, f"{name or dvc or 'pipeline'}-{key[:6]}", params)
         self._open = self.uri != NOWHERE
-        self._tags = origin(Path(root)) if self._open else {}
+        self._wanted["experiment"] = experiment
         self._begun = False
-        self._start = {  # written before the first other entry
-            "name": f"{name or dvc or 'pipeline'}-{self.key[:6]}",
-            "params": flat(params),
-            "tags": self._tags,
-            "uri": self.uri,
-            "experiment": experiment,
-        }
         self._follower: subprocess.Popen[bytes] | None = None
         self._said: set[str] = set()
 
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """The images of all models of this run, for MLflow's column; logged with what comes next.
+
+        name: as people call them; digest: of their content; source: where they are read from.
+        """
+        self._wanted["dataset"] = {"name": name, "digest": digest, "source": source}
+
     def model(self, name: str, params: Mapping[str, Any]) -> ModelRun:
         """The child run of the model `name`: begun, or the one it has in this parent."""
-        self._put(name, "start", name=name, params=flat(params), tags=self._tags)
-        return ModelRun(self, name)
+        run = ModelRun(self, name, name, params)
+        with run._change():
+            return run
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Ends the stage's part of the run; True if the store now has everything.
 
-        Waits at most `wait` seconds for what is under way. What is left stays in the log.
+        Waits at most `wait` seconds for what is under way. What is left stays in its files.
         """
         if not self._open:
             return True
-        if self._begun or status == "FINISHED":
-            super().finish(status)
-        self._open = False
+        if not self._begun and status != "FINISHED":
+            self._open = False
+            return True
+        super().finish(status)
         if self._follower is None:
-            return not self._begun and status != "FINISHED"
+            return False
         try:
             self._follower.communicate(timeout=self.wait)  # its input ends: one last round
         except subprocess.TimeoutExpired:
-            say(
-                f"MLflow: {self.uri} is slow, not waiting longer than {self.wait:g} s; the rest "
-                f"is kept in {self.log} and logged by the next stage"
+            self._say(
+                f"{self.uri} is slow, not waiting longer than {self.wait:g} s; the rest is kept "
+                f"in {self.folder} and logged by the next stage"
             )
             self._follower.kill()  # which may happen to it at any moment
             self._follower.wait()
         return self._follower.returncode == 0
 
-    def _put(self, model: str | None, op: str, **entry: Any) -> None:
+    def _keep(self, run: Run) -> None:
         if not self._open:
             return
-        try:
-            if not self._begun or not self.log.exists():
-                append(self.log, None, "start", **self._start)
-                self._begun = True
-            if op == "file":
-                entry["path"] = keep(self.log, entry["path"])
-            append(self.log, model, op, **entry)
-            if self._follower is None and self.wait:
-                self._follower = _follow(self.root, self.key)
-        except OSError as error:  # a full disk must not stop a training run
-            text = f"MLflow: {error.filename}: {error.strerror}; going on without logging it"
-            if text not in self._said:
-                say(text)
+        for each in (run,) if self._begun else (self, run):
+            write(each._file, json.dumps(each._wanted).encode())
+        self._begun = True
+        if self._follower is None and self.wait:
+            self._follower = _follow(self.root, self.folder)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
             self._said.add(text)
+            say(text)
 
 
-def append(log: Path, model: str | None, op: str, **entry: Any) -> None:
-    """Append a line to a log, in one piece beside other processes that do so.
+def write(path: Path, content: bytes) -> None:
+    """A file's new content, wholly or not at all.
 
     Raises:
-        OSError: it cannot be written; no empty file stays behind.
+        OSError: with the file's name.
     """
-    entry = {"op": op, "model": model, "time": time.time()} | entry
-    line = b"\n" + json.dumps(entry).encode()  # \n first: it ends what a killed writer began
-    log.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(log, "ab") as file:
-            file.write(line)
-    except OSError as error:
-        if log.exists() and not log.stat().st_size:
-            log.unlink()
-        raise OSError(error.errno, error.strerror, str(log)) from error
-
-
-def keep(log: Path, path: Path | str) -> str:
-    """A copy of a file beside the log, since the file may change before the store has it.
-
-    Returns:
-        Its path in the log's folder: a hash of what it holds, and its name.
-    """
-    content = Path(path).read_bytes()
-    name = f"{hashlib.sha256(content).hexdigest()[:16]}/{Path(path).name}"
-    place = log.with_suffix("") / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.with_name(f".{os.getpid()}")
-    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         new.write_bytes(content)
-        new.replace(place)
+        new.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(place)) from error
-    return name
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def project(root: Path | str) -> Path:
@@ -242,7 +266,7 @@ def project(root: Path | str) -> Path:
 
 
 def folder_of(root: Path | str) -> Path:
-    """Where a project's logs lie."""
+    """Where a project's runs are kept."""
     return project(root) / "checkpoints" / "mlflow"
 
 
@@ -283,6 +307,11 @@ def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: found[name] for name in METRICS if name in found} | found
 
 
+def _same(a: float, b: float) -> bool:
+    """Whether two figures are one, rounded by different sums."""
+    return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+
+
 def origin(root: Path) -> dict[str, str]:
     """Tags that say where a run comes from: git, DVC, and this package's version."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
@@ -302,15 +331,15 @@ def origin(root: Path) -> dict[str, str]:
 def say(text: str) -> None:
     """One line to whoever trains; stderr may be a file on the same full disk."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(f"MLflow: {text}", file=sys.stderr, flush=True)
 
 
-def _follow(root: Path, key: str) -> subprocess.Popen[bytes]:
+def _follow(root: Path, folder: Path) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "bnncore.tracking", "--root", str(root)]
     return subprocess.Popen(
-        [*command, "--follow", key, str(os.getpid())],
+        [*command, "--follow", str(folder), str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": path},

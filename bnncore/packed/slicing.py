@@ -1,0 +1,217 @@
+"""Where the pixels of a convolution lie in the lanes of `bnncore.packed.slices`, and its weights.
+
+Legend: `O` filters, `P` planes of a count, `N` products of a sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bnncore.packed import slices
+from bnncore.packed.borders import Window
+from bnncore.packed.layouts import aligned, rounded
+from bnncore.packed.tiles import features
+
+Array = np.ndarray
+
+
+def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bool) -> bool:
+    """Whether bit slices are faster here than `tiles`, as `benchmarks/packed.py` found.
+
+    Args:
+        weight: (O,kh,kw,C).
+        out: (Ho,Wo).
+        as_bits: whether sums become bits at once.
+    """
+    have, (_, kh, kw, channels), pixels = features(), weight, out[0] * out[1]
+    if stride > 1 or kh * kw < 9 or "avx2" not in have:
+        return False
+    # channels up to so many, on maps of at least so many pixels
+    if "avx512f" in have:
+        found = ((32, 1024), (16, 64)) if as_bits else ((16, 64),)
+    else:
+        found = ((32, 256), (16, 64)) if as_bits else ((16, 1024), (8, 256))
+    return any(channels <= most and pixels >= least for most, least in found)
+
+
+def worth(out: tuple[int, ...], images: int) -> bool:
+    """Whether so many images fill at least half of the lanes with strips of two rows and more."""
+    side = max(1, slices.PIXELS // out[1])
+    return -(-images // side) * (out[0] // 2) * 2 >= slices.LANES
+
+
+class Taps(NamedTuple):
+    """The taps of a row of the window: channels times columns, by threes.
+
+    Attributes:
+        channel, column: int64 (triples, 3); channel is the number of channels for none.
+    """
+
+    channel: Array
+    column: Array
+
+    @classmethod
+    def of(cls, channels: int, columns: int) -> Taps:
+        count = -(-channels * columns // 3) * 3
+        tap = np.arange(count)
+        channel = np.minimum(tap // columns, channels)
+        return cls(channel.reshape(-1, 3), (tap % columns).reshape(-1, 3))
+
+
+class Lay(NamedTuple):
+    """See `slices.convolve`."""
+
+    lay: Array
+    columns: Array
+    taps: Array
+
+    @property
+    def key(self) -> int:
+        """Tells apart those of one convolution."""
+        return int(self.lay[2])
+
+    @classmethod
+    def of(cls, window: Window, out: tuple[int, ...], channels: int, images: int) -> Lay:
+        """For so many images at a time."""
+        stride, pad = window.stride, window.pad
+        words = rounded(channels)
+        high, wide = out
+        shift = (np.arange(window.kernel[1]) - pad) // stride
+        parity = (np.arange(window.kernel[1]) - pad) - shift * stride
+        apart = max(wide, -(-window.inputs[1] // stride))
+        if apart <= slices.PIXELS:
+            side, tiles, left = slices.PIXELS // apart, 1, 0
+        else:
+            side, tiles, left = 1, 1, int(shift.min())
+            room = slices.PIXELS - int(shift.max() - shift.min())
+            while -(-wide // tiles) > room:
+                tiles *= 2
+            wide = -(-wide // tiles)
+            apart = slices.PIXELS
+        groups = -(-images // side)
+        strips = 1
+        while (
+            strips * 2 * tiles <= slices.LANES
+            and groups * strips * tiles < slices.LANES
+            and strips * 2 <= high
+        ):
+            strips *= 2
+        high = -(-high // strips)
+        pieces = strips * tiles
+        columns = np.array([piece % tiles * wide + left for piece in range(pieces)], np.int64)
+        found = Taps.of(channels, window.kernel[1])
+        taps = np.zeros((*found.channel.shape, 4), np.int64)
+        real = found.channel < channels
+        by = shift[found.column]
+        taps[..., 0] = (
+            parity[found.column] * (words + 1) + np.where(real, found.channel, words)
+        ) * slices.VECTOR
+        taps[..., 1] = np.maximum(by - left, 0)
+        taps[..., 2] = np.maximum(left - by, 0)
+        keep = np.full(len(shift), (1 << slices.PIXELS) - 1, np.int64)
+        if tiles == 1 and left == 0:
+            at = np.arange(wide)
+            for j, (t, b) in enumerate(zip(shift, parity, strict=True)):
+                column = (at + t) * stride + b
+                inside = at[(column >= 0) & (column < window.inputs[1])]
+                keep[j] = sum(1 << int(s * apart + k) for s in range(side) for k in inside)
+        taps[..., 3] = keep[found.column]
+        return cls(np.array([side, apart, pieces, wide, high], np.int64), columns, taps)
+
+
+class Weights(NamedTuple):
+    """What is prepared of a member's weights; see `slices.convolve`.
+
+    Attributes:
+        first: with which counts to begin, (classes,O).
+        starts: the same as they lie in lanes (`start`), by `Lay.key`.
+    """
+
+    picks: Array
+    planes: int
+    as_bits: bool
+    first: Array
+    constants: Array
+    negated: Array
+    starts: dict[int, tuple[Array, Array]]
+
+
+def picks(weights: Array) -> Array:
+    """Weights (O,kh,kw,C), 1 for +1, as `slices.convolve` wants them: uint32 (kh, O, n, 2)."""
+    filters, kh, kw, channels = weights.shape
+    taps = Taps.of(channels, kw)
+    triples = len(taps.channel)
+    room = np.zeros((filters, kh, kw, channels + 1), np.int64)
+    room[..., :channels] = weights
+    three = room[:, :, taps.column, taps.channel]  # (O,kh,triples,3)
+    pattern = (three * (1, 2, 4)).sum(3)
+    parity = three.sum(3) & 1
+    units = -(-kh * triples // slices.UNIT)
+    zero = kh * triples * slices.KINDS * slices.VECTOR
+    found = np.full((kh, filters, units * slices.UNIT, 2), zero, np.uint32)
+    for last in range(kh):  # the place of the last row of windows in the ring of tables
+        slot = (last - (kh - 1) + np.arange(kh)) % kh
+        first = (slot[:, None] * triples + np.arange(triples)) * slices.KINDS
+        for k, kind in enumerate((8 + parity, pattern)):
+            found[last, :, : kh * triples, k] = ((first + kind) * slices.VECTOR).reshape(
+                filters, -1
+            )
+    return found
+
+
+def start(
+    window: Window, lay: Lay, out: tuple[int, ...], first: Array, planes: int
+) -> tuple[Array, Array]:
+    """Where counting starts.
+
+    Args:
+        first: counts, (classes,O).
+
+    Returns:
+        uint32 (kinds, O, planes, L), and the kind of each row of a part, int64.
+    """
+    side, apart, pieces, wide, high = (int(n) for n in lay.lay)
+    value = first[window.class_of]  # (Ho,Wo,O)
+    filters = first.shape[1]
+    tiles = -(-out[1] // wide)
+    rows = np.zeros((high, filters, planes, slices.LANES), np.uint32)
+    for lane in range(slices.LANES):
+        piece = lane % pieces
+        y0, x0 = piece // tiles * high, piece % tiles * wide
+        part = value[y0 : y0 + high, x0 : x0 + wide]  # (h,w,O)
+        bits = ((part[..., None] >> np.arange(planes)) & 1).astype(np.uint64)  # (h,w,O,planes)
+        places = np.arange(part.shape[1])[:, None] + apart * np.arange(side)
+        words = (1 << places).sum(1).astype(np.uint64)
+        rows[: len(part), ..., lane] = np.einsum("hwop,w->hop", bits, words)
+    kinds, of = np.unique(rows, axis=0, return_inverse=True)
+    return aligned(kinds), of.reshape(-1).astype(np.int64)
+
+
+def limits(constants: Array, low: Array, high: Array, planes: int) -> tuple[Array, Array] | None:
+    """Bits ``low <= sum <= high`` as counts to begin with: what is above a limit carries into the
+    topmost plane.
+
+    Args:
+        constants: (classes,O): a sum is its class's less twice the count.
+
+    Returns:
+        counts (classes,O), and where the bit is 1 up to the limit instead of above it, (O,); None
+        where both ends matter.
+    """
+    up = np.isposinf(high)
+    if not (up | np.isneginf(low)).all():
+        return None
+    far = 1 << 30
+    low, high = np.clip(np.ceil(low), -far, far), np.clip(np.floor(high), -far, far)
+    most = np.where(up, np.floor((constants - low) / 2), np.ceil((constants - high) / 2) - 1)
+    top = 1 << (planes - 1)
+    return np.clip(top - 1 - most, 0, top).astype(np.int64), up
+
+
+def sums(constants: Array) -> tuple[Array, Array]:
+    """Counts to begin with, (classes,O), after which a sum is its filter's constant, (O,), less
+    twice the count, whatever the class. Channels are even, or there is one class."""
+    most = constants.max(0)
+    return (most - constants).astype(np.int64) >> 1, most

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bnncore import data, metrics, params, report, storage
+from bnncore.device import costs
 from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
@@ -93,6 +94,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         kept = {"affine": "float32", "weights": "float32", "bytes": counts.file}
         kept["val_top1"] = top1["val"]
         narrower = [kept, *options(program, images, p)]
+    figures = costs.estimate(program)
     # Each paper's ensembles are counted as that paper counts.
     first = info.get("scheme") == "tentaclenet"
     bits = counts.tentaclenet if first else counts.filter_sharing
@@ -113,6 +115,9 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "counted_by": "tentaclenet" if first else "filter_sharing",
         "binary_macs": counts.binary_macs,
         "float_macs": counts.float_macs,
+        "ram_kib": figures.ram / 1024,
+        "flash_kib": figures.flash / 1024,
+        "minstructions": figures.instructions[-1] / 1e6,
         "images_compared": compared,
         "images_different": different,
         "max_logit_difference": largest,
@@ -168,7 +173,7 @@ def stored(counts: dict[str, storage.Count], narrower: dict[str, list[dict]]) ->
 
 def described(option: dict) -> str:
     """What is narrower, for people."""
-    if option["integer"]:
+    if option.get("integer"):
         return f"{'with integers alone':<36}"
     return f"with affine {option['affine']}, weights {option['weights']:<7}"
 
@@ -186,7 +191,8 @@ def options(program: Program, images: data.Dataset, p: params.EvaluateParams) ->
         predicted = model.predict(images.val.images, batch=p.batch)
         top1 = 100 * metrics.accuracy(predicted, images.val.labels)
         size = len(packfile.encode(smaller))
-        kinds = {"affine": pack.affine, "weights": pack.weights}
+        kinds: dict = {"affine": pack.affine, "weights": pack.weights}
+        kinds |= {"integer": True} if pack.integer else {}
         rows.append({**kinds, "bytes": size, "val_top1": top1})
     return rows
 

@@ -23,7 +23,9 @@ class Code:
     arrays: list[str] = field(default_factory=list)
     known: dict[tuple[str, str], str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
-    flash: int = 0
+    shared: int = 0  # bytes of shared arrays
+    own: int = 0  # of a member's own
+    dry: bool = False  # only count them
 
     def call(self, kernel: str, *arguments: object) -> str:
         self.used.add(kernel)
@@ -32,9 +34,7 @@ class Code:
     def array(self, name: str, layout: str, kind: str, make: Make) -> str:
         """The name of a tensor's array, laid out by `make` for each copy; ``[m]`` where own."""
         tensor = self.program.tensors[name]
-        copies = self.program.members if tensor.own else 1
-        return self._named((name, layout), kind, tensor.own,
-                           lambda: [make(tensor, m) for m in range(copies)])  # fmt: skip
+        return self._named((name, layout), kind, tensor.own, lambda m: make(tensor, m))
 
     def group(
         self,
@@ -46,19 +46,20 @@ class Code:
         """An array made of several tensors; a member's own where one of them is."""
         tensors = [self.program.tensors[name] for name in names]
         own = any(tensor.own for tensor in tensors)
-        copies = self.program.members if own else 1
-        return self._named((" ".join(names), layout), kind, own, lambda: [
-            make([one_copy(tensor, m) for tensor in tensors]) for m in range(copies)
-        ])  # fmt: skip
+        return self._named((" ".join(names), layout), kind, own,
+                           lambda m: make([one_copy(tensor, m) for tensor in tensors]))  # fmt: skip
 
     def _named(
-        self, key: tuple[str, str], kind: str, own: bool, make: Callable[[], list[np.ndarray]]
+        self, key: tuple[str, str], kind: str, own: bool, make: Callable[[int], np.ndarray]
     ) -> str:
         if key not in self.known:
             label = f"t{len(self.known)}_{re.sub(r'[^A-Za-z0-9]', '_', key[0].split('.')[-1])}"
-            copies = make()
-            self.arrays.append(c_array(label, kind, copies, own))
-            self.flash += sum(copy.nbytes for copy in copies)
+            count = self.program.members if own and not self.dry else 1
+            copies = [make(m) for m in range(count)]
+            if not self.dry:
+                self.arrays.append(c_array(label, kind, copies, own))
+            self.shared += copies[0].nbytes * (not own)
+            self.own += copies[0].nbytes * own
             self.known[key] = label
         return f"{self.known[key]}[m]" if own else self.known[key]
 

@@ -7,7 +7,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from bnncore.device import emulate, export
+from bnncore.device import costs, emulate, export
 from bnncore.errors import UserError
 from bnncore.packed import packfile
 from bnncore.packed.program import Program
@@ -31,6 +31,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command.add_argument("--cycles", type=float, default=CYCLES,
                          help=f"an instruction, for --mhz (default {CYCLES})")  # fmt: skip
     command.add_argument("--members", type=int, help="up to so many (default all)")
+    command.add_argument("--estimate", action="store_true",
+                         help="by a model of Cortex-M4 at -O2: nothing is compiled")  # fmt: skip
     command.add_argument("--optimize", default="-O2", help="the compiler's flags (default -O2)")
     command.set_defaults(run=run_device)
 
@@ -66,6 +68,16 @@ def run_device(options: argparse.Namespace) -> None:
         value = getattr(options, option)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{option}: expected a number above 0, got {value}")
+    if options.estimate:
+        figures = costs.estimate(program)
+        print(f"{options.file}, estimated for cortex-m4")
+        print(f"flash  {figures.flash:,} bytes: code {figures.code:,}, "
+              f"weights and tables {figures.constants:,}")  # fmt: skip
+        print(f"RAM    {figures.ram:,} bytes, exactly, and a stack")
+        print(f"\n{'members':>7}  {'instructions an image':>21}")
+        for count, number in enumerate(figures.instructions[:members], 1):
+            print(f"{count:>7}  {number:>21,}")
+        return
     device = emulate.Device(export.generate(program, "model"), options.cpu, options.optimize)
     counts = instructions(device, program, members)
     sizes = device.sizes

@@ -79,9 +79,62 @@ def generate(program: Program, name: str) -> Exported:
             f"name: expected a C identifier (letters, digits, _) that is no header of C's, "
             f"got {name!r}"
         )
+    laid = lay_out(program, name)
+    code = laid.code
+    parts = [
+        f"/* {name}: made by bnncore from a packed file; {name}.h says how to call it. */",
+        f'#include "{name}.h"\n',
+        (KERNELS / "base.h").read_text(),
+        f"static uint32_t arena[{name.upper()}_ARENA / 4];\n",
+        *kernels(code.used),
+        "/* -- the model: shared tensors once, a member's own by member -- */\n",
+        *code.arrays,
+        "\n/* -- where values lie in the arena -- */\n",
+        *(_place(number, offset, code) for number, offset in laid.places.items()),
+        "\n/* -- the steps -- */\n",
+        *laid.functions,
+        laid.votes,
+    ]
+    source = "\n".join(parts)
+    flash = code.shared + program.members * code.own
+    facts = _facts(program, name, laid.arena, flash)
+    return Exported(
+        name, _filled("header", facts), source, _test(program, facts), _filled("note", facts),
+        laid.arena, flash, len(program.classes), int(np.prod(program.image)), laid.alive,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A Program as code in parts.
+
+    Attributes:
+        code: its arrays, and the kernels that it calls.
+        work, writers, functions: the steps, and what each has become.
+        votes: the functions of the header.
+        places: value -> its bytes' place in the arena; votes have numbers below 0.
+        arena, alive: see `Exported`.
+    """
+
+    code: Code
+    work: list[Step]
+    writers: list[Writer]
+    functions: list[str]
+    votes: str
+    places: dict[int, int]
+    arena: int
+    alive: int
+
+
+def lay_out(program: Program, name: str, dry: bool = False) -> Layout:
+    """What `generate` puts together.
+
+    Args:
+        dry: count the bytes of arrays, and write none.
+    """
     shapes = validate(program)
     work = steps(program)
-    code = Code(program, shapes, _kinds(program, shapes))
+    code = Code(program, shapes, _kinds(program, shapes), dry=dry)
     writers = [Writer(code, step, f"{name}_step{k + 1}") for k, step in enumerate(work)]
     functions = [writer.write() for writer in writers]
     doubt = program.combine == "hard_vote"
@@ -93,26 +146,7 @@ def generate(program: Program, name: str) -> Exported:
         )
         functions[k] = functions[k].replace("\n{\n", f"\n{{\n{rooms}", 1)
     asked = _votes(code, name, work, writers, doubt)
-    parts = [
-        f"/* {name}: made by bnncore from a packed file; {name}.h says how to call it. */",
-        f'#include "{name}.h"\n',
-        (KERNELS / "base.h").read_text(),
-        f"static uint32_t arena[{name.upper()}_ARENA / 4];\n",
-        *_kernels(code.used),
-        "/* -- the model: shared tensors once, a member's own by member -- */\n",
-        *code.arrays,
-        "\n/* -- where values lie in the arena -- */\n",
-        *(_place(number, offset, code) for number, offset in places.items()),
-        "\n/* -- the steps -- */\n",
-        *functions,
-        asked,
-    ]
-    source = "\n".join(parts)
-    facts = _facts(program, name, arena, code.flash)
-    return Exported(
-        name, _filled("header", facts), source, _test(program, facts), _filled("note", facts),
-        arena, code.flash, len(program.classes), int(np.prod(program.image)), alive,
-    )  # fmt: skip
+    return Layout(code, work, writers, functions, asked, places, arena, alive)
 
 
 def export(program: Program, folder: Path) -> Exported:
@@ -124,7 +158,7 @@ def export(program: Program, folder: Path) -> Exported:
     return made
 
 
-def _kernels(used: Iterable[str]) -> list[str]:
+def kernels(used: Iterable[str]) -> list[str]:
     """The sources of kernels and of what they need, each once, needed ones first."""
     found: dict[str, str] = {}
 

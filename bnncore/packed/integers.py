@@ -101,12 +101,12 @@ def ranges(program: Program, images: Array) -> list[float]:
     return found
 
 
-def converted(program: Program, sizes: Sequence[float]) -> Program:
+def converted(program: Program, sizes: Sequence[float] | None) -> Program:
     """`program` with integers alone.
 
     Args:
         program: of floats, not narrowed.
-        sizes: from `ranges`.
+        sizes: from `ranges`; None for a drawing, whose tensors take no memory, nor do these.
 
     Raises:
         IntegerError: a layer needs larger integers than there are.
@@ -138,9 +138,10 @@ def in_order(program: Program) -> Program:
 
 
 class _Converter:
-    def __init__(self, program: Program, sizes: Sequence[float]) -> None:
-        self.program, self.sizes = program, sizes
+    def __init__(self, program: Program, sizes: Sequence[float] | None) -> None:
+        self.program, self.drawn = program, sizes is None
         self.old = validate(program)
+        self.sizes = [1.0] * len(self.old) if sizes is None else sizes
         self.users = [0] * len(self.old)
         for node in program.nodes:
             for source in node.inputs:
@@ -217,23 +218,26 @@ class _Converter:
     def floats(self, node: Node, slot: str) -> tuple[Array, bool]:
         """(M or 1, ...) float64, and whether they are own."""
         tensor = self.program.tensors[node.tensors[slot]]
-        if not any(tensor.data.strides):  # a drawing's, of no memory
-            lead = len(tensor.data) if tensor.own else 1
-            return np.broadcast_to(0.0, (lead, *tensor.shape)), tensor.own
+        if self.drawn:
+            many = tensor.shape if len(tensor.shape) > 1 else (1,)
+            return np.broadcast_to(0.0, (1, *many)), tensor.own
         data = 2.0 * unpack_bits(tensor) - 1 if tensor.kind == "binary" else tensor.data
         return (data if tensor.own else data[None]).astype(np.float64), tensor.own
 
-    def tensor(self, kind: str, role: str, array: Array, own: bool) -> Tensor:
-        """Of values (M or 1, ...)."""
-        if own:
-            array = np.broadcast_to(array, (self.program.members, *array.shape[1:]))
+    def tensor(
+        self, kind: str, role: str, array: Array, own: bool, size: int | None = None
+    ) -> Tensor:
+        """Of values (M or 1, ...), or of `size` channels (M or 1, C or 1)."""
+        shape = array.shape[1:] if size is None else (size,)
+        array = array if kind == "binary" else array.astype(KINDS[kind], copy=False)
+        array = np.broadcast_to(array, (self.program.members if own else 1, *shape))
         data = array if own else array[0]
         if kind == "binary":
-            return Tensor(kind, role, array.shape[1:], own, pack_bits(data, own))
-        return Tensor(kind, role, array.shape[1:], own, data.astype(KINDS[kind], copy=False))
+            return Tensor(kind, role, shape, own, pack_bits(data, own))
+        return Tensor(kind, role, shape, own, data if self.drawn else np.ascontiguousarray(data))
 
     def plain(self, value: int, units: float) -> _Real:
-        one = np.full((1, self.shapes[value].dims[-1]), 1 / units)
+        one = np.full((1, 1), 1 / units)
         return _Real(value, one, 0 * one, False, units=units)
 
     def stored(self, number: int) -> _Real:
@@ -277,13 +281,13 @@ class _Converter:
         most = min(32767 / (steep or 1), (2**31 - 2 - bound - added) / largest)
         right = int(np.clip(math.floor(math.log2(most)), 0, 30))
         half = (1 << right) >> 1
+        channels = self.shapes[real.value].dims[-1]
 
         def whole(array: Array, kind: str, more: int = 0) -> Tensor:
             limit = np.iinfo(KINDS[kind]).max
             role = {"int16": "scale", "int32": "shift"}[kind]
-            array = np.broadcast_to(array, (len(array), self.shapes[real.value].dims[-1]))
             data = np.clip(np.rint(array * 2.0**right) + more, -limit, limit)
-            return self.tensor(kind, role, data, real.own)
+            return self.tensor(kind, role, data, real.own, channels)
 
         slots: dict[str, Tensor | str] = {
             "scale": whole(scale, "int16"), "shift": whole(shift, "int32", half),
@@ -387,26 +391,26 @@ class _Converter:
         binary = self.program.tensors[name].kind == "binary"
         slots: dict[str, Tensor | str] = {}
         taps = math.prod(weight.shape[2:])
-        drawn = not any(weight.strides)  # without values, and memory for them
         if image:
             even = np.ptp(real.scale) <= EVEN * np.abs(real.scale).max()
             if not (binary and even):
                 binary = False
-                weight = weight if drawn else weight * real.scale[:, None, None, None]
+                weight = weight if self.drawn else weight * real.scale[:, None, None, None]
             zero = -real.shift / np.where(real.scale == 0, 1, real.scale)
             limits = np.clip(np.rint(zero[0]), -(2**15), 2**15 - 1)
-            slots["zero"] = self.tensor("int16", "input", limits[None], False)
+            channels = self.old[source].dims[-1]
+            slots["zero"] = self.tensor("int16", "input", limits[None], False, channels)
         if binary:
-            step = np.ones((1, weight.shape[1]))
+            step = np.ones((1, 1))
             slots["weight"] = name
         else:
             most = min(127, MAX_INT // (255 * taps)) if image else 127
-            q, step = _quantized(weight, most)
+            q, step = _quantized(weight, most, self.drawn)
             slots["weight"] = self.tensor("int8", "weight", q, own)
         if image:
             factor = real.scale.mean(1, keepdims=True) if binary else np.ones((1, 1))
-            shift = np.zeros((1, weight.shape[1]))
-            if not drawn:
+            shift = np.zeros((1, 1))
+            if not self.drawn:
                 steps = (weight if binary else q) * (step * factor)[lead]
                 shift = -(steps * zero[0]).reshape(*weight.shape[:2], -1).sum(2)
             real, unit = replace(real, units=1.0), factor
@@ -414,7 +418,7 @@ class _Converter:
             tensor = slots["weight"]
             tensor = self.program.tensors[tensor] if isinstance(tensor, str) else tensor
             real = self.within(source, SUMS // largest_sum(tensor))
-            shift, unit = np.zeros((1, weight.shape[1])), np.full((1, 1), 1 / (real.units or 1))
+            shift, unit = np.zeros((1, 1)), np.full((1, 1), 1 / (real.units or 1))
         if "bias" in node.tensors:
             bias, owned = self.floats(node, "bias")
             shift, own = shift + bias, own or owned
@@ -440,11 +444,10 @@ class _Converter:
             return (array - real.shift) / np.where(real.scale == 0, 1, real.scale)
 
         def clipped(array: Array, constant: Array) -> Array:
-            limited = np.clip(np.where(real.scale == 0, constant, array), -bound - 1, bound + 1)
-            return np.broadcast_to(limited, np.broadcast_shapes(limited.shape, turns.shape))
+            return np.clip(np.where(real.scale == 0, constant, array), -bound - 1, bound + 1)
 
         slots: dict[str, Tensor | str] = {}
-        turns = np.broadcast_to(falls, (1, self.old[source].dims[-1])) if len(falls) == 1 else falls
+        channels = self.old[source].dims[-1]
         if node.op == "interval":
             (low, own), (high, owned) = (self.floats(node, slot) for slot in ("low", "high"))
             own = real.own or own or owned
@@ -453,7 +456,10 @@ class _Converter:
             always = (low <= real.shift) & (real.shift <= high)
             first = clipped(np.ceil(begin), np.where(always, -np.inf, np.inf))
             last = clipped(np.floor(end), np.where(always, np.inf, -np.inf))
-            slots = {"low": self.levels(first, bound, own), "high": self.levels(last, bound, own)}
+            slots = {
+                "low": self.levels(first, bound, own, channels),
+                "high": self.levels(last, bound, own, channels),
+            }
             if "inside" in node.tensors:
                 slots["inside"] = node.tensors["inside"]
             return self.emit("interval", node, [real.value], slots)
@@ -466,21 +472,21 @@ class _Converter:
             if "direction" in node.tensors:
                 signs, owned = self.floats(node, "direction")
                 up, own, turned = signs > 0, own or owned, True
-        rises = up ^ turns
+        rises = up ^ falls
         exact = np.where(rises, np.ceil(reached(array)), np.floor(reached(array)))
         holds = np.where(up, real.shift >= array, real.shift <= array)
         exact = clipped(exact, np.where(holds == rises, -np.inf, np.inf))
-        exact, rises = np.broadcast_arrays(exact, rises)
-        slots["threshold"] = self.levels(exact, bound, own)
+        slots["threshold"] = self.levels(exact, bound, own, channels)
         if turned:
-            slots["direction"] = self.tensor("binary", "direction", rises, own)
+            slots["direction"] = self.tensor("binary", "direction", rises, own, channels)
         return self.emit("threshold", node, [real.value], slots)
 
-    def levels(self, array: Array, bound: int, own: bool) -> Tensor:
+    def levels(self, array: Array, bound: int, own: bool, channels: int) -> Tensor:
         """Of 16 bits where numbers have as many: one beyond is reached when they saturate."""
         if bound > 2**15:
-            return self.tensor("int32", "threshold", array, own)
-        return self.tensor("int16", "threshold", np.clip(array, -(2**15), 2**15 - 1), own)
+            return self.tensor("int32", "threshold", array, own, channels)
+        array = np.clip(array, -(2**15), 2**15 - 1)
+        return self.tensor("int16", "threshold", array, own, channels)
 
     # votes
 
@@ -527,11 +533,11 @@ def _votes(weight: Array, parts: int) -> Array:
     return whole * unit
 
 
-def _quantized(weight: Array, most: int) -> tuple[Array, Array]:
+def _quantized(weight: Array, most: int, drawn: bool) -> tuple[Array, Array]:
     """(M or 1, O, ...) as int8 and its step, (M or 1, O)."""
     axes = tuple(range(2, weight.ndim))
-    if not any(weight.strides):  # a drawing's
-        return np.broadcast_to(np.int8(most), weight.shape), np.ones(weight.shape[:2])
+    if drawn:
+        return np.broadcast_to(np.int8(most), weight.shape), np.ones((1, 1))
     step = np.abs(weight).max(axes) / most
     step = np.where(step == 0, 1, step)
     whole = np.rint(weight / step.reshape(*step.shape, *(1,) * len(axes)))

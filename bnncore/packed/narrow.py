@@ -54,10 +54,8 @@ def narrowed(program: Program, pack: PackParams, images: np.ndarray | None = Non
         IntegerError: a layer needs larger integers than there are.
     """
     if pack.integer:
-        sizes = [1.0] * (len(program.nodes) + 1)
-        return integers.converted(
-            program, sizes if images is None else integers.ranges(program, images)
-        )
+        sizes = None if images is None else integers.ranges(program, images)
+        return integers.converted(program, sizes)
     tensors = dict(program.tensors)
     nodes = []
     first = next((node for node in program.nodes if "weight" in node.tensors), None)

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from bnncore.__main__ import main
-from bnncore.device import emulate
+from bnncore.device import emulate, export
 from bnncore.packed import packfile
 from tests.graphs import random_program
 
@@ -64,6 +64,15 @@ def test_device_prints_what_the_model_takes(packed, capsys):
     for _, count, milliseconds in rows:
         expected = int(count.replace(",", "")) * 2 / 100e3
         assert float(milliseconds) == pytest.approx(expected, abs=0.006)
+
+
+def test_device_estimates_without_tools(packed, monkeypatch, capsys):
+    monkeypatch.setattr(emulate, "missing", lambda: ["ziglang"])
+    assert main(["device", str(packed), "--estimate"]) == 0
+    out = capsys.readouterr().out
+    exact = export.generate(packfile.load(packed), "net").arena
+    assert f"RAM    {exact:,} bytes" in out
+    assert re.search(r"^ +1 +[\d,]+$", out, re.M)
 
 
 WRONG = {

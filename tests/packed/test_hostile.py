@@ -63,7 +63,7 @@ def put_together(graph, parts, change_header=None):
     text = graph if isinstance(graph, bytes) else json.dumps(graph).encode("utf-8", "replace")
     parts = {**parts, "graph": zlib.compress(text, 1)}
     data = b"".join(parts.values())
-    header = packfile._header(parts, data)
+    header = packfile._header(parts, data, packfile.VERSIONS[-1])
     if change_header:
         change_header(header)
     text = json.dumps(header).encode()

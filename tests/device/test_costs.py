@@ -1,0 +1,63 @@
+"""What networks take on a device by their shapes, against what is compiled and counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from bnncore.device import costs, emulate, export
+from bnncore.lowering import blueprint
+from bnncore.lowering.lower import lower
+from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.parts import ModelSpec
+from bnncore.networks.sharing import SHARING
+from bnncore.packed import narrow
+from bnncore.packed.program import Program
+from bnncore.params import Binarizer, PackParams
+from tests import tiny
+from tests.graphs import random_images
+
+# backbone, image, width, members, integers: none of them was fitted
+NETWORKS = [
+    ("leanresnet8", (28, 28, 1), 16, 1, True),
+    ("nin", (16, 16, 3), 16, 2, True),
+    ("resnet8", (16, 16, 1), 16, 1, False),
+]
+
+
+def made(backbone, image, width, members, whole) -> tuple[Program, EnsembleSpec]:
+    spec = EnsembleSpec(
+        ModelSpec(backbone, image, 10, width, binarizer=Binarizer()),
+        members,
+        SHARING["shared_conv"],
+    )
+    ensemble = Ensemble(spec, seed=1)
+    tiny.scramble(ensemble)
+    plain = lower(ensemble, (0.5,) * image[2], (0.25,) * image[2], tuple("abcdefghij"))
+    return narrow.narrowed(plain, PackParams(integer=whole), random_images(plain, 8)), spec
+
+
+@pytest.mark.parametrize("case", NETWORKS, ids=str)
+@pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
+def test_figures_are_those_of_compiled_code(case):
+    program, _ = made(*case)
+    figures = costs.estimate(program)
+    code = export.generate(program, "model")
+    device = emulate.Device(code, "cortex-m4")
+    assert figures.ram == code.arena == device.sizes.ram
+    flash = device.sizes.code + device.sizes.constants
+    assert figures.flash == pytest.approx(flash, rel=0.15)
+    images = export.self_images(program, 1)
+    for members in {1, program.members}:
+        count = device.call("scores", images, members, count=True)[1]
+        assert figures.instructions[members - 1] == pytest.approx(count, rel=0.1)
+
+
+def test_a_drawing_has_the_figures_of_what_is_trained():
+    """RAM and instructions to the byte and to the instruction, for any number of members."""
+    pack = PackParams(integer=True)
+    program, spec = made("leanresnet8", (16, 16, 3), 8, 3, True)
+    drawn = narrow.narrowed(blueprint.draw(spec).most, pack)
+    figures, theirs = costs.estimate(drawn, 3), costs.estimate(program)
+    assert figures.ram == theirs.ram
+    assert figures.instructions == theirs.instructions
+    assert figures.constants == pytest.approx(theirs.constants, rel=0.05)

@@ -80,6 +80,9 @@ class SearchParams:
             64th of the binary ones (Liu et al. 2018, section 4.2). None for no limit.
         activation_kib: the most memory that values between layers take at once
             (`packed.costs.peak_memory`, bits as bits). None for no limit.
+        ram_kib, flash_kib, minstructions: of the packed file as C on a Cortex-M4, with all members:
+            static memory, code and constants, millions of instructions an image
+            (`device.costs.estimate`). None for no limit.
         epochs: of every recipe in a trial, at most; None for the recipes' own.
         rungs: fractions of the epochs; a trial trains so far first, and further only if it is not
             hopeless.
@@ -103,6 +106,9 @@ class SearchParams:
     count: Literal["file", "tentaclenet", "filter_sharing"] = "file"
     megaops: Positive | None = None
     activation_kib: Positive | None = None
+    ram_kib: Positive | None = None
+    flash_kib: Positive | None = None
+    minstructions: Positive | None = None
     epochs: Count | None = None
     rungs: Annotated[tuple[Between, ...], Field(max_length=100)] = (0.25,)
     keep: Share = 0.5

@@ -24,11 +24,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from bnncore import check
 from bnncore import params as P
 from bnncore.data import Dataset
+from bnncore.device.costs import Figures, estimate
 from bnncore.lowering import blueprint, packing
 from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import EnsembleSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.packed import costs
+from bnncore.packed.narrow import narrowed
 from bnncore.packed.program import Program
 from bnncore.packed.rules import MAX_MEMBERS
 from bnncore.params import EnsembleParams, PackParams, Params, ParamsError, SearchParams
@@ -128,12 +130,14 @@ class Cost:
         counted_kib: what the budget counts, in KiB.
         megaops: millions of operations an image: float MACs + binary MACs / 64.
         activation_kib: peak memory of values between layers, bits as bits.
+        device: what it takes as C on a microcontroller, where the search limits that.
     """
 
     file_bytes: int
     counted_kib: float
     megaops: float
     activation_kib: float
+    device: Figures | None = None
 
     def constraints(self, search: SearchParams) -> dict[str, float]:
         """Limit -> how far over it (share of the limit); 0 or less is within."""
@@ -142,6 +146,14 @@ class Cost:
             over["operations"] = self.megaops / search.megaops - 1
         if search.activation_kib is not None:
             over["activations"] = self.activation_kib / search.activation_kib - 1
+        if self.device is not None:
+            found = {
+                "ram_kib": self.device.ram / 1024,
+                "flash_kib": self.device.flash / 1024,
+                "minstructions": self.device.instructions[-1] / 1e6,
+            }
+            limits = {name: getattr(search, name) for name in found}
+            over |= {name: found[name] / limit - 1 for name, limit in limits.items() if limit}
         return over
 
 
@@ -156,7 +168,16 @@ def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str 
         counts = untrained.count(spec, params.pack, classes, info)
         size, counted = counts.file, getattr(counts, count) / 8 / 1024
     binary, real = drawing.macs(spec.members)
-    return Cost(size, counted, (real + binary / 64) / 1e6, _activations(drawing.most) / 1024)
+    limits = params.search
+    limited = limits.ram_kib or limits.flash_kib or limits.minstructions
+    device = _device(drawing.most, params.pack, spec.members) if limited else None
+    activations = _activations(drawing.most) / 1024
+    return Cost(size, counted, (real + binary / 64) / 1e6, activations, device)
+
+
+@lru_cache(maxsize=8192)
+def _device(program: Program, pack: PackParams, members: int) -> Figures:
+    return estimate(narrowed(program, pack), members)
 
 
 @lru_cache(maxsize=4096)

@@ -82,7 +82,14 @@ def test_no_file_is_larger_than_its_cost(backbone, scheme, pack):
 
 
 # Fixed or automatic packing, another limit -> what is the tightest then.
-LIMITS = [({}, {}), ({"choose": "auto"}, {}), ({}, {"megaops": 0.05}), ({}, {"activation_kib": 4})]
+LIMITS = [
+    ({}, {}),
+    ({"choose": "auto"}, {}),
+    ({}, {"megaops": 0.05}),
+    ({}, {"activation_kib": 4}),
+    ({"integer": True}, {"ram_kib": 12}),
+    ({"integer": True}, {"minstructions": 1.5}),
+]
 
 
 @pytest.mark.parametrize(("pack", "limit"), LIMITS)
@@ -171,7 +178,7 @@ def test_numbers_in_equal_steps_have_an_order():
 # -- rivals ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [{}, {"megaops": 0.3}, {"activation_kib": 4}])
+@pytest.mark.parametrize("limit", [{}, {"megaops": 0.3}, {"activation_kib": 4}, {"flash_kib": 40}])
 def test_rivals_use_the_limits_and_no_more(limit):
     p = parse(budget_kib=24, **limit)
     found = space.Space(p, DATA)

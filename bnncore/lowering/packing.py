@@ -34,11 +34,14 @@ PACKINGS = (
     PackParams("float16", "mixed"),
     PackParams("float16", "int8"),
 )
+INTEGERS = PackParams(integer=True)
 
 
 def packings(pack: PackParams) -> tuple[PackParams, ...]:
-    """Those that `pack` leaves to choose from."""
-    return PACKINGS if pack.choose == "auto" else (pack,)
+    """Those that `pack` leaves to choose from; integers, where they are wanted, before all others."""
+    if pack.choose != "auto":
+        return (pack,)
+    return (INTEGERS, *PACKINGS) if pack.integer else PACKINGS
 
 
 def words(pack: PackParams) -> str:
@@ -109,7 +112,8 @@ def packed(
     """The Program as the pipeline writes it, packed as `params.pack` says.
 
     Of several packings it takes the smallest whose validation accuracy is at most
-    ``pack.max_drop`` below that of what was trained; where there is none, the most accurate one.
+    ``pack.max_drop`` below that of what was trained, but integers, if they are among them, whatever
+    their size; where there is none, the most accurate one.
 
     Args:
         name, section: as in `facts`.
@@ -122,15 +126,15 @@ def packed(
     theirs = torch_outputs(trained, data, ("val", *(p for p in parts if p != "val")))
     whole = lower(trained.ensemble(), data.mean, data.std, data.classes)
 
-    def top1(outputs: np.ndarray) -> float:
-        return 100 * metrics.accuracy(votes.combine(whole, outputs)[1], data.val.labels)
+    def top1(program: Program, outputs: np.ndarray) -> float:
+        return 100 * metrics.accuracy(votes.combine(program, outputs)[1], data.val.labels)
 
-    reference, found = top1(theirs["val"]), []
+    reference, found = top1(whole, theirs["val"]), []
     for pack, program in _by_size(whole, among or packings(params.pack), data):
         outputs = theirs["val"]
         if words(pack):
             outputs = execute.Model(program).outputs(data.val.images)
-        reached = top1(outputs)
+        reached = top1(program, outputs)
         program.info.update(facts(replace(params, pack=pack), name, section))
         program.info["val_top1"] = round(reached, 2)
         found.append(Packed(program, pack, outputs, theirs, reached, reference - reached))
@@ -142,18 +146,19 @@ def packed(
 def _by_size(
     whole: Program, among: Sequence[PackParams], data: Dataset
 ) -> list[tuple[PackParams, Program]]:
-    """The packings that hold all values of `whole`, and it in each, the smallest first."""
-    found: list[tuple[int, int, PackParams, Program]] = []
+    """The packings that hold all values of `whole`, and it in each: integers, then by size."""
+    found: list[tuple[bool, int, int, PackParams, Program]] = []
     errors: list[UserError] = []
     for pack in among:
         try:
             program = narrow.narrowed(replace(whole, info={}), pack, data.val.images)
-            found.append((len(packfile.encode(program)), len(found), pack, program))
+            size = len(packfile.encode(program))
+            found.append((not pack.integer, size, len(found), pack, program))
         except (narrow.NarrowError, IntegerError) as error:
             errors.append(error)
     if not found:
         raise errors[-1]
-    return [(pack, program) for _, _, pack, program in sorted(found, key=lambda f: f[:2])]
+    return [(pack, program) for *_, pack, program in sorted(found, key=lambda f: f[:3])]
 
 
 def torch_outputs(trained: Ensembled, data: Dataset, parts: Sequence[str]) -> dict[str, np.ndarray]:

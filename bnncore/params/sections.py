@@ -306,7 +306,8 @@ class PackParams:
         integer: no floats from bytes to logits, whatever the others say: the same scores on every
             device, few instructions on those without a float unit.
         choose: ``fixed``: as the keys above say. ``auto``: the smallest packing that costs at most
-            `max_drop`; nothing is trained for that (`lowering.packing`).
+            `max_drop`, or with `integer` that one first; nothing is trained for that
+            (`lowering.packing`).
         max_drop: points of validation accuracy that ``auto`` may give away.
     """
 
@@ -317,9 +318,8 @@ class PackParams:
     max_drop: Annotated[NotNegative, Field(le=100)] = 0.2
 
     def __post_init__(self) -> None:
-        said = (self.affine, self.weights, self.integer)
-        if self.choose == "auto" and said != ("float32", "float32", False):
-            raise ValueError("choose: expected fixed beside other keys of one's own, got 'auto'")
+        if self.choose == "auto" and (self.affine, self.weights) != ("float32", "float32"):
+            raise ValueError("choose: expected fixed beside affine or weights, got 'auto'")
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -10,7 +10,7 @@ import pytest
 
 from bnncore import metrics
 from bnncore.lowering import blueprint
-from bnncore.lowering.packing import PACKINGS, facts, packed
+from bnncore.lowering.packing import INTEGERS, PACKINGS, facts, packed
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.params import PackParams
@@ -37,8 +37,11 @@ def scrambled(p, name: str):
     return section, ensembled.Ensembled(spec, ensemble.state(), {})
 
 
+AUTO = [PackParams(choose="auto"), PackParams(choose="auto", integer=True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pack", [*PACKINGS, PackParams(choose="auto")])
+@pytest.mark.parametrize("pack", [*PACKINGS, INTEGERS, *AUTO])
 @pytest.mark.parametrize("name", ["fp32", "bnn", "one"])
 def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
     p = parse(pack)
@@ -78,3 +81,12 @@ def test_auto_takes_the_smallest_that_costs_little(max_drop, among):
 def test_an_accuracy_takes_no_more_room_than_was_kept_for_it():
     kept = facts(parse(PackParams()), "one")["val_top1"]
     assert all(len(json.dumps(round(v / 100, 2))) <= len(json.dumps(kept)) for v in range(10_001))
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 100.0])
+def test_integers_come_first_where_they_are_wanted(max_drop):
+    p = parse(PackParams(choose="auto", integer=True, max_drop=max_drop))
+    section, trained = scrambled(p, "one")
+    taken = packed(trained, p, DATA, "one", section)
+    integers = packed(trained, parse(INTEGERS), DATA, "one", section)
+    assert taken.pack.integer == (integers.drop <= max_drop) or taken.drop > max_drop

@@ -443,7 +443,7 @@ def _global_avg(bound: _Bound) -> Run:
 
 
 def _global_sum(bound: _Bound) -> Run:
-    return lambda values, member: values[0].astype(np.int32).sum(axis=(1, 2))
+    return lambda values, member: values[0].astype(np.int32).sum((1, 2), np.int32)
 
 
 def _flatten(bound: _Bound) -> Run:

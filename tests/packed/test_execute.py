@@ -174,7 +174,7 @@ Z = np.array(
 
 
 def combined(combine, z=Z, **arrays):
-    program = with_combine(replace(random_program(0), members=3, classes=("a", "b", "c")),
+    program = with_combine(replace(random_program(2), members=3, classes=("a", "b", "c")),
                            combine, **arrays)  # fmt: skip
     return votes.combine(program, z)
 

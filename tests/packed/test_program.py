@@ -71,11 +71,11 @@ def with_tensor(name: str, **changes) -> Program:
 
 def test_shapes_kinds_and_who_owns_them():
     assert validate(small()) == [
-        Shape("u8", (8, 6, 3), False),
+        Shape("u8", (8, 6, 3), False, 255),
         Shape("f32", (8, 6, 3), False),
         Shape("f32", (8, 6, 5), False),
         Shape("bits", (8, 6, 5), False),
-        Shape("i32", (4, 3, 7), True),
+        Shape("i32", (4, 3, 7), True, 3 * 3 * 5),
         Shape("f32", (7,), True),
         Shape("f32", (4,), True),
     ]

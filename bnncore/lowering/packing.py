@@ -38,7 +38,7 @@ INTEGERS = PackParams(integer=True)
 
 
 def packings(pack: PackParams) -> tuple[PackParams, ...]:
-    """Those that `pack` leaves to choose from; integers, where they are wanted, before all others."""
+    """Those that `pack` leaves to choose from; integers, if wanted, before all others."""
     if pack.choose != "auto":
         return (pack,)
     return (INTEGERS, *PACKINGS) if pack.integer else PACKINGS

@@ -131,6 +131,7 @@ def markdown(table: list[dict]) -> str:
 
 def plot(table: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     ax = figure.subplots()
@@ -143,6 +144,9 @@ def plot(table: list[dict], path: Path) -> None:
     ax.set(
         xscale="log", xlabel="packed file, KiB", ylabel="test accuracy, % (mean ± sd over seeds)"
     )
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.3)
     ax.legend(title="model")
     figure.savefig(path)

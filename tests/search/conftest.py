@@ -12,7 +12,7 @@ from bnncore.cluster.connect import connect
 from bnncore.params import RayParams
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[Cluster]:
     connect(RayParams(), num_cpus=2)
     with Cluster(RayParams(gpus_per_actor=0.0)) as started:

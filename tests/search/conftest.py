@@ -1,4 +1,4 @@
-"""One cluster for all tests of the search that train."""
+"""One cluster for the tests of a file that train; it ends before another room begins its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bnncore.cluster.connect import connect
 from bnncore.params import RayParams
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     connect(RayParams(), num_cpus=2)
     with Cluster(RayParams(gpus_per_actor=0.0)) as started:

@@ -382,7 +382,8 @@ def main() -> None:
     p = params.load(args.params)
     images = data.load(p.data, ROOT)
     pieces = Pieces(args.json)
-    asked = {"params": params.digest(asdict(p), args.trials), "data": images.digest}
+    same = replace(p, ray=params.RayParams(), mlflow=params.MlflowParams())  # change no result
+    asked = {"params": params.digest(asdict(same), args.trials), "data": images.digest}
     if pieces.known.setdefault("asked", asked) != asked:
         parser.error(f"{args.json}: expected results of these parameters and as many trials, got "
                      "others; name another file with --json")  # fmt: skip

@@ -61,8 +61,8 @@ def one_seed(p: Params, seed: int) -> list[dict]:
     def add(
         p: Params, name: str, kind: str, trained: Ensembled, section: EnsembleParams | None = None
     ) -> int:
-        model = kind if section is None and kind == "fp32" else "bnn"
-        top1, size = packed_top1(p, images, section.name if section else model, trained, section)
+        model = section.name if section else "fp32" if kind == "fp32" else "bnn"
+        top1, size = packed_top1(p, images, model, trained, section)
         members = section.members if section else 1
         rows.append({"seed": seed, "name": name, "kind": kind, "members": members,
                      "test_top1": top1, "file_bytes": size})  # fmt: skip

@@ -115,23 +115,7 @@ class _Planner:
         if node.op in _POOLS and group.value != self.last:
             return self.pool(group)
         if node.op == "normalize" and group.value != self.last:
-            values_of = each_member(
-                lambda member: [
-                    numpy_kernels.plain(self.program.tensors[node.tensors[slot]], member)
-                    for slot in ("scale", "shift")
-                ],
-                [self.program.tensors[name] for name in node.tensors.values()],
-            )
-
-            def normalize(
-                values: Sequence[Array], member: int, rooms: Sequence[Array]
-            ) -> list[Array]:
-                out = place.array(rooms[0], len(values[0]))
-                scale, shift = values_of(member)
-                tiles.normalize(values[0], scale, shift, out)
-                return [out]
-
-            return normalize
+            return self.normalize(group)
         if node.op == "concat" and words and group.value != self.last:
 
             def join(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
@@ -149,6 +133,19 @@ class _Planner:
             return [out]
 
         return through_numpy
+
+    def normalize(self, group: Group) -> Run:
+        place = self.room(group.value)
+        slots = [self.program.tensors[group.node.tensors[slot]] for slot in ("scale", "shift")]
+        prepared = each_member(lambda m: [numpy_kernels.plain(slot, m) for slot in slots], slots)
+
+        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+            out = place.array(rooms[0], len(values[0]))
+            scale, shift = prepared(member)
+            tiles.normalize(values[0], scale, shift, out)
+            return [out]
+
+        return run
 
     def pool(self, group: Group) -> Run:
         attrs = group.node.attrs
@@ -242,7 +239,7 @@ class _Planner:
             return layouts.lay_out(words.reshape(filters, -1), dtype), inside, whole
 
         prepared = each_member(lay_out, slots.values())
-        sliced = self.sliced(group, epilogue) if binary else None
+        sliced = self.sliced(group, epilogue, window, places) if binary else None
 
         def tile(images: int) -> str:
             if sliced and (self.tile or slicing.worth(outputs[:2], images)):
@@ -279,22 +276,26 @@ class _Planner:
 
         return run, (padded.bytes,) if pad or bytes_ else (), tile
 
-    def sliced(self, group: Group, epilogue: _Epilogue) -> Run | None:
+    def sliced(
+        self, group: Group, epilogue: _Epilogue, window: Window, places: Sequence[Room]
+    ) -> Run | None:
         """A binary convolution by `slices`, where it can and should be."""
-        node = group.node
-        tensor = self.program.tensors[node.tensors["weight"]]
+        tensor = self.program.tensors[group.node.tensors["weight"]]
         filters, kh, kw, channels = tensor.shape
-        stride, pad = int(node.attrs.get("stride", 1)), int(node.attrs.get("pad", 0))
-        inputs, outputs = self.dims(node.inputs[0]), self.dims(group.value)
-        window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
-        places = [self.room(number) for number in group.outputs]
+        stride, pad, inputs, out = (
+            window.stride,
+            window.pad,
+            window.inputs,
+            self.dims(group.value)[:2],
+        )
         plain = not (group.rows or group.residual or group.numbers)
         products = kh * kw * channels
         if (window.classes > 1 and channels % 2) or products > _MOST_SLICED:
             return None  # `slicing.sums` says why; and sums are two bytes
-        if self.tile not in (None, "sliced") or (
-            self.tile is None and not slicing.wins(tensor.shape, stride, outputs[:2], plain)
-        ):
+        wanted = (
+            self.tile == "sliced" if self.tile else slicing.wins(tensor.shape, stride, out, plain)
+        )
+        if not wanted:
             return None
         whole = rounded(filters)
 
@@ -322,16 +323,14 @@ class _Planner:
             x = values[0]
             images = len(x)
             if images not in lays:
-                lays[images] = slicing.Lay.of(window, outputs[:2], channels, images)
+                lays[images] = slicing.Lay.of(window, out, channels, images)
             lay, mine = lays[images], prepared(member)
             if lay.key not in mine.starts:
-                mine.starts[lay.key] = slicing.start(
-                    window, lay, outputs[:2], mine.first, mine.planes
-                )
+                mine.starts[lay.key] = slicing.start(window, lay, out, mine.first, mine.planes)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             parts, params, flips, *rest = epilogue.arguments(member, values, outs)
             slices.convolve(
-                x, np.array([images, *inputs[:2], *outputs[:2], kh, stride, pad], np.int64),
+                x, np.array([images, *inputs, *out, kh, stride, pad], np.int64),
                 lay.lay, lay.columns, lay.taps, mine.picks, *mine.starts[lay.key], mine.planes,
                 mine.as_bits, mine.constants, parts, params, flips, flips ^ mine.negated, *rest,
             )  # fmt: skip

@@ -37,7 +37,6 @@ Array = np.ndarray
 PIXELS = 32  # of a lane
 UNIT = 16  # triples that are added up at a time
 KINDS = 10  # vectors of a triple's table: eight carries, the sum, its complement
-LOW_PLANES = 8  # of a sum's first byte; a second one holds the others
 
 _I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 _F32 = ir.FloatType()

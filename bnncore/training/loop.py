@@ -55,13 +55,6 @@ class Trains(Protocol):
     def load(self, state: State) -> None: ...
 
 
-class Store(Protocol):
-    """What `drive` asks of a checkpoint."""
-
-    def load(self) -> tuple[State, History] | None: ...
-    def save(self, state: State, history: History) -> None: ...
-
-
 class Trainer:
     """Runs the epochs of a job in this process.
 
@@ -303,7 +296,7 @@ def drive(
     job: Job,
     data: Dataset,
     trainer: Trains,
-    checkpoint: Store | None = None,
+    checkpoint: Checkpoint | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Trained:
     """Run a job's epochs on `trainer`, going on from its checkpoint if there is one.

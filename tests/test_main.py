@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bnncore.__main__ import main
-from bnncore.packed import costs, execute, packfile
+from bnncore.packed import compiled_kernels, costs, execute, packfile
 from tests.graphs import random_images
 from tests.packed.test_execute import OPS, ensemble
 
@@ -101,3 +101,15 @@ def test_bench(net, capsys):
     assert "images/s" in out
     for ops in execute.OPS:
         assert f"{ops} " in out
+
+
+def test_bench_shows_what_each_layer_takes(net, capsys):
+    assert main(["bench", str(net), "--batch", "2", "--repeats", "1", "--layers"]) == 0
+    rows = capsys.readouterr().out.partition("one thread, one member:")[2].splitlines()[2:]
+    steps = compiled_kernels.plan(packfile.load(net))
+    assert sorted(row.split(":")[0] for row in rows) == sorted(s.about.split(":")[0] for s in steps)
+    binary = [row.split() for row in rows if ": bconv" in row]
+    assert binary
+    assert all(set(compiled_kernels.TILES) & set(row) for row in binary)
+    shares = [float(word[:-1]) for row in rows for word in row.split() if word.endswith("%")]
+    assert sum(shares) == pytest.approx(100, abs=len(rows))

@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -56,7 +57,6 @@ class Model:
         self._last = len(program.nodes)
         self._layout = Layout(self._steps, self._last)
         self._arenas: list[Arena] = []  # of workers that are not at work
-        self._seconds: list[float] | None = None  # of each step, where they are wanted
 
     def __call__(
         self, images: np.ndarray, members: int | None = None, batch: int = 64
@@ -136,10 +136,23 @@ class Model:
 
     def layers(self, images: np.ndarray) -> list[tuple[Kernel, float]]:
         """Every step, and the seconds that it takes for all images at once and one member."""
-        self._seconds = [0.0] * len(self._steps)
-        self.outputs(images, 1, len(images))
-        seconds, self._seconds = self._seconds, None
-        return list(zip(self._steps, seconds, strict=True))
+        steps, seconds = self._steps, [0.0] * len(self._steps)
+
+        def timed(time: int, step: Kernel) -> Kernel:
+            def run(*arguments: Any) -> Sequence[Any]:
+                began = perf_counter()
+                outputs = step.run(*arguments)
+                seconds[time] += perf_counter() - began
+                return outputs
+
+            return replace(step, run=run)
+
+        self._steps = [timed(time, step) for time, step in enumerate(steps)]
+        try:
+            self.outputs(images, 1, len(images))
+        finally:
+            self._steps = steps
+        return list(zip(steps, seconds, strict=True))
 
     def _members(self, members: int | None) -> int:
         if members is None:
@@ -195,10 +208,7 @@ class Model:
         for time in times:
             step = self._steps[time]
             inputs = [values[number] for number in step.inputs]
-            began = perf_counter()
             outputs = step.run(inputs, member, arena.rooms(time, images))
-            if self._seconds is not None:
-                self._seconds[time] += perf_counter() - began
             values.update(zip(step.outputs, outputs, strict=True))
             for number in self._layout.dead[time]:
                 del values[number]

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import os
 import statistics
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from benchmarks import seeds
+from benchmarks.pieces import Pieces
 from benchmarks.rows import processor
 from bnncore import data, metrics, params
 from bnncore.cluster.cluster import Cluster
@@ -56,23 +56,6 @@ SCRATCH = ROOT / "checkpoints" / "benchmark-search"
 FIRST_SPLIT = 1001  # no study's seed, and none of the other benchmarks'
 PARTS = ("counting", "studies", "retrain", "workers")
 SEARCH = "search"
-
-
-class Pieces:
-    """Results by name in a JSON file, written whole after each."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.known[name] = value
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
-        os.replace(new, self.path)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.known
 
 
 def surroundings() -> dict[str, Any]:

@@ -9,14 +9,15 @@ is not done again, so it can be stopped and started at any time.
 * ``counting``: what it takes to open a study, and to say of 200 random choices how wide they may be
   and what they take, in CPU time of the thread, those seen for the first time included.
 * ``studies``: for each budget and seed one study, as the parameters say.
-* ``retrain``: the best of every study, its rivals, and all ensembles of params.yaml that fit the
+* ``retrain``: the best of a study, its rivals, and all ensembles of params.yaml that fit the
   budget, trained in full on splits of the data that no study has seen, one seed for the split and
-  all training; test accuracy of the packed file.
+  all training; test accuracy of the packed file. Splits are dealt out to the studies of a budget:
+  the first of them to the first seed's, the next to the second's.
 * ``workers``: one study of 20 configurations with one Ray worker and with two. Nothing else should
   run meanwhile, so it must be asked for.
 
-Differences are paired by split, and of studies averaged over the study seeds first; the interval is
-Student's t over splits.
+Differences are paired by split; the interval is Student's t over splits, so it holds the spread of
+studies, too.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -147,31 +150,27 @@ def defaults(p: Params, images: data.Dataset) -> dict[str, Params]:
     return found
 
 
-Groups = dict[str, dict[str, Params]]  # label -> piece name without the split -> what to train
+Groups = dict[str, tuple[str, Params]]  # label -> piece without the split, what to train
 
 
-def groups(p: Params, images: data.Dataset, known: dict[str, Any], names: list[str]) -> Groups:
-    """What is compared within one budget, of the studies of these names."""
-    found: Groups = {}
-    for name in names:
-        for label, row in known[name]["configs"].items():
-            one = space.preset(p, row)
-            piece = f"retrain/{space.described(row)}"
-            found.setdefault(label, {})[piece] = one
-    for label, one in defaults(p, images).items():
-        found[label] = {f"retrain/{label}": one}
-    return found
+def groups(p: Params, images: data.Dataset, known: dict[str, Any], name: str) -> Groups:
+    """What is compared within one budget, of the study of this name."""
+    found = {
+        label: (f"retrain/{space.described(row)}", space.preset(p, row))
+        for label, row in known[name]["configs"].items()
+    }
+    return found | {
+        label: (f"retrain/{label}", one) for label, one in defaults(p, images).items()
+    }  # fmt: skip
 
 
-def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) -> None:
+def retrain(p: Params, chosen: dict[str, Params], split: int) -> dict[str, Any]:
+    """The pieces of one split."""
     bases: dict[tuple, tuple] = {}
-    images = None
+    pieces = {}
+    images = data.load(seeds.seeded(p, split).data, ROOT)
     for name, one in chosen.items():
-        piece = f"{name}/{split}"
-        if piece in pieces:
-            continue
         one = seeds.seeded(one, split)
-        images = images or data.load(one.data, ROOT)
         if one.ensembles.train:
             key = (one.model.backbone, one.model.width)
             if key not in bases:
@@ -183,8 +182,9 @@ def retrain(p: Params, pieces: Pieces, chosen: dict[str, Params], split: int) ->
         content = packfile.encode(packing.packed(made, one, images, *space.model(one)).program)
         size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")
         top1 = 100 * metrics.accuracy(model.predict(images.test.images), images.test.labels)
-        print(f"{piece}: {top1:.2f} %, {size:,} bytes", flush=True)
-        pieces[piece] = {"test_top1": top1, "file_bytes": size}
+        print(f"{name}/{split}: {top1:.2f} %, {size:,} bytes", flush=True)
+        pieces[f"{name}/{split}"] = {"test_top1": top1, "file_bytes": size}
+    return pieces
 
 
 # -- workers -----------------------------------------------------------------------------------
@@ -226,29 +226,28 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), float(half)
 
 
-def summary(known: dict[str, Any], compared: Groups, splits: list[int]) -> dict[str, Any]:
-    """What the pieces of one budget amount to: only splits for which all is there count."""
-    splits = [
-        s for s in splits
-        if all(f"{name}/{s}" in known for group in compared.values() for name in group)
-    ]  # fmt: skip
-    if not splits or SEARCH not in compared:
-        return {"splits": [], "rows": []}
-    top1 = {
-        label: [statistics.mean(known[f"{n}/{s}"]["test_top1"] for n in group) for s in splits]
-        for label, group in compared.items()
+def summary(known: dict[str, Any], compared: dict[int, Groups]) -> dict[str, Any]:
+    """What the pieces of one budget amount to: only splits for which all is there count.
+
+    Args:
+        compared: split -> what is compared there.
+    """
+    done = {
+        split: {label: known[f"{name}/{split}"] for label, (name, _) in group.items()}
+        for split, group in compared.items()
+        if all(f"{name}/{split}" in known for name, _ in group.values())
     }
     rows = []
-    for label, group in compared.items():
-        mean, half = interval(top1[label])
-        row = {"label": label, "mean": mean, "half": half,
-               "bytes": statistics.mean(known[f"{n}/{s}"]["file_bytes"] for n in group
-                                        for s in splits)}  # fmt: skip
+    for label in dict.fromkeys(label for found in done.values() for label in found):
+        mine = {split: found[label] for split, found in done.items() if label in found}
+        mean, half = interval([r["test_top1"] for r in mine.values()])
+        row = {"label": label, "mean": mean, "half": half, "splits": len(mine),
+               "bytes": statistics.mean(r["file_bytes"] for r in mine.values())}  # fmt: skip
         if label != SEARCH:
-            differences = [a - b for a, b in zip(top1[SEARCH], top1[label], strict=True)]
+            differences = [done[s][SEARCH]["test_top1"] - r["test_top1"] for s, r in mine.items()]
             row["difference"], row["difference_half"] = interval(differences)
         rows.append(row)
-    return {"splits": splits, "rows": rows}
+    return {"splits": list(done), "rows": rows}
 
 
 def markdown(pieces: Pieces, found: dict[float, dict[str, Any]], trials: int) -> str:
@@ -272,9 +271,9 @@ def markdown(pieces: Pieces, found: dict[float, dict[str, Any]], trials: int) ->
         ]
         for r in part["rows"]:
             less = spread(r["difference"], r["difference_half"]) if "difference" in r else ""
-            lines.append(
-                f"| {r['label']} | {spread(r['mean'], r['half'])} | {less} | {r['bytes']:,.0f} |"
-            )
+            few = f" ({r['splits']} splits)" if r["splits"] < len(part["splits"]) else ""
+            top1 = spread(r["mean"], r["half"])
+            lines.append(f"| {r['label']}{few} | {top1} | {less} | {r['bytes']:,.0f} |")
         lines += ["", "± is a 95 % interval over splits; differences are paired by split.", ""]
         if len(part["splits"]) < 10 or len(part["seeds"]) < 3:
             lines += [
@@ -358,6 +357,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--splits", type=int, default=10, help="how many")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train splits")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS[:3]))
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
@@ -373,16 +373,18 @@ def main() -> None:
     splits = list(range(FIRST_SPLIT, FIRST_SPLIT + args.splits))
     within = {kib: replace(p, search=replace(p.search, budget_kib=kib)) for kib in args.budgets}
 
-    def known_seeds(kib: float) -> list[int]:
-        return [s for s in args.seeds if study_name(kib, args.trials, s) in pieces]
-
-    def compared(kib: float) -> Groups:
-        names = [study_name(kib, args.trials, s) for s in known_seeds(kib)]
-        return groups(within[kib], images, pieces.known, names)
+    def compared(kib: float) -> dict[int, Groups]:
+        """By split, where its study is known."""
+        names = [study_name(kib, args.trials, seed) for seed in args.seeds]
+        dealt = {s: names[i * len(names) // len(splits)] for i, s in enumerate(splits)}
+        found = {name: groups(within[kib], images, pieces.known, name)
+                 for name in names if name in pieces}  # fmt: skip
+        return {split: found[name] for split, name in dealt.items() if name in found}
 
     def report() -> None:
         found = {
-            kib: summary(pieces.known, compared(kib), splits) | {"seeds": known_seeds(kib)}
+            kib: summary(pieces.known, compared(kib))
+            | {"seeds": [s for s in args.seeds if study_name(kib, args.trials, s) in pieces]}
             for kib in within
         }
         args.json.with_suffix(".md").write_text(markdown(pieces, found, args.trials))
@@ -393,20 +395,26 @@ def main() -> None:
         counting(p, images, pieces)
     if "workers" in args.only:
         workers(p, images, pieces)
-    # Seed by seed, so that what is there when it is stopped is complete for some seeds.
-    for seed in args.seeds:
-        for kib, one in within.items():
-            if "studies" in args.only:
+    if "studies" in args.only:
+        for seed in args.seeds:
+            for kib, one in within.items():
                 search = replace(one.search, trials=args.trials, seed=seed)
                 study(replace(one, search=search), images, pieces,
                       study_name(kib, args.trials, seed))  # fmt: skip
-            report()
-            if "retrain" in args.only:
-                chosen = {name: each for group in compared(kib).values()
-                          for name, each in group.items()}  # fmt: skip
-                for split in splits:
-                    retrain(one, pieces, chosen, split)
-                    report()
+                report()
+    if "retrain" in args.only:
+        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+            running = []
+            for split in splits:
+                for kib, one in within.items():
+                    chosen = {n: each for n, each in compared(kib).get(split, {}).values()
+                              if f"{n}/{split}" not in pieces}  # fmt: skip
+                    if chosen:
+                        running.append(pool.submit(retrain, one, chosen, split))
+            for each in as_completed(running):
+                for name, value in each.result().items():
+                    pieces[name] = value
+                report()
     report()
     print(args.json.with_suffix(".md").read_text())
 

@@ -162,6 +162,7 @@ def measured(
     done = packing.packed(made, q, images, section.name if section else "fp32", section)
     content = packfile.encode(done.program)
     path.with_suffix(".bnn").write_bytes(content)
+    params.save(q, path.with_suffix(".yaml"))
     program = packfile.decode(content)
     outputs = execute.Model(program).outputs(images.test.images)
     labels = images.test.labels

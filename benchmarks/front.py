@@ -45,6 +45,7 @@ from benchmarks import seeds
 from benchmarks.pieces import Pieces
 from bnncore import data, metrics, params
 from bnncore.cluster.cluster import Cluster
+from bnncore.device import costs
 from bnncore.lowering import packing
 from bnncore.packed import execute, packfile, votes
 from bnncore.params import Params
@@ -164,12 +165,13 @@ def measured(
     path.with_suffix(".bnn").write_bytes(content)
     params.save(q, path.with_suffix(".yaml"))
     program = packfile.decode(content)
-    outputs = execute.Model(program).outputs(images.test.images)
-    labels = images.test.labels
+    model, labels = execute.Model(program), images.test.labels
+    outputs = model.outputs(images.test.images)
     scores, predicted = votes.combine(program, outputs)
     hits = predicted == labels
     members = [votes.combine(program, outputs[:m])[1] for m in range(1, len(outputs) + 1)]
     probabilities = votes.probabilities(program, scores)
+    figures = costs.estimate(program)
     epochs = [q.pretrain.epochs]
     if q.ensembles.train:
         epochs += [q.binarize.epochs, q.ensembles.recipe.epochs * config["members"]]
@@ -177,6 +179,9 @@ def measured(
         "val_top1": done.top1, "drop": done.drop, "packing": packing.words(done.pack),
         "test_top1": 100 * float(hits.mean()), "images": len(hits), "file_bytes": len(content),
         "anytime": [100 * metrics.accuracy(m, labels) for m in members],
+        "worse": {name: 100 * metrics.accuracy(model.predict(spoil(images.test.images)), labels)
+                  for name, spoil in WORSE.items()},
+        "ram": figures.ram, "minstructions": round(figures.instructions[-1] / 1e6, 3),
         "nll": metrics.nll(probabilities, labels),
         "ece": metrics.calibration_error(probabilities, labels),
         "passes": sum(epochs) * len(images.train),
@@ -218,6 +223,25 @@ def student(
     fp32, bnn = bases(q, images, train_many)
     plan = plans.plan(q, taught, images, fp32, bnn, {above.name: teacher})
     return q, schemes.train(plan, train_many)
+
+
+def noise(images: np.ndarray) -> np.ndarray:
+    """Gaussian noise of standard deviation 20, seeded, on uint8 (N, H, W, C)."""
+    rng = np.random.default_rng(0)
+    return np.stack([
+        np.clip(np.round(i + rng.normal(0, 20, i.shape)), 0, 255).astype(np.uint8) for i in images
+    ])  # fmt: skip
+
+
+def blur(images: np.ndarray) -> np.ndarray:
+    """A mean of 3x3 pixels."""
+    height, width = images.shape[1:3]
+    wide = np.pad(images.astype(np.uint16), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    parts = [wide[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return ((np.sum(parts, axis=0, dtype=np.uint16) + 4) // 9).astype(np.uint8)
+
+
+WORSE = {"noise": noise, "blur": blur}
 
 
 class Clock:
@@ -274,6 +298,9 @@ def right(row: Row) -> np.ndarray:
     return np.unpackbits(bits, count=row["images"]).astype(float)
 
 
+MEANS = ("ece", "nll", "ram", "minstructions")
+
+
 def summary(pieces: Pieces, most: int) -> list[Row]:
     if "search" not in pieces:
         return []
@@ -290,7 +317,9 @@ def summary(pieces: Pieces, most: int) -> list[Row]:
             "label": label, "about": about[label], "seeds": len(runs),
             "mean": statistics.mean(top1), "bytes": max(r["file_bytes"] for r in runs),
             "val": statistics.mean(r["val_top1"] for r in runs),
-            "ece": statistics.mean(r["ece"] for r in runs),
+            **{k: statistics.mean(r[k] for r in runs) for k in MEANS},
+            **{k: statistics.mean(r["worse"][k] for r in runs) for k in WORSE},
+            "anytime": np.mean([r["anytime"] for r in runs], axis=0).tolist(),
             "half": 100 * 1.96 * _error([runs]),
             "passes": statistics.mean(r["passes"] for r in runs),
             "hours": statistics.mean(r["cpu_s"] for r in runs) / 3600,
@@ -334,15 +363,31 @@ def markdown(p: Params, pieces: Pieces, rows: list[Row]) -> str:
         lines += [
             "## Trained on all images", "",
             "| what | network | seeds | test, % | search minus this, points | validation, % | "
-            "calibration error | bytes | million image passes | processor hours |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "bytes | million image passes | processor hours |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]  # fmt: skip
     for r in sorted(rows, key=lambda r: -r["mean"]):
         less = f"{r['difference']:+.2f} ± {r['difference_half']:.2f}" if "difference" in r else ""
         lines.append(
             f"| {r['label']} | {r['about']} | {r['seeds']} | {r['mean']:.2f} ± {r['half']:.2f} | "
-            f"{less} | {r['val']:.2f} | {r['ece']:.3f} | {r['bytes']:,} | "
+            f"{less} | {r['val']:.2f} | {r['bytes']:,} | "
             f"{r['passes'] / 1e6:.2f} | {r['hours']:.2f} |"
+        )
+    if rows:
+        lines += [
+            "", "## What else they differ in", "",
+            "On the test images; *noise* is Gaussian of standard deviation 20 (of 255), *blur* a "
+            "mean of 3x3 pixels; RAM and instructions an image are estimates of Cortex-M4.", "",
+            "| what | test, % | with noise | with blur | negative log-likelihood | "
+            "calibration error | first 1, 2, .. members | RAM, bytes | million instructions |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+        ]  # fmt: skip
+    for r in sorted(rows, key=lambda r: -r["mean"]):
+        few = ", ".join(f"{top1:.1f}" for top1 in r["anytime"])
+        lines.append(
+            f"| {r['label']} | {r['mean']:.2f} | {r['noise']:.2f} | {r['blur']:.2f} | "
+            f"{r['nll']:.3f} | {r['ece']:.3f} | {few} | {r['ram']:,.0f} | "
+            f"{r['minstructions']:.2f} |"
         )
     missing = sum(piece(*one) not in pieces for one in wanted(pieces.known["search"]["configs"], 3)
                   ) if "search" in pieces else 0  # fmt: skip

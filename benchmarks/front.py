@@ -238,7 +238,7 @@ def blur(images: np.ndarray) -> np.ndarray:
     height, width = images.shape[1:3]
     wide = np.pad(images.astype(np.uint16), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     parts = [wide[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    return ((np.sum(parts, axis=0, dtype=np.uint16) + 4) // 9).astype(np.uint8)
+    return np.asarray((np.sum(parts, axis=0, dtype=np.uint16) + 4) // 9, np.uint8)
 
 
 WORSE = {"noise": noise, "blur": blur}
@@ -422,11 +422,12 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path(__file__).with_name("front16.yaml"))
     parser.add_argument("--seeds", type=int, default=3, help="the most of one configuration")
     parser.add_argument("--workers", type=int, default=2, help="processes, a thread each")
-    parser.add_argument("--json", type=Path, help="results; beside the parameters by default")
+    parser.add_argument("--json", type=Path, help="results; in docs/reproduction by default")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     p = params.load(args.params)
-    pieces = Pieces(args.json or args.params.with_suffix(".json"))
+    results = ROOT / "docs" / "reproduction" / f"{args.params.stem}.json"
+    pieces = Pieces(args.json or results)
     scratch = ROOT / "checkpoints" / args.params.stem
 
     def report() -> None:

@@ -12,7 +12,11 @@ __all__ = ["load"]
 
 
 def load(path: str | os.PathLike[str], ops: str = "compiled", threads: int = 1) -> Model:
-    """Read a packed file and make it ready to run; see `packed.execute.Model`. No torch."""
+    """Read a packed file, or ``zoo:NAME`` (`bnncore.zoo`), and make it ready to run.
+
+    See `packed.execute.Model`. No torch.
+    """
+    from bnncore import zoo
     from bnncore.packed import execute, packfile
 
-    return execute.Model(packfile.load(path), ops, threads)
+    return execute.Model(packfile.load(zoo.located(path)), ops, threads)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bnncore import zoo
 from bnncore.device import commands as device
+from bnncore.device.costs import estimate
 from bnncore.errors import UserError
 from bnncore.packed import costs, execute, packfile, votes
 from bnncore.packed.program import Program, Tensor
@@ -26,7 +28,13 @@ from bnncore.terminal import columns, command, printable
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return command("bnncore", lambda: options.run(options))
+
+    def run() -> int | None:
+        if "file" in options:
+            options.file = zoo.located(options.file)
+        return options.run(options)
+
+    return command("bnncore", run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         ("bench", _bench, "images a second, with one thread and with all"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("file", type=Path, help="a packed file")
+        command.add_argument("file", type=Path, help="a packed file, or zoo:NAME")
         command.set_defaults(run=run)
         if name == "predict":
             command.add_argument("images", type=Path, nargs="+",
@@ -60,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--repeats", type=int, default=5, help="timed runs (default 5)")
             command.add_argument("--layers", action="store_true", help="what each layer takes")
     device.register(commands)
+    text = "the trained packed files that come with bnncore"
+    commands.add_parser("zoo", help=text, description=text).set_defaults(run=_zoo)
     return parser
 
 
@@ -268,6 +278,24 @@ def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
         ))  # fmt: skip
     print("\none thread, one member:")
     print(*columns(rows, "<<>"), sep="\n")
+
+
+def _zoo(_: argparse.Namespace) -> None:
+    rows = [("name", "data", "what", "test, %", "bytes", "RAM, bytes", "M instructions")]
+    found = zoo.entries()
+    for entry in found:
+        program = packfile.load(entry.path)
+        figures = estimate(program)
+        rows.append((
+            entry.name, entry.data, entry.about, f"{entry.test_top1:.2f}",
+            f"{entry.path.stat().st_size:,}", f"{figures.ram:,}",
+            f"{figures.instructions[-1] / 1e6:.2f}",
+        ))  # fmt: skip
+    print(*columns(rows, "<<<>"), sep="\n")
+    print("\nRAM and instructions an image: estimated, of Cortex-M4. Trained by:")
+    print(*columns([(entry.name, entry.command) for entry in found], "<<"), sep="\n")
+    print(f"Their parameters are beside them in {zoo.FOLDER}; "
+          f"python -m bnncore predict {zoo.PREFIX}{found[0].name} IMAGE runs one.")  # fmt: skip
 
 
 def _check_members(members: int | None, program: Program) -> None:

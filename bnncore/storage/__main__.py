@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnncore import data, params, storage
+from bnncore import data, params, storage, zoo
 from bnncore.packed import packfile
 from bnncore.terminal import command, printable
 
 
 def of_file(path: Path) -> int:
     """Print what a packed file takes."""
+    path = zoo.located(path)
     program = packfile.load(path)
     for key, fact in program.info.items():
         print(printable(f"{key}: {fact}"))

@@ -48,7 +48,7 @@ def main() -> None:
         args.name, "CIFAR-10 (JPEG copy)" if p.data.name == "cifar10" else p.data.name,
         about(program.info | {"members": program.members}),
         round(row["val_top1"], 2), round(row["test_top1"], 2), args.command,
-        execute.Model(program, "numpy")(zoo.images(program.image)).round(5).tolist(),
+        execute.Model(program, "numpy")(zoo.images(program.image)).astype(float).round(4).tolist(),
     )  # fmt: skip
     shutil.copyfile(args.file, entry.path)
     shutil.copyfile(args.params, entry.path.with_suffix(".yaml"))

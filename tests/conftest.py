@@ -1,9 +1,14 @@
 """In which order tests run, and which do not: soak tests only by name, ``pytest -m soak``."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for every process that a test starts: a second thread makes small
+# layers no faster, those of two test processes wait for each other, and bits depend on the number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A process takes whole files (`make test`), so the long ones come first, longest first.
 LONG = [

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import ray
-import torch
 from safetensors.torch import save_file
 
 from bnncore.cluster.cluster import Cluster
@@ -63,7 +62,6 @@ def strike_node(pid: int) -> None:
 
 def main(folder: Path, epochs: int, strike: str) -> None:
     logging.basicConfig()
-    torch.set_num_threads(1)
     if strike.startswith("node:"):
         strike_node(int(strike.removeprefix("node:")))
     elif strike:

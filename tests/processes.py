@@ -88,7 +88,7 @@ def environment(**extra: str) -> dict[str, str]:
     without = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     kept = {k: v for k, v in os.environ.items() if k not in without}
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
+    return kept | {"PYTHONPATH": path} | extra
 
 
 @contextmanager

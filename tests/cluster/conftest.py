@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-import torch
 
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.connect import connect
@@ -30,10 +29,7 @@ def handle(local_ray) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(handle) -> Iterator[Cluster]:
+def cluster(handle) -> Cluster:
     """With four slots; a test says by its `params` how many of them are used."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     handle.params = RayParams(actors=4)
-    yield handle
-    torch.set_num_threads(threads)
+    return handle

@@ -42,14 +42,6 @@ def seed(request) -> int:
     return seed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[str, torch.Tensor]:
     """What `driver` gives when nothing happens to it."""

@@ -53,6 +53,9 @@ def copy(folder: Path, params: dict) -> Path:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/", "docs/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    for compiled in ROOT.glob("bnncore/packed/__pycache__/*.nb?"):  # as good for equal files there
+        (folder / compiled.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy2(compiled, folder / compiled.relative_to(ROOT))
     merged = {**yaml.safe_load((ROOT / "params.yaml").read_text()), **params}
     (folder / "params.yaml").write_text(yaml.safe_dump(merged, sort_keys=False))
     (folder / "dvc.lock").unlink(missing_ok=True)

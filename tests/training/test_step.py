@@ -71,7 +71,6 @@ class Group:
         here."""
 
         def one(trainer):
-            torch.set_num_threads(1)
             try:
                 return call(trainer)
             except BaseException:

@@ -48,9 +48,10 @@ def compiled(made: Exported, target: str, flags: list[str], files: dict[str, str
             (folder / file).write_text(text)
         command = [
             sys.executable, "-m", "ziglang", "cc", "-target", target, "-std=c99",
-            *(flag.replace("{folder}", name) for flag in flags), "-fno-sanitize=all",
-            "-ffp-contract=off", "-nostdlib", "-rtlib=compiler-rt", "-isystem", str(FREESTANDING),
-            "-o", str(folder / "linked"), *(str(folder / f) for f in files if f.endswith(".c")),
+            *(flag.replace("{folder}", name) for flag in flags), "-fomit-frame-pointer",
+            "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib", "-rtlib=compiler-rt",
+            "-isystem", str(FREESTANDING), "-o", str(folder / "linked"),
+            *(str(folder / file) for file in files if file.endswith(".c")),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:

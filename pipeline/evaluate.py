@@ -14,6 +14,7 @@ from bnncore import data, metrics, params, report, storage
 from bnncore.device import costs
 from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
+from bnncore.report import live
 from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
 
 OPTIONS = (
@@ -32,6 +33,7 @@ def main() -> None:
         found = [evaluated(s, name, images) for name in names]
         counts = {r["name"]: r.pop("counts") for r in found}
         taken = {r["name"]: r.pop("confusion") for r in found}
+        wrong = np.sum([r.pop("wrong") for r in found], axis=0)
         results = report.complete(found)
         histories: dict[str, list[dict]] = {}
         for name in names:
@@ -44,7 +46,8 @@ def main() -> None:
         prefixes = {name: rows for name, rows in prefixes.items() if len(rows) > 1}
         confusion = {"classes": images.classes, "models": taken}
         facts = about(s.params, images)
-        written = report.write(results, histories, REPORTS, prefixes, confusion, facts)
+        shown = live.samples(images.test.images, images.test.labels, wrong)
+        written = report.write(results, histories, REPORTS, prefixes, confusion, facts, shown)
         (REPORTS / "metrics.json").write_text(json.dumps(best(results), indent=1) + "\n")
         log(s, results, histories, written)
     if "torch" in sys.modules:
@@ -77,6 +80,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
                 "confusion": metrics.confusion(
                     predicted, split.labels, len(images.classes)
                 ).tolist(),
+                "wrong": predicted != split.labels,
             }
     print(f"{name:>16}: validation {top1['val']:.2f} %, test {top1['test']:.2f} %", flush=True)
     info = program.info

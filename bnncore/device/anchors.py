@@ -64,11 +64,17 @@ def _sliced(body: Body, node: Node, value: int, g: str) -> None:
     body.group += [taps, body.code.call("triples", inputs, n, table)]
     limits = _limits(body, value, products)
     if limits is None:
-        column = body.room("column", "bnn_i16", 32)
+        wide = planes > 8
+        counts = body.room("counts", "bnn_u32", 16 if wide else 8)
         body.column.append(body.code.call(
-            "bconv_column", table, f"{array} + c * {n // 24}", n // 24, 8 if planes <= 8 else 16,
-            products, column))  # fmt: skip
-        body.take_column("column[p - q]", value)
+            "bconv_counts", table, f"{array} + c * {n // 24}", n // 24, 16 if wide else 8,
+            counts))  # fmt: skip
+        body.row.append(f"const uint32_t low = {counts}[r];")
+        count = "(low >> b & 255u)"
+        if wide:
+            body.row.append(f"const uint32_t high = {counts}[8 + r];")
+            count = f"({count} | (high >> b & 255u) << 8)"
+        body.take_column(f"{products} - 2 * (int32_t){count}", value, (count, products))
     else:
         body.done = True
         bits = body.step.last
@@ -140,13 +146,16 @@ def _bytes_by_bits(body: Body, node: Node, value: int, g: str) -> None:
         name, "picks", "uint8_t", lambda t, m: sliced.picks(one_copy(t, m).reshape(filters, -1))
     )
     triples = -(-taps // 3)
-    sizes = {"lanes": ("u32", 3 * triples), "table": ("u32", 8 * triples), "window": ("i16", taps),
-             "sums": ("i16", 32 * filters)}  # fmt: skip
+    sizes = {
+        "lanes": ("u32", 3 * triples),
+        "table": ("u32", 8 * triples),
+        "sums": ("i16", 32 * filters),
+    }
     rooms = [body.room(room, f"bnn_{kind}", count) for room, (kind, count) in sizes.items()]
     zero, (h, w) = body.whole(node.tensors["zero"]), body.size
     call = body.code.call("bytes_bits", g, "image", zero, w, h * w, "q", array, filters, *rooms)
     body.group.append(call)
-    body.take_column("sums[32 * c + p - q]", value)
+    body.take_column("sums[32 * c + b + r]", value)
 
 
 def _weights(body: Body, node: Node, tensor: Tensor) -> tuple[str, str]:
@@ -245,10 +254,11 @@ def _concat(body: Body, node: Node, value: int) -> None:
         n = body.channels(source)
         if kind == "bits":
             body.say("concat_bits", to, at, body.pixel(source), n)
+        elif body.kind(source) == kind:
+            body.lines.append(f"memcpy({to} + {at}, {body.pixel(source)}, {n} * sizeof *({to}));")
         else:
-            cast = "" if body.kind(source) == kind else f"(bnn_{kind})"
-            body.lines += [f"for (c = 0; c < {n}; c++)",
-                           f"    ({to})[{at} + c] = {cast}{body.element(source)};"]  # fmt: skip
+            value_of = f"(bnn_{kind}){body.element(source)}"
+            body.lines += [f"for (c = 0; c < {n}; c++)", f"    ({to})[{at} + c] = {value_of};"]
         at += n
 
 

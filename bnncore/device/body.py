@@ -20,8 +20,10 @@ class Body:
         self.each: list[str] = []  # of one channel of it
         self.group: list[str] = []  # of 32 pixels, before the first of them
         self.column: list[str] = []  # of a channel of theirs
+        self.row: list[str] = []  # of those pixels of it whose numbers end in the same three bits
         self.sliced = False  # whether it reads its bits whole before it writes anything
         self.columns = False  # whether channels go over 32 pixels, not pixels over channels
+        self.count: tuple[str, int] | None = None  # of products -1, and of products: the number
         self.scratch: dict[str, tuple[str, int]] = {}  # name -> type, elements
         self.done = False  # whether the anchor has made the bits
         self.word: tuple[str, str] | None = None  # where bits go, and words to negate them by
@@ -82,9 +84,14 @@ class Body:
         self.number = "v" if kind == "f32" else "u"
         self.each.append(f"{'float v' if kind == 'f32' else 'int32_t u'} = {element};")
 
-    def take_column(self, element: str, value: int) -> None:
-        """As `take`, of the next of 32 pixels of a channel."""
+    def take_column(self, element: str, value: int, count: tuple[str, int] | None = None) -> None:
+        """As `take`, of pixel ``b + r`` of 32 pixels of a channel.
+
+        Args:
+            count: (how many products are -1, products), where the number is a sum of such.
+        """
         self.columns = True
+        self.count = None if value in self.step.stored else count
         self.take(element, "i32")
         self.store(value)
 

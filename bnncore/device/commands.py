@@ -7,7 +7,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from bnncore.device import costs, emulate, export
+from bnncore.device import costs, emulate, export, wasm
 from bnncore.errors import UserError
 from bnncore.packed import packfile
 from bnncore.packed.program import Program
@@ -17,11 +17,12 @@ CYCLES = 1.25  # an instruction: about what Cortex-M code of this kind takes fro
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add both to the command line."""
-    text = "write the model as C code for a microcontroller"
+    text = "write the model as C code for a microcontroller, or as WebAssembly for a browser"
     command = commands.add_parser("export", help=text, description=text)
     command.add_argument("file", type=Path, help="a packed file")
-    command.add_argument("--c", type=Path, required=True, metavar="FOLDER",
+    command.add_argument("--c", type=Path, metavar="FOLDER",
                          help="where to; its last part names the model")  # fmt: skip
+    command.add_argument("--wasm", type=Path, metavar="FILE", help="where to")
     command.set_defaults(run=run_export)
     text = "flash, RAM, stack and instructions an image on an emulated microcontroller"
     command = commands.add_parser("device", help=text, description=text)
@@ -38,18 +39,26 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """Write NAME.h, NAME.c, NAME_test.c and NAME.md.
+    """Write NAME.h, NAME.c, NAME_test.c and NAME.md, or a WebAssembly module, or both.
 
     Raises:
         PackedFormatError: not a packed file.
-        UserError: the folder's name is no C identifier.
-        OSError: the file cannot be read or the folder not written.
+        UserError: neither is asked for; the folder's name is no C identifier; no compiler.
+        OSError: the file cannot be read, or the folder or module not written.
     """
-    folder = Path(os.path.abspath(options.c))
-    made = export.export(packfile.load(options.file), folder)
-    print(f"{options.c}: {', '.join(made.files)}")
-    print(f"RAM {made.arena:,} bytes beside the stack; "
-          f"flash {made.flash:,} bytes for the model beside the code")  # fmt: skip
+    if options.c is None and options.wasm is None:
+        raise UserError("export: expected --c FOLDER or --wasm FILE")
+    program = packfile.load(options.file)
+    if options.c is not None:
+        made = export.export(program, Path(os.path.abspath(options.c)))
+        print(f"{options.c}: {', '.join(made.files)}")
+        print(f"RAM {made.arena:,} bytes beside the stack; "
+              f"flash {made.flash:,} bytes for the model beside the code")  # fmt: skip
+    if options.wasm is not None:
+        code = wasm.module(program)
+        options.wasm.parent.mkdir(parents=True, exist_ok=True)
+        options.wasm.write_bytes(code)
+        print(f"{options.wasm}: {len(code):,} bytes")
 
 
 def run_device(options: argparse.Namespace) -> None:

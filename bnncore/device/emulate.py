@@ -6,31 +6,22 @@ Counts are instructions, not cycles; they are exact and the same everywhere.
 from __future__ import annotations
 
 import bisect
-import importlib.util
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bnncore.device import zig
 from bnncore.device.export import Exported
-from bnncore.errors import UserError
+from bnncore.device.zig import DeviceError
 
-FREESTANDING = Path(__file__).with_name("freestanding")
 FLASH, RAM = 0x0800_0000, 0x2000_0000  # where the linker puts what
 STACK, DATA = 0x5000_0000, 0x6000_0000  # the image and the scores are data
 STACK_BYTES = 1 << 16
 FLASH_BYTES, RAM_BYTES = 0x0700_0000, 0x2000_0000  # at most
 END = 0x0FFF_0000  # where a call returns to
-
-
-class DeviceError(UserError, RuntimeError):
-    """A tool is missing, or code does not compile or run on a device; says which and why."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +56,6 @@ class Sizes:
     ram: int
 
 
-def missing() -> list[str]:
-    """Tools that are not installed."""
-    tools = {"ziglang": "ziglang", "unicorn": "unicorn", "elftools": "pyelftools"}
-    return [pip for name, pip in tools.items() if importlib.util.find_spec(name) is None]
-
-
 class Device:
     """A model's code on an emulated core.
 
@@ -84,15 +69,11 @@ class Device:
     """
 
     def __init__(self, made: Exported, core: str, optimize: str = "-O2") -> None:
-        if gone := missing():
-            raise DeviceError(
-                f"expected the packages {', '.join(gone)}: pip install 'bnncore[device]'"
-            )
+        zig.expect(zig.missing())
         if core not in CORES:
             raise DeviceError(f"cpu: expected one of {', '.join(CORES)}, got {core!r}")
         self.made, self.core = made, CORES[core]
-        with tempfile.TemporaryDirectory() as folder:
-            self.elf = _compiled(made, self.core, Path(folder), optimize)
+        self.elf = _compiled(made, self.core, optimize)
         self.segments, self.symbols, self.sizes = _read(self.elf)
         if self.sizes.code + self.sizes.constants > FLASH_BYTES or self.sizes.ram > RAM_BYTES:
             raise DeviceError(
@@ -211,29 +192,17 @@ def _pages(size: int) -> int:
     return -(-size // 4096) * 4096 + 4096  # one more: a page of its own between regions
 
 
-def _compiled(made: Exported, core: Core, folder: Path, optimize: str) -> bytes:
-    for ending, text in ((".h", made.header), (".c", made.source)):
-        (folder / f"{made.name}{ending}").write_text(text)
-    script = folder / "device.ld"
-    script.write_text(
+def _compiled(made: Exported, core: Core, optimize: str) -> bytes:
+    script = (
         f"ENTRY({made.name}_scores)\n"
         f"SECTIONS {{ . = 0x{FLASH:x}; .text : {{ KEEP(*(.text.{made.name}_*)) *(.text*) }} "
         f".rodata : {{ *(.rodata*) *(.srodata*) }} . = 0x{RAM:x}; "
         ".data : { *(.data*) *(.sdata*) } .bss : { *(.bss*) *(.sbss*) *(COMMON) } }\n"
     )
-    elf = folder / "device.elf"
-    command = [
-        sys.executable, "-m", "ziglang", "cc", "-target", core.target, f"-mcpu={core.cpu}",
-        "-std=c99", "-g", *optimize.split(), "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib",
-        "-rtlib=compiler-rt", f"-Wl,-T,{script}", "-Wl,--gc-sections", "-ffunction-sections",
-        "-isystem", str(FREESTANDING),
-        "-o", str(elf), str(folder / f"{made.name}.c"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or ["?"]
-        raise DeviceError(f"{made.name} for {core.cpu}: does not compile: {errors[0]}")
-    return elf.read_bytes()
+    flags = [f"-mcpu={core.cpu}", "-g", *optimize.split(), "-ffunction-sections",
+             "-Wl,-T,{folder}/device.ld", "-Wl,--gc-sections"]  # fmt: skip
+    files = {"device.ld": script, f"{made.name}.c": made.source}
+    return zig.compiled(made, core.target, flags, files)
 
 
 def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:

@@ -99,7 +99,7 @@ def generate(program: Program, name: str) -> Exported:
     flash = code.shared + program.members * code.own
     facts = _facts(program, name, laid.arena, flash)
     return Exported(
-        name, _filled("header", facts), source, _test(program, facts), _filled("note", facts),
+        name, filled("header", facts), source, _test(program, facts), filled("note", facts),
         laid.arena, flash, len(program.classes), int(np.prod(program.image)), laid.alive,
     )  # fmt: skip
 
@@ -364,14 +364,15 @@ def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt
         "NEXT": block(each, "image", "m"),
         "SCORE": block([code.call("score", "SCORES", "SUMS", divisor, bias, n)], "m"),
     }
-    return _filled("votes", values)
+    return filled("votes", values)
 
 
 def _plain_float(tensor: Tensor, m: int) -> np.ndarray:
     return tensor.data.astype("<f4")
 
 
-def _filled(template: str, values: Mapping[str, object]) -> str:
+def filled(template: str, values: Mapping[str, object]) -> str:
+    """A template's text with a value for each ``@NAME@``."""
     text = (KERNELS / f"{template}.template").read_text()
     return re.sub(r"@(\w+)@", lambda match: str(values[match.group(1)]), text)
 
@@ -412,4 +413,4 @@ def _test(program: Program, facts: Mapping[str, object]) -> str:
     labels = model.predict(images)
     scored, labelled = c_values(scores.astype("<f4"), "float"), c_values(labels, "int")
     values = {**facts, "COUNT": TESTED, "SCORES": scored, "LABELS": labelled}
-    return _filled("test", values)
+    return filled("test", values)

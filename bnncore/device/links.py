@@ -51,12 +51,21 @@ def _rescale(body: Body, value: int, node: Node) -> None:
     """In 32 bits, to which `rules` hold it."""
     names = node.tensors
     scale, shift = body.whole(names["scale"]), body.whole(names["shift"])
-    factor = f"{scale}[c]"
-    if "slope" in names:
-        factor = f"(u >= 0 ? {factor} : {body.whole(names['slope'])}[c])"
     right, low, high = (int(node.attrs[key]) for key in ("right", "low", "high"))
     # Of numbers below 0 all compilers shift the sign in.
-    body.each.append(f"u = (u * {factor} + {shift}[c]) >> {right};")
+    if body.count is not None and "slope" not in names:
+        count, products = body.count
+        body.column += [
+            f"const uint32_t factor = 0u - 2u * (uint32_t){scale}[c];",
+            f"const uint32_t from = {products}u * (uint32_t){scale}[c] + (uint32_t){shift}[c];",
+        ]
+        body.each[-1] = f"int32_t u = (int32_t)({count} * factor + from) >> {right};"
+    else:
+        factor = f"{scale}[c]"
+        if "slope" in names:
+            factor = f"(u >= 0 ? {factor} : {body.whole(names['slope'])}[c])"
+        body.each.append(f"u = (u * {factor} + {shift}[c]) >> {right};")
+    body.count = None
     if len(node.inputs) == 2:
         body.each.append(f"u += {body.element(node.inputs[1])};")
     body.each += [f"u = u > {high} ? {high} : u;", f"u = u < {low} ? {low} : u;"]
@@ -83,11 +92,11 @@ def _to_bits(body: Body, value: int, node: Node) -> None:
         test = f"{low} <= {x} && {x} <= {high}" if high else f"{x} >= {low}"
         body.each.append(f"word |= (uint32_t)({test}) << (c & 31);")
     elif x == "u":  # the sign of a difference
-        less = f"(u - {low})" + (f" | ({high} - u)" if high else "")
-        body.each.append(f"word = word >> 1 | (~(uint32_t)({less}) & 0x80000000u);")
+        sign = f"~(uint32_t)((u - {low}) | ({high} - u))" if high else f"(uint32_t)({low} - 1 - u)"
+        body.each.append(f"word |= {sign} >> 31 << b;")
     else:
         test = f"{low} <= v && v <= {high}" if high else f"v >= {low}"
-        body.each.append(f"word = word >> 1 | (uint32_t)({test}) << 31;")
+        body.each.append(f"word |= (uint32_t)({test}) << b;")
     body.word = body.pixel(value, "q" if body.columns else "p"), flip
 
 

@@ -27,13 +27,15 @@ class Writer(Body):
         body = [*self.lines, *(self._columns() if self.columns else self._over_channels())]
         body = self._over_pixels(body)
         text = "\n".join(body)
-        indices = [name for name in "ckxy" if re.search(rf"for \({name} =", text)]
+        indices = [name for name in "bckrxy" if re.search(rf"for \({name} =", text)]
         lines = [f"int {', '.join(indices)};"] if indices else []
         declared = tuple(line for line in self.head if line.startswith("static"))
         lines = [*declared, *lines, *(line for line in self.head if line not in declared), *body]
-        inside = "\n".join(_in(lines))
+        # Short code: what is worth writing out says so.
+        inside = re.sub(r"^( *)for ", r"\1BNN_ROLLED for ", "\n".join(_in(lines)), flags=re.M)
         name = re.sub(r"[^\w .,:+-]", "_", step.name, flags=re.ASCII)  # no end of the comment
-        return f"/* {name} */\nstatic void {self.label}({self.parameters})\n{{\n{inside}\n}}\n"
+        head = f"static BNN_APART void {self.label}({self.parameters})"
+        return f"/* {name} */\n{head}\n{{\n{inside}\n}}\n"
 
     def _over_channels(self) -> list[str]:
         n = self.channels(self.step.last)
@@ -57,12 +59,17 @@ class Writer(Body):
         whole = pixels % 32 == 0
         count = "32" if whole else "count"
         lines = [] if whole else [f"const int32_t count = {pixels} - q < 32 ? {pixels} - q : 32;"]
-        last = ["int32_t p;"] if self.word is None else ["int32_t p;", "uint32_t word = 0;"]
-        each = [*last, *self.column, f"for (p = q; p < q + {count}; p++) {{", *_in(self.each), "}"]
+        one = [*([] if whole else ["if (b + r >= count)", "    continue;"]), *self.each]
+        if any(re.search(r"\bp\b", line) for line in one):
+            one.insert(0, "const int32_t p = q + b + r;")
+        turn = [] if self.word is None else ["word <<= 1;"]
+        four = ["BNN_UNROLLED for (b = 0; b < 32; b += 8) {", *_in(one), "}"]
+        each = [*self.column, "for (r = 7; r >= 0; r--) {", *_in([*self.row, *turn, *four]), "}"]
         if self.word is not None:
+            each.insert(0, "uint32_t word = 0;")
             place, flip = self.word
             room = self.room("room", "bnn_u32", 32)
-            each.append(f"{room}[c & 31] = word{'' if whole else ' >> (32 - count)'};")
+            each.append(f"{room}[c & 31] = word;")
             end, k = ("31", "c >> 5") if n > 32 else (f"{n - 1}", "0")
             turned = f"{flip}[{k}]" if flip else "0"
             call = self.code.call("rows_of_bits", room, "(c & 31) + 1", count, turned, place, k,

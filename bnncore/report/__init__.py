@@ -11,7 +11,8 @@ and, where known, ``kind`` ("fp32", "bnn" or "ensemble"), ``backbone``, ``width`
 ``{model: [{"members", "top1", "mean_members"}, ...]}``, accuracy by the members evaluated.
 `confusion` is ``{"classes": [...], "models": {model: [[images of one class taken for each]]}}``
 of the test images, `about` what was evaluated: ``{"dataset", "image", "classes", "images",
-"chance_top1", "date", "commit", "seed", "params"}``. A value that is not known is missing or None.
+"chance_top1", "date", "commit", "seed", "params"}``, `samples` test images for the page, from
+`live.samples`. A value that is not known is missing or None.
 
     python -m bnncore.report --html          # reports/index.html from what `write` left there
 
@@ -38,17 +39,19 @@ def write(
     anytime: Histories | None = None,
     confusion: Mapping[str, Any] | None = None,
     about: Row | None = None,
+    samples: Row | None = None,
 ) -> list[Path]:
     """Writes the tables and plots into out_dir; returns their paths.
 
     results.json, histories.json, table.md, table.csv, accuracy_bytes.png, accuracy_members.png,
-    curves.png; anytime.json and anytime.png, confusion.json and about.json of what is not None.
+    curves.png; anytime.json and anytime.png, confusion.json, about.json and samples.json of what is
+    not None.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     rows = complete(results)
     data = {"results": rows, "histories": histories, "anytime": anytime, "confusion": confusion}
-    data["about"] = about
+    data |= {"about": about, "samples": samples}
     written = []
     for name, content in data.items():
         if content is not None:

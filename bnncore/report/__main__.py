@@ -16,10 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bnncore.report", description=main.__doc__)
     parser.add_argument("--reports", type=Path, default=Path("reports"), help="its directory")
     parser.add_argument("--html", action="store_true", help="write index.html there")
+    parser.add_argument("--packed", type=Path,
+                        help="packed files that it runs (default: beside it)")  # fmt: skip
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        where = page.write(options.reports) if options.html else None
+        where = page.write(options.reports, packed=options.packed) if options.html else None
         # After a search alone there is the page only.
         if not where or (options.reports / "results.json").exists():
             print(table.text(page.results(options.reports)))

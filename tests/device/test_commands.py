@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from bnncore.__main__ import main
-from bnncore.device import emulate, export
+from bnncore.device import export, zig
 from bnncore.packed import packfile
 from tests.graphs import random_program
 
@@ -51,7 +51,15 @@ def test_export_writes_what_compiles_and_passes_its_own_test(packed, tmp_path, c
     assert subprocess.run(["./t"], cwd=folder).returncode == 0
 
 
-@pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
+@pytest.mark.skipif(bool(zig.missing("ziglang")), reason="needs the extra `device`")
+def test_export_writes_a_module(packed, tmp_path, capsys):
+    file = tmp_path / "build" / "4 small.wasm"
+    assert main(["export", str(packed), "--wasm", str(file)]) == 0
+    assert file.read_bytes()[:4] == b"\0asm"
+    assert f"{file}: {file.stat().st_size:,} bytes" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(zig.missing()), reason="needs the extra `device`")
 def test_device_prints_what_the_model_takes(packed, capsys):
     command = ["device", str(packed), "--cpu", "cortex-m3", "--mhz", "100", "--cycles", "2",
                "--optimize=-Os"]  # fmt: skip
@@ -67,7 +75,7 @@ def test_device_prints_what_the_model_takes(packed, capsys):
 
 
 def test_device_estimates_without_tools(packed, monkeypatch, capsys):
-    monkeypatch.setattr(emulate, "missing", lambda: ["ziglang"])
+    monkeypatch.setattr(zig, "missing", lambda *_: ["ziglang"])
     assert main(["device", str(packed), "--estimate"]) == 0
     out = capsys.readouterr().out
     exact = export.generate(packfile.load(packed), "net").arena
@@ -78,6 +86,7 @@ def test_device_estimates_without_tools(packed, monkeypatch, capsys):
 WRONG = {
     "a name that is no identifier": (["export", "FILE", "--c", "4x"], "4x"),
     "a name that is a header of C": (["export", "FILE", "--c", "string"], "string"),
+    "nothing to write": (["export", "FILE"], "export: expected --c FOLDER or --wasm FILE"),
     "an unknown processor": (["device", "FILE", "--cpu", "z80"], "cpu: expected one of cortex-m4"),
     "too many members": (["device", "FILE", "--members", "99"], "--members: expected 1 to"),
     "no clock": (["device", "FILE", "--mhz", "0"], "--mhz: expected a number above 0, got 0"),
@@ -90,7 +99,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_the_user_can_mend_is_one_line(packed, tmp_path, monkeypatch, capsys, case):
-    if emulate.missing() and "device" in WRONG[case][0]:
+    if zig.missing() and "device" in WRONG[case][0]:
         pytest.skip("needs the extra `device`")
     monkeypatch.chdir(tmp_path)
     arguments, message = WRONG[case]
@@ -100,7 +109,8 @@ def test_what_the_user_can_mend_is_one_line(packed, tmp_path, monkeypatch, capsy
     assert error.count("\n") == 1
 
 
-def test_a_missing_tool_is_named_with_its_extra(packed, monkeypatch, capsys):
-    monkeypatch.setattr(emulate, "missing", lambda: ["unicorn"])
-    assert main(["device", str(packed)]) == 1
-    assert "unicorn: pip install 'bnncore[device]'" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["device FILE", "export FILE --wasm net.wasm"])
+def test_a_missing_tool_is_named_with_its_extra(packed, monkeypatch, capsys, command):
+    monkeypatch.setattr(zig, "missing", lambda *_: ["ziglang"])
+    assert main([str(packed) if word == "FILE" else word for word in command.split()]) == 1
+    assert "ziglang: pip install 'bnncore[device]'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnncore.device import emulate, export
+from bnncore.device import emulate, export, zig
 from bnncore.device.export import Exported, ExportError
 from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
@@ -180,7 +180,7 @@ def test_the_self_test_can_fail(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize("core", emulate.CORES)
-@pytest.mark.skipif(bool(emulate.missing()), reason="needs the extra `device`")
+@pytest.mark.skipif(bool(zig.missing()), reason="needs the extra `device`")
 def test_cores_agree_with_the_evaluator(core, whole):
     program = network("leanresnet8" if whole else "resnet8", "shared_conv",
                       "hard_vote" if whole else "mean", whole=whole)  # fmt: skip

@@ -97,8 +97,9 @@ class Browser:
             self.events.append(message)
 
     async def value(self, script):
-        """What the script's last expression is."""
-        got = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        """What the script's last expression is, or the promise that it is gives."""
+        how = {"returnByValue": True, "awaitPromise": True}
+        got = await self.call("Runtime.evaluate", expression=script, **how)
         assert "exceptionDetails" not in got, got
         return got["result"].get("value")
 

@@ -5,7 +5,7 @@ static uint32_t bnn_at_most(const uint32_t *sums, int planes, int t)
     int k;
     if (t < 0)
         return 0;
-    for (k = 0; k < planes; k++)
+    BNN_ROLLED for (k = 0; k < planes; k++)
         yes = t >> k & 1 ? yes | ~sums[k] : yes & ~sums[k];
     return yes;
 }

@@ -17,6 +17,25 @@ typedef int16_t BNN_ALIAS bnn_i16;
 typedef int8_t BNN_ALIAS bnn_i8;
 typedef uint32_t BNN_ALIAS bnn_u32;
 
+/* Functions that a compiler shall not copy into where they are called. */
+#if defined(__GNUC__)
+#define BNN_APART __attribute__((noinline))
+#else
+#define BNN_APART
+#endif
+
+/* Loops that a compiler shall leave as they are, for short code, and such as it shall write out. */
+#if defined(__clang__)
+#define BNN_ROLLED _Pragma("clang loop unroll(disable)")
+#define BNN_UNROLLED _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && __GNUC__ >= 8
+#define BNN_ROLLED /* it leaves most loops anyway, and refuses the pragma for some */
+#define BNN_UNROLLED _Pragma("GCC unroll 4")
+#else
+#define BNN_ROLLED
+#define BNN_UNROLLED
+#endif
+
 /* A window over a map: of a convolution or a pooling. */
 typedef struct {
     int height, width, channels; /* of the input map */

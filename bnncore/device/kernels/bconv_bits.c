@@ -8,9 +8,9 @@ static void bnn_bconv_bits(const bnn_u32 *table, const uint32_t *w, int filters,
     const int words = (filters + 31) / 32;
     uint32_t sums[16];
     int o, k, l;
-    for (k = 0; k < words; k++) {
+    BNN_ROLLED for (k = 0; k < words; k++) {
         const int end = filters - 32 * k < 32 ? filters - 32 * k : 32;
-        for (o = 0; o < end; o++, w += n, limits += 3) {
+        BNN_ROLLED for (o = 0; o < end; o++, w += n, limits += 3) {
             const uint32_t start = (1u << planes) - 1u - (uint32_t)limits[1];
             bnn_count(table, w, n, planes + 1, start, sums);
             room[o] = ~sums[planes];
@@ -19,10 +19,10 @@ static void bnn_bconv_bits(const bnn_u32 *table, const uint32_t *w, int filters,
             if (limits[2])
                 room[o] = ~room[o];
         }
-        for (; o < 32; o++)
+        BNN_ROLLED for (; o < 32; o++)
             room[o] = 0;
         bnn_transpose(room);
-        for (l = 0; l < 32 && l < pixels; l++)
+        BNN_ROLLED for (l = 0; l < 32 && l < pixels; l++)
             to[l * words + k] = room[l];
     }
 }

@@ -24,9 +24,9 @@ static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int pl
     uint32_t fours = 0u - (start >> 2 & 1u), eights = 0u - (start >> 3 & 1u);
     uint32_t sixteens = 0u - (start >> 4 & 1u), more = 0u - (start >> 5 & 1u);
     int k;
-    for (k = 6; k < planes; k++)
+    BNN_ROLLED for (k = 6; k < planes; k++)
         sums[k] = 0u - (start >> k & 1u);
-    for (; words; words -= 2, w += 2, table += 256) {
+    BNN_ROLLED for (; words; words -= 2, w += 2, table += 256) {
         uint32_t a, b, c, d, e, f, r, s, t, x, y, z;
         const uint32_t v = w[0], u = w[1];
         BNN_FOUR(a, b, c, table, v, 0);
@@ -46,7 +46,7 @@ static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int pl
         b = sixteens & z;
         sixteens ^= z;
         BNN_ADD(c, more, a, b, more);
-        for (k = 6; c; k++) {
+        BNN_ROLLED for (k = 6; c; k++) {
             const uint32_t carry = sums[k] & c;
             sums[k] ^= c;
             c = carry;

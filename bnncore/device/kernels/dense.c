@@ -3,9 +3,9 @@
 static void bnn_dense_WEIGHT_NUMBER(SUM *v, const bnn_NUMBER *x, const KEPT *w, int features, int outputs)
 {
     int f, o;
-    for (o = 0; o < outputs; o++, w += features) {
+    BNN_ROLLED for (o = 0; o < outputs; o++, w += features) {
         SUM sum = 0;
-        for (f = 0; f < features; f++)
+        BNN_ROLLED for (f = 0; f < features; f++)
             sum += x[f] * READ(w[f]);
         v[o] = sum;
     }

@@ -6,7 +6,7 @@ static int32_t bnn_differ(const bnn_u32 *a, const bnn_u32 *w, int n)
 {
     uint32_t ones = 0, twos = 0, fours = 0, count = 0;
     int k = 0;
-    for (; k + 8 <= n; k += 8) {
+    BNN_ROLLED for (; k + 8 <= n; k += 8) {
         uint32_t x, y, p, q, r;
         const uint32_t d0 = a[k] ^ w[k], d1 = a[k + 1] ^ w[k + 1];
         const uint32_t d2 = a[k + 2] ^ w[k + 2], d3 = a[k + 3] ^ w[k + 3];
@@ -21,7 +21,7 @@ static int32_t bnn_differ(const bnn_u32 *a, const bnn_u32 *w, int n)
         BNN_ADD(r, fours, p, q, fours);
         count += 8u * bnn_popcount(r);
     }
-    for (; k + 2 <= n; k += 2) {
+    BNN_ROLLED for (; k + 2 <= n; k += 2) {
         uint32_t x, p;
         const uint32_t d0 = a[k] ^ w[k], d1 = a[k + 1] ^ w[k + 1];
         BNN_ADD(x, ones, d0, d1, ones);
@@ -46,7 +46,7 @@ static int32_t bnn_differ_within(const bnn_u32 *a, const bnn_u32 *w, const bnn_u
 {
     uint32_t count = 0;
     int k;
-    for (k = 0; k < n; k++)
+    BNN_ROLLED for (k = 0; k < n; k++)
         count += bnn_popcount((a[k] ^ w[k]) & mask[k]);
     return (int32_t)count;
 }

@@ -9,16 +9,16 @@ static int bnn_gather(const bnn_window *g, const bnn_u32 *x, int oy, int ox, int
     int i, j, k, taps = 0, at = 0;
     memset(row, 0, (size_t)n * sizeof *row);
     memset(mask, 0, (size_t)n * sizeof *mask);
-    for (i = 0; i < g->kh; i++) {
+    BNN_ROLLED for (i = 0; i < g->kh; i++) {
         const int y = oy * g->stride - g->pad + i;
-        for (j = 0; j < g->kw; j++, at += g->channels) {
+        BNN_ROLLED for (j = 0; j < g->kw; j++, at += g->channels) {
             const int z = ox * g->stride - g->pad + j;
             const bnn_u32 *pixel;
             if (y < 0 || y >= g->height || z < 0 || z >= g->width)
                 continue;
             taps++;
             pixel = x + ((int32_t)y * g->width + z) * words;
-            for (k = 0; k < words; k++) {
+            BNN_ROLLED for (k = 0; k < words; k++) {
                 bnn_put(row, at + 32 * k, pixel[k]);
                 bnn_put(mask, at + 32 * k, k + 1 < words ? 0xffffffffu : end);
             }

@@ -3,11 +3,11 @@ static void bnn_global_avg_TYPE(const bnn_TYPE *x, int pixels, int channels, bnn
 {
     const float count = (float)pixels;
     int p, c;
-    for (c = 0; c < channels; c++)
+    BNN_ROLLED for (c = 0; c < channels; c++)
         v[c] = 0.0f;
-    for (p = 0; p < pixels; p++, x += channels)
-        for (c = 0; c < channels; c++)
+    BNN_ROLLED for (p = 0; p < pixels; p++, x += channels)
+        BNN_ROLLED for (c = 0; c < channels; c++)
             v[c] += (float)x[c];
-    for (c = 0; c < channels; c++)
+    BNN_ROLLED for (c = 0; c < channels; c++)
         v[c] /= count;
 }

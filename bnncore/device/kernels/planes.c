@@ -10,14 +10,14 @@ static void bnn_planes(const bnn_window *g, const bnn_u32 *x, int width, int pix
     bnn_u32 *to = planes;
     int i, j, k, l, c;
     memset(planes, 0, 2u * (size_t)n * sizeof *planes);
-    for (i = 0; i < g->kh; i++)
-        for (j = 0; j < g->kw; j++)
-            for (k = 0; k < words; k++) {
+    BNN_ROLLED for (i = 0; i < g->kh; i++)
+        BNN_ROLLED for (j = 0; j < g->kw; j++)
+            BNN_ROLLED for (k = 0; k < words; k++) {
                 const int last = g->channels - 32 * k, end = last < 32 ? last : 32;
                 int y = p / width * g->stride - g->pad + i, z = p % width * g->stride - g->pad + j;
                 const int over = width * g->stride - g->pad + j;
                 uint32_t valid = 0;
-                for (l = 0; l < 32; l++) {
+                BNN_ROLLED for (l = 0; l < 32; l++) {
                     const int inside = p + l < pixels && y >= 0 && y < g->height && z >= 0 && z < g->width;
                     room[l] = inside ? x[((int32_t)y * g->width + z) * words + k] : 0xaaaaaaaau;
                     valid |= (uint32_t)inside << l;
@@ -28,7 +28,7 @@ static void bnn_planes(const bnn_window *g, const bnn_u32 *x, int width, int pix
                     }
                 }
                 bnn_transpose(room);
-                for (c = 0; c < end; c++, to++) {
+                BNN_ROLLED for (c = 0; c < end; c++, to++) {
                     to[0] = room[c];
                     to[n] = room[c] ^ valid;
                 }

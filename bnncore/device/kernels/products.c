@@ -3,10 +3,10 @@
 static void bnn_products_WEIGHT_NUMBER(SUM *v, const bnn_NUMBER *a, const KEPT *w, int n, int filters)
 {
     int c, o;
-    for (o = 0; o + 8 <= filters; o += 8, v += 8, w += 8) {
+    BNN_ROLLED for (o = 0; o + 8 <= filters; o += 8, v += 8, w += 8) {
         const KEPT *u = w;
         SUM s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-        for (c = 0; c < n; c++, u += filters) {
+        BNN_ROLLED for (c = 0; c < n; c++, u += filters) {
             const SUM x = a[c];
             s0 += x * READ(u[0]);
             s1 += x * READ(u[1]);
@@ -26,9 +26,20 @@ static void bnn_products_WEIGHT_NUMBER(SUM *v, const bnn_NUMBER *a, const KEPT *
         v[6] = s6;
         v[7] = s7;
     }
-    for (; o < filters; o++, v++, w++) {
+    BNN_ROLLED for (; o + 2 <= filters; o += 2, v += 2, w += 2) {
+        const KEPT *u = w;
+        SUM s0 = 0, s1 = 0;
+        BNN_ROLLED for (c = 0; c < n; c++, u += filters) {
+            const SUM x = a[c];
+            s0 += x * READ(u[0]);
+            s1 += x * READ(u[1]);
+        }
+        v[0] = s0;
+        v[1] = s1;
+    }
+    if (o < filters) {
         SUM s0 = 0;
-        for (c = 0; c < n; c++)
+        BNN_ROLLED for (c = 0; c < n; c++)
             s0 += (SUM)a[c] * READ(w[(int32_t)c * filters]);
         v[0] = s0;
     }

@@ -3,11 +3,11 @@ static void bnn_products_bits_NUMBER(SUM *v, const bnn_NUMBER *a, const uint32_t
 {
     const int words = (filters + 31) / 32;
     int c, o;
-    for (o = 0; o < filters; o++)
+    BNN_ROLLED for (o = 0; o < filters; o++)
         v[o] = 0;
-    for (c = 0; c < n; c++, w += words) {
+    BNN_ROLLED for (c = 0; c < n; c++, w += words) {
         const SUM x = a[c];
-        for (o = 0; o < filters; o++)
+        BNN_ROLLED for (o = 0; o < filters; o++)
             v[o] += (w[o >> 5] >> (o & 31)) & 1u ? x : -x;
     }
 }

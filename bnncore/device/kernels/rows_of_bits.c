@@ -4,9 +4,9 @@ static void bnn_rows_of_bits(bnn_u32 *room, int channels, int pixels, uint32_t f
                              int k, int words)
 {
     int l;
-    for (l = channels; l < 32; l++)
+    BNN_ROLLED for (l = channels; l < 32; l++)
         room[l] = 0;
     bnn_transpose(room);
-    for (l = 0; l < 32 && l < pixels; l++)
+    BNN_ROLLED for (l = 0; l < 32 && l < pixels; l++)
         to[l * words + k] = room[l] ^ flip;
 }

@@ -4,13 +4,13 @@ static void bnn_slice(const bnn_u32 *x, int pixels, int channels, bnn_u32 *room,
 {
     const int words = (channels + 31) / 32;
     int p, k, l, c;
-    for (p = 0; p < pixels; p += 32)
-        for (k = 0; k < words; k++) {
+    BNN_ROLLED for (p = 0; p < pixels; p += 32)
+        BNN_ROLLED for (k = 0; k < words; k++) {
             const int end = channels - 32 * k < 32 ? channels - 32 * k : 32;
-            for (l = 0; l < 32; l++)
+            BNN_ROLLED for (l = 0; l < 32; l++)
                 room[l] = p + l < pixels ? x[(int32_t)(p + l) * words + k] : 0;
             bnn_transpose(room);
-            for (c = 0; c < end; c++)
+            BNN_ROLLED for (c = 0; c < end; c++)
                 *flat++ = room[c];
         }
 }

@@ -22,10 +22,10 @@ static void bnn_softmax(bnn_f32 *to, const bnn_f32 *z, float weight, int n)
 {
     float most = z[0], sum = 0.0f;
     int c;
-    for (c = 1; c < n; c++)
+    BNN_ROLLED for (c = 1; c < n; c++)
         most = z[c] > most ? z[c] : most;
-    for (c = 0; c < n; c++)
+    BNN_ROLLED for (c = 0; c < n; c++)
         sum += bnn_exp(z[c] - most);
-    for (c = 0; c < n; c++)
+    BNN_ROLLED for (c = 0; c < n; c++)
         to[c] += weight * bnn_exp(z[c] - most) / sum;
 }

@@ -8,10 +8,10 @@ static void bnn_softmax_table(bnn_f32 *to, const bnn_f32 *z, float weight, int f
     float most = z[0];
     uint32_t sum = 0;
     int c, pass;
-    for (c = 1; c < n; c++)
+    BNN_ROLLED for (c = 1; c < n; c++)
         most = z[c] > most ? z[c] : most;
-    for (pass = 0; pass < 2; pass++)
-        for (c = 0; c < n; c++) {
+    BNN_ROLLED for (pass = 0; pass < 2; pass++)
+        BNN_ROLLED for (c = 0; c < n; c++) {
             const uint32_t steps = (uint32_t)((most - z[c]) * whole) * 5909u >> (fraction + 4);
             const uint32_t e = (uint32_t)table[steps & 255u] >> (steps >> 8 < 31u ? steps >> 8 : 31u);
             if (pass)

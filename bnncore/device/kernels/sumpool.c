@@ -15,13 +15,13 @@ static void bnn_sumpool_TYPE(const bnn_window *g, const bnn_TYPE *x, int oy, int
     int y, z, c;
     x += (int32_t)y0 * row + z0 * g->channels;
     if (y1 - y0 == 2 && z1 - z0 == 2 && factor == 1)
-        for (c = 0; c < g->channels; c++)
+        BNN_ROLLED for (c = 0; c < g->channels; c++)
             v[c] = x[c] + x[c + g->channels] + x[c + row] + x[c + row + g->channels];
     else
-        for (c = 0; c < g->channels; c++) {
+        BNN_ROLLED for (c = 0; c < g->channels; c++) {
             int32_t sum = 0;
-            for (y = 0; y < y1 - y0; y++)
-                for (z = 0; z < z1 - z0; z++)
+            BNN_ROLLED for (y = 0; y < y1 - y0; y++)
+                BNN_ROLLED for (z = 0; z < z1 - z0; z++)
                     sum += x[c + y * row + z * g->channels];
             v[c] = sum * factor;
         }

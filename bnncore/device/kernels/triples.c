@@ -13,7 +13,7 @@
 static void bnn_triples(const bnn_u32 *planes, int n, bnn_u32 *table)
 {
     const bnn_u32 *turned = planes + n, *const end = turned;
-    for (; planes < end; planes += 3, turned += 3, table += 16) {
+    BNN_ROLLED for (; planes < end; planes += 3, turned += 3, table += 16) {
         const uint32_t a = planes[0], b = planes[1], c = planes[2];
         const uint32_t x = turned[0], y = turned[1], z = turned[2];
         BNN_THIRD(a, b, c, z, table);

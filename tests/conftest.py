@@ -17,8 +17,15 @@ LONG = [
     "search/test_run.py",
     "cluster/test_submit.py",
     "cluster/test_group.py",
+    "packed/test_compiled_kernels.py",
+    "tracking/test_tracking.py",
+    "cluster/test_connect.py",
     "cluster/test_cluster.py",
+    "device/test_export.py",
     "training/test_layers.py",
+    "pipeline/test_presets.py",
+    "training/test_step.py",
+    "training/test_schemes.py",
 ]
 
 

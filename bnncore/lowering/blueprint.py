@@ -32,7 +32,6 @@ from bnncore.networks.sharing import SHARING, Sharing, own_layers, weight_layers
 from bnncore.packed import costs, packfile, rules
 from bnncore.packed import program as P
 from bnncore.packed.narrow import narrowed
-from bnncore.packed.rules import validate
 from bnncore.params import PackParams
 
 # What a file says of itself, where the caller does not know yet: about as long as real ones.
@@ -72,22 +71,12 @@ class Drawing:
 
     def macs(self, members: int) -> tuple[int, int]:
         """(binary, float) multiply-accumulates for one image and `members` members."""
-        once, each = self._macs()
+        once, each = self._macs
         return once[0] + members * each[0], once[1] + members * each[1]
 
+    @cached_property
     def _macs(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return _operations(self.most)
-
-
-@lru_cache(maxsize=4096)
-def _operations(program: P.Program) -> tuple[tuple[int, int], tuple[int, int]]:
-    shapes = validate(program)[1:]
-    counts = costs.operations(program)
-    sums = [[0, 0], [0, 0]]
-    for shape, (binary, real) in zip(shapes, counts, strict=True):
-        sums[shape.own][0] += binary
-        sums[shape.own][1] += real
-    return (sums[0][0], sums[0][1]), (sums[1][0], sums[1][1])
+        return costs.once_and_each(self.most)
 
 
 def draw(spec: EnsembleSpec) -> Drawing:
@@ -208,7 +197,7 @@ def _tensor(role: str, kind: str, arrays: list[np.ndarray], shared: bool) -> P.T
 
 def forget() -> None:
     """Drop all drawings, for when what a backbone's name means has changed."""
-    for kept in (_operations, _draw, _walk, _sizes):
+    for kept in (_draw, _walk, _sizes):
         kept.cache_clear()
 
 

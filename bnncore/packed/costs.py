@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bnncore.packed import plan
-from bnncore.packed.program import Program
+from bnncore.packed.program import Program, Shape
 from bnncore.packed.rules import validate
 
 
@@ -15,8 +15,12 @@ def operations(program: Program) -> list[tuple[int, int]]:
     Those of bconv, and those of conv and dense; what other operators do is linear in the map's
     size and not counted.
     """
+    return _operations(program, validate(program))
+
+
+def _operations(program: Program, shapes: list[Shape]) -> list[tuple[int, int]]:
     counts = []
-    for node, shape in zip(program.nodes, validate(program)[1:], strict=True):
+    for node, shape in zip(program.nodes, shapes[1:], strict=True):
         count = 0
         if node.op in ("bconv", "conv", "dense"):
             taps = program.tensors[node.tensors["weight"]].shape[1:]
@@ -25,15 +29,20 @@ def operations(program: Program) -> list[tuple[int, int]]:
     return counts
 
 
+def once_and_each(program: Program) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(binary, float) multiply-accumulates an image: once for all members, and for each of them."""
+    sums, shapes = [[0, 0], [0, 0]], validate(program)
+    for shape, (binary, real) in zip(shapes[1:], _operations(program, shapes), strict=True):
+        sums[shape.own][0] += binary
+        sums[shape.own][1] += real
+    return (sums[0][0], sums[0][1]), (sums[1][0], sums[1][1])
+
+
 def cost(program: Program, members: int | None = None) -> tuple[int, int]:
     """(binary, float) multiply-accumulates an image with the first so many members."""
+    once, each = once_and_each(program)
     count = program.members if members is None else members
-    shapes = validate(program)[1:]
-    total = [0, 0]
-    for shape, each in zip(shapes, operations(program), strict=True):
-        times = count if shape.own else 1
-        total = [total[0] + times * each[0], total[1] + times * each[1]]
-    return total[0], total[1]
+    return once[0] + count * each[0], once[1] + count * each[1]
 
 
 def peak_memory(program: Program) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from tests.graphs import random_images
 
 # backbone, image, width, members, integers: none of them was fitted
 NETWORKS = [
-    ("leanresnet8", (28, 28, 1), 16, 1, True),
-    ("nin", (16, 16, 3), 16, 2, True),
+    pytest.param(("leanresnet8", (28, 28, 1), 16, 1, True), marks=pytest.mark.slow),
+    pytest.param(("nin", (16, 16, 3), 16, 2, True), marks=pytest.mark.slow),
     ("resnet8", (16, 16, 1), 16, 1, False),
 ]
 

@@ -317,6 +317,7 @@ def test_no_images() -> None:
     assert execute.Model(program)(random_images(program, 0)).shape == (0, len(program.classes))
 
 
+@pytest.mark.slow
 def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
     """In one heap, and with little space between blocks, what is used after it was freed shows."""
     spec = ensemble.EnsembleSpec(

@@ -196,6 +196,7 @@ def test_chains_of_two(first: str) -> None:
         check(chain.finish(), f"{first}, {second}, {channels} channels")
 
 
+@pytest.mark.slow
 def test_longer_chains() -> None:
     rng = np.random.default_rng(1)
     for _ in range(100):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ BY_STAGE = dict.fromkeys(("inputs", *STAGES[:4]), SHOWN)
 BY_STAGE |= {"evaluate": {**NEEDS_TORCH, "bnncore/paper": "tables that other commands print"}}
 
 
+@cache
 def reached(stage: str, root: Path) -> set[str]:
     """Files below `root` that a stage may run, all imports followed, those in functions too."""
     cut = {**CHANGES_NOTHING, **BY_STAGE.get(stage, {})}

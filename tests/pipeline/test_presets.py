@@ -47,7 +47,11 @@ def test_params_yaml_is_the_composed_default():
     assert composed(preset.DEFAULT) == params.load(ROOT / "params.yaml")
 
 
-@pytest.mark.parametrize("name", NAMES)
+# In the fast tests every sixth.
+EACH = [pytest.param(n, marks=pytest.mark.slow if i % 6 else ()) for i, n in enumerate(NAMES)]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_preset_composes_builds_and_counts(name):
     p = composed(name)
     assert params.parse(params.plain(p)) == p

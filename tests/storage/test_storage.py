@@ -140,7 +140,11 @@ def test_papers_command_prints_every_figure_as_equal(capsys):
     assert not any("DIFFERENT" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["nin", "resnet9", "fernet", "resnet20", "resnet18"])
+OTHERS = [pytest.param(n, marks=pytest.mark.slow)
+          for n in ("resnet9", "fernet", "resnet20", "resnet18")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nin", *OTHERS])
 def test_papers_command_fails_when_one_channel_count_changes(name, monkeypatch, capsys):
     builder, width = backbones.BACKBONES[name]
 
@@ -200,7 +204,7 @@ STRUCTURES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("negative", [True, False])
+@pytest.mark.parametrize("negative", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("backbone", "sharing"), STRUCTURES)
 def test_counts_before_training_are_those_of_the_file(backbone, sharing, negative):
     classes = tuple(f"class {i}" for i in range(10))

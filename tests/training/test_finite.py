@@ -83,8 +83,13 @@ def poison(trainer: Trainer, moment: str, name: str, value: float) -> None:
         trainer.ensemble.members[1].head.register_forward_pre_hook(in_pass)
 
 
+QUICK = (GAMMA, "shared.stem.conv.weight", "shared.weights")
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in KINDS]
+)
 def test_nothing_that_is_not_finite_is_kept_or_returned(tmp_path, name, moment):
     spoilt, value, start = name, KINDS[name], job()
     checkpoint = Checkpoint(tmp_path, "e")

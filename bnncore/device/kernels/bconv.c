@@ -7,10 +7,6 @@ static void bnn_bconv(const bnn_window *g, const bnn_u32 *x, int oy, int ox, con
     const int taps = bnn_gather(g, x, oy, ox, n, row, mask);
     const int32_t products = (int32_t)taps * g->channels;
     int o;
-    if (taps == g->kh * g->kw)
-        BNN_ROLLED for (o = 0; o < filters; o++, w += n)
-            sums[o] = products - 2 * bnn_differ(row, w, n);
-    else
-        BNN_ROLLED for (o = 0; o < filters; o++, w += n)
-            sums[o] = products - 2 * bnn_differ_within(row, w, mask, n);
+    BNN_ROLLED for (o = 0; o < filters; o++, w += n)
+        sums[o] = products - 2 * bnn_differ(row, w, mask, n);
 }

@@ -46,6 +46,7 @@ from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.params import Binarizer, Recipe
+from bnncore.training.devices import Place
 from bnncore.training.feed import Feed
 from bnncore.training.jobs import Job
 from bnncore.training.loop import Trainer, train_many
@@ -320,7 +321,7 @@ def actors(bench: Bench, quick: bool) -> None:
             runs = {
                 "two": two.train_many,
                 "one": one.train_many,
-                "process": partial(train_many, threads=2, replay=False),
+                "process": partial(train_many, place=Place(threads=2), replay=False),
             }
             for _ in range(rounds):
                 for label, run in runs.items():
@@ -454,9 +455,9 @@ def memory(bench: Bench, quick: bool) -> None:
     steps = [alternating(trainer) for trainer in (keeping, replaying)]
     for step in steps:
         step()
-    theirs = replaying.step.trained
-    for name, p in keeping.step.trained.items():
-        if not torch.equal(p.grad, theirs[name].grad):
+    theirs = replaying.step.gradients()
+    for name, gradient in keeping.step.gradients().items():
+        if not torch.equal(gradient, theirs[name]):
             raise SystemExit(f"{name}: expected the same gradient with and without replay")
     bench.compare(
         f"ResNet-18, fusion, M = {members}, batch {batch}, with replay (same bits)",

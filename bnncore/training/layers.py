@@ -1,10 +1,10 @@
 """Layers that compute what torch's compute, in less time or more exactly, and compilation.
 
-**Cheap layers**, for CPUs: batch norm and one-slope PReLU, torch's functions in far less time. In a
-binarized network element-wise work takes half of a training step. torch's batch norm sums in
-double precision, one thread a channel, and its PReLU gradient is not vectorised; the kernels of
-evaluation-mode batch norm and of leaky ReLU compute the same, vectorised. Results differ from
-torch's by rounding only.
+**Cheap layers**: convolutions with frozen filters that keep no input; on CPUs also batch norm and
+one-slope PReLU, torch's functions in far less time. In a binarized network element-wise work takes
+half of a training step. torch's batch norm sums in double precision, one thread a channel, and its
+PReLU gradient is not vectorised; the kernels of evaluation-mode batch norm and of leaky ReLU
+compute the same, vectorised. Results differ from torch's by rounding only.
 
 **Exact convolutions**: sums of +-1 are integers, on which a sign depends.
 
@@ -32,12 +32,11 @@ from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.parts import Backbone, ModelSpec
 from bnncore.params import Recipe
+from bnncore.training.stack import Run
 
 # Operations of all forward passes of a job from which on a compilation of a minute or two pays.
 # Assumed: it saves a third of the time, and a CPU does 5e10, a GPU 2e12 of them in a second.
 WORTH_COMPILING = {"cpu": 5e13, "cuda": 2e15}
-
-Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -166,13 +165,15 @@ def _conv(self: BinaryConv2d, x: Tensor) -> Tensor:
     return y if self.bias is None else y + self.bias[:, None, None]
 
 
-def make_cheap(network: nn.Module) -> None:
-    """Let the layers of a network on a CPU compute in the cheap way.
+def make_cheap(network: nn.Module, device: str = "cpu") -> None:
+    """Let the layers of a network compute in the cheap way; on a GPU those that keep less.
 
     Only their `forward` changes: types, parameters and states stay what they are.
     """
     for module in network.modules():
         forward = _cheap_forward(module)
+        if device != "cpu" and forward is not _conv:
+            continue
         if forward is not None:
             module.forward = MethodType(forward, module)
 
@@ -206,10 +207,10 @@ def binarize_frozen(network: nn.Module) -> None:
             module.binary()
 
 
-def compiled(network: nn.Module) -> Tentacle:
-    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+def compiled(network: nn.Module) -> Run:
+    """`Backbone.forward`, compiled on first use, for the units of the members in `network`."""
     binarize_frozen(network)
-    return torch.compile(Backbone.tentacle, dynamic=False)
+    return torch.compile(Backbone.forward, dynamic=False)
 
 
 def can_compile(device: torch.device) -> bool:

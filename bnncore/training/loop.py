@@ -125,8 +125,10 @@ class Trainer:
         )
         self.load(state)
         passes = len(self.feed) * recipe.epochs * len(job.ids)
-        if layers.worth_compiling(recipe, job.spec.model, passes, self.device):
-            self.step.run = layers.compiled(self.ensemble)
+        if layers.worth_compiling(job, passes, self.device):
+            images = recipe.batch_size // recipe.shards * max(1, len(job.each))
+            what = (job.spec, size, images, bool(job.each), recipe.two_step, self.device)
+            self.step.run = layers.compiled(self.ensemble, images, what)
         else:
             for module in self.step.modules:
                 layers.make_cheap(module, self.device.type)

@@ -172,7 +172,7 @@ def test_compiled_gradients_are_those_of_plain_autograd_in_float64(dtype, tolera
     assert _margin(copy.deepcopy(theirs), x.double()) > 2e-5
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = layers.compiled(network)
+    run = layers.compiled(network, len(x), network)
     with torch._inductor.config.patch(compile_threads=1):
         for member, wanted in both:
             got = _gradients(member, x.to(number), y, run)

@@ -53,6 +53,7 @@ from bnncore.search import space, trial
 from bnncore.search import study as S
 from bnncore.search.run import Search
 from bnncore.training import loop, plans, schemes
+from bnncore.training.devices import Place
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "checkpoints" / "benchmark-search"
@@ -178,7 +179,7 @@ def retrain(p: Params, chosen: dict[str, Params], split: int) -> dict[str, Any]:
             plan = plans.plan(one, one.ensembles.train[0], images, *bases[key])
             made = schemes.train(plan, partial(loop.train_many, data=images))
         else:
-            made = trial.network(1, images, one)
+            made = trial.network(Place(), images, one)
         content = packfile.encode(packing.packed(made, one, images, *space.model(one)).program)
         size, model = len(content), execute.Model(packfile.decode(content), ops="numpy")
         top1 = 100 * metrics.accuracy(model.predict(images.test.images), images.test.labels)

@@ -2,7 +2,6 @@
 
     python benchmarks/training.py                   everything; half an hour on two idle cores
     python benchmarks/training.py --quick           smaller steps, nothing compiled; about a minute
-    python benchmarks/training.py --gpu             on a CUDA device; needs neither Ray nor the peer
     python benchmarks/training.py --json FILE       also write the rows as JSON
 
 Every row compares two ways to do the same work, measured in turns in one run; times are medians
@@ -46,6 +45,7 @@ from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.params import Binarizer, Recipe
+from bnncore.training.devices import Place
 from bnncore.training.feed import Feed
 from bnncore.training.jobs import Job
 from bnncore.training.loop import Trainer, train_many
@@ -320,7 +320,7 @@ def actors(bench: Bench, quick: bool) -> None:
             runs = {
                 "two": two.train_many,
                 "one": one.train_many,
-                "process": partial(train_many, threads=2, replay=False),
+                "process": partial(train_many, place=Place(threads=2), replay=False),
             }
             for _ in range(rounds):
                 for label, run in runs.items():
@@ -454,9 +454,9 @@ def memory(bench: Bench, quick: bool) -> None:
     steps = [alternating(trainer) for trainer in (keeping, replaying)]
     for step in steps:
         step()
-    theirs = replaying.step.trained
-    for name, p in keeping.step.trained.items():
-        if not torch.equal(p.grad, theirs[name].grad):
+    theirs = replaying.step.gradients()
+    for name, gradient in keeping.step.gradients().items():
+        if not torch.equal(gradient, theirs[name]):
             raise SystemExit(f"{name}: expected the same gradient with and without replay")
     bench.compare(
         f"ResNet-18, fusion, M = {members}, batch {batch}, with replay (same bits)",
@@ -503,72 +503,6 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# ---- on a GPU ---------------------------------------------------------------------------------
-
-
-def gpu(
-    bench: Bench,
-    device: str = "cuda",
-    counts: tuple[int, ...] = (1, 2, 4, 10),
-    batch: int = 128,
-    rounds: int = 20,
-    compiling: bool = True,
-    backbone: str = "resnet20",
-    images: int = 50_000,
-    epochs: int = 200,
-    **changes: Any,
-) -> None:
-    """Steps on one device against a plain loop over members, and what a whole training would take.
-
-    The loop is torchensemble's, without the library: every member's outputs, their mean, one
-    backward pass, one optimizer.
-    """
-    data = dataset(batch)
-    where = torch.cuda.get_device_name() if device == "cuda" else device
-    lines = ["| M | ours | compiled | plain loop |", "| ---: | ---: | ---: | ---: |"]
-    for members in counts:
-        work = job(backbone, members, batch_size=batch, **changes)
-        rates, steps = [], {"": stepper(Trainer(work, data, device=device), batch)}
-        if compiling:
-            recipe = replace(work.recipe, compile="always")
-            trainer = Trainer(replace(work, recipe=recipe), data, device=device)
-            steps["compiled"] = stepper(trainer, batch)
-        loop = plain_loop(work, data, batch, device)
-        for label, step in steps.items():
-            name = f"{backbone}, fusion, M = {members}, batch {batch}, {label or 'eager'}"
-            ours = bench.compare(name, 1, step, {"plain loop over members": loop}, rounds)
-            rates.append(batch / ours)
-        theirs = bench.rows[-1]["peer_s"]
-        rates += [float("nan")] * (2 - len(rates)) + [batch / theirs]
-        lines.append(f"| {members} | " + " | ".join(f"{rate:.0f}" for rate in rates) + " |")
-    best = max(rate for rate in rates[:2] if rate == rate)
-    whole = [epochs * images / rate for rate in (best, rates[2])]
-    bench.note(f"images a second on {where}:\n\n" + "\n".join(lines))
-    bench.note(
-        f"projected for {epochs} epochs of {images} images at M = {counts[-1]}: {whole[0]:.0f} s, "
-        f"of the plain loop {whole[1]:.0f} s (steps only: no augmentation, no validation)"
-    )
-
-
-def plain_loop(work: Job, data: Dataset, batch: int, device: str) -> Callable[[], object]:
-    """A fusion step as one writes it: plain modules, one after another."""
-    network = peers_network(work)
-    members = nn.ModuleList(copy.deepcopy(network) for _ in work.ids).to(device).train()
-    optimizer = torch.optim.Adam(members.parameters(), lr=work.recipe.lr)
-    feed = Feed(work, data, torch.device(device))
-    x, y = feed.normalized(feed.images[:batch]), feed.labels[:batch]
-
-    def step() -> None:
-        optimizer.zero_grad()
-        logits = torch.stack([member(x) for member in members]).mean(0)
-        nn.functional.cross_entropy(logits, y).backward()
-        optimizer.step()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    return step
-
-
 # ---- all of it --------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Bench, bool], None]] = {
@@ -594,7 +528,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small steps, nothing compiled")
-    parser.add_argument("--gpu", action="store_true", help="on a CUDA device instead")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -604,24 +537,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     options = parser.parse_args()
-    if options.gpu and not torch.cuda.is_available():
-        parser.error(f"--gpu: expected a CUDA device, got none (torch {torch.__version__})")
     began = time.perf_counter()
     about = describe()
     bench = Bench(time.process_time if options.cpu_time else time.perf_counter)
     if options.cpu_time:
         about += "\nseconds of processor time, on one thread: the machine was busy"
     print(about, *table([])[:2], sep="\n", flush=True)
-    if options.gpu:
-        gpu(bench)
-    else:
-        for name, section in SECTIONS.items():
-            if options.only not in (None, name):
-                continue
-            if options.cpu_time and name in SIDE_BY_SIDE:
-                bench.note(f"{name}: not measured, processor time says nothing of it")
-            else:
-                section(bench, options.quick)
+    for name, section in SECTIONS.items():
+        if options.only not in (None, name):
+            continue
+        if options.cpu_time and name in SIDE_BY_SIDE:
+            bench.note(f"{name}: not measured, processor time says nothing of it")
+        else:
+            section(bench, options.quick)
     print(f"{time.perf_counter() - began:.0f} s")
     bench.write(about, options.json, options.markdown)
 

@@ -111,6 +111,8 @@ def _allowed(value: Schema, names: Mapping[str, Any] | None) -> str:
         return " or ".join(_allowed(choice, names) for choice in choices)
     if "$ref" in value:
         return value["$ref"]
+    if "const" in value:
+        return _code(value["const"])
     if "enum" in value:
         return ", ".join(map(_code, value["enum"]))
     kind = value["type"]

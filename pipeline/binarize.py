@@ -1,7 +1,7 @@
 """Stage binarize: binarize the pretrained backbone and train the single BNN."""
 
 from bnncore import params
-from bnncore.training import loop, plans
+from bnncore.training import devices, loop, plans
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
 from pipeline.stage import CHECKPOINTS, MODELS, run, stage
@@ -13,8 +13,8 @@ def main() -> None:
         fp32 = Ensembled.read(MODELS / "fp32").state
         job = plans.first_job(s.params, images, fp32)
         with resumable(CHECKPOINTS / "binarize") as checkpoints:
-            threads = s.params.ray.cpus_per_actor
-            (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, threads)
+            place = devices.of_process(s.params.ray)
+            (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, place)
             Ensembled(job.spec, trained.state, {"bnn": trained.history}).save(MODELS / "bnn")
             params.save(s.params, MODELS / "bnn" / "params.yaml")
 

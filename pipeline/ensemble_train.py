@@ -33,7 +33,7 @@ def main() -> None:
             todo = s.params.ensembles.train
             for i, ensemble in enumerate(todo):
                 print(f"{ensemble.name}: ensemble {i + 1} of {len(todo)}", flush=True)
-                plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained)
+                plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained, cluster.device)
                 trained[ensemble.name] = schemes.train(plan, train_many)
                 trained[ensemble.name].save(out / ensemble.name)
             params.save(s.params, out / "params.yaml")

@@ -1,7 +1,7 @@
 """Stage pretrain: train the FP32 backbone."""
 
 from bnncore import check, params
-from bnncore.training import loop, plans
+from bnncore.training import devices, loop, plans
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
 from pipeline.stage import CHECKPOINTS, MODELS, run, stage
@@ -13,8 +13,8 @@ def main() -> None:
         check.check(s.params, images.image, images.classes)  # stage inputs did, unless run by hand
         job = plans.first_job(s.params, images, None)
         with resumable(CHECKPOINTS / "pretrain") as checkpoints:
-            threads = s.params.ray.cpus_per_actor
-            (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, threads)
+            place = devices.of_process(s.params.ray)
+            (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, place)
             Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(MODELS / "fp32")
             params.save(s.params, MODELS / "fp32" / "params.yaml")
 

@@ -42,6 +42,7 @@ def plan(
     subset: float = 0.25,
     recipe: dict | None = None,
     dropout: float = 0.0,
+    binarizer: dict | None = None,
     **ensemble,
 ) -> tuple[Plan, Dataset]:
     """What `schemes.train` needs, from networks that were not trained at all."""
@@ -49,7 +50,12 @@ def plan(
     resolved = params.parse(
         {
             "data": {"name": "digits", "subset": subset},
-            "model": {"backbone": backbone, "width": width, "dropout": dropout},
+            "model": {
+                "backbone": backbone,
+                "width": width,
+                "dropout": dropout,
+                "binarizer": binarizer or {},
+            },
             "ensembles": {
                 "recipe": {"epochs": epochs, "batch_size": 64, **(recipe or {})},
                 "train": [section],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -56,5 +57,9 @@ class Actor:
         return getattr(self.trainer, name)(*args)
 
     def close(self) -> None:
+        """Give back what the last job had, for the next."""
         self.trainer = None
+        gc.collect()  # a trainer's parts know each other
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
         collective.leave()

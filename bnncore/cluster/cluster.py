@@ -31,7 +31,9 @@ from bnncore.cluster.connect import LOST, ClusterError, address, connect
 from bnncore.cluster.group import Group, GroupLost, actors_of_use
 from bnncore.data import Dataset
 from bnncore.params import RayParams
+from bnncore.training import memory
 from bnncore.training.checkpoint import Checkpoint
+from bnncore.training.devices import Place
 from bnncore.training.jobs import Epoch, Job, Trained
 from bnncore.training.loop import OnEpoch, drive
 
@@ -39,7 +41,12 @@ log = logging.getLogger(__name__)
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
+TASKS_A_GPU = 8  # at most, of those that are small
 START_S = 30.0  # what a process may take to start, beside `wait_s`
+
+
+def _device(gpus: float) -> str:
+    return "cuda" if gpus else "cpu"
 
 
 class Gang:
@@ -52,7 +59,7 @@ class Gang:
 
     def start(self, params: RayParams, gpus: float) -> None:
         """Start the actors, each in its bundle."""
-        cpus, device = params.cpus_per_actor, "cuda" if gpus else "cpu"
+        cpus, device = params.cpus_per_actor, _device(gpus)
         for k in range(self.size):
             options = ray.remote(Actor).options(
                 num_cpus=cpus,
@@ -89,6 +96,7 @@ class Cluster:
         self.params = params or RayParams()
         self.lost = 0
         self._owner = False
+        self._gpu: int | None = None
         self._idle: list[Gang] = []
         self._busy: list[Gang] = []
         self._free = threading.Condition(threading.RLock())
@@ -120,9 +128,35 @@ class Cluster:
             return 1.0 if ray.cluster_resources().get("GPU") else 0.0
         return self.params.gpus_per_actor
 
-    def slots(self) -> int:
-        """How many actors the nodes that are alive can hold, at most ``actors``."""
-        cpus, gpus = self.params.cpus_per_actor, self.gpus_per_actor
+    @property
+    def device(self) -> str:
+        """The type of device that actors train on."""
+        return _device(self.gpus_per_actor)
+
+    def place(self, need: int) -> tuple[float, Place]:
+        """What a task of its own has, whose training takes `need` bytes: GPUs to reserve, and what
+        it is told. Where the parameters leave it open, tasks share a GPU as far as they fit.
+        """
+        gpus = self.gpus_per_actor
+        if gpus and self.params.gpus_per_actor is None:
+            gpus = 1 / min(TASKS_A_GPU, max(1, self._gpu_bytes() // max(1, need)))
+        return gpus, Place(self.params.cpus_per_actor, _device(gpus), min(1.0, gpus) or 1.0)
+
+    def _gpu_bytes(self) -> int:
+        """Memory of one of the cluster's GPUs; they are taken to be alike."""
+        if self._gpu is None:
+            ask = ray.remote(memory.of_gpu).options(num_cpus=0, num_gpus=1 / TASKS_A_GPU)
+            self._gpu = ray.get(ask.remote())
+        return self._gpu
+
+    def slots(self, gpus: float | None = None) -> int:
+        """How many actors the nodes that are alive can hold, at most ``actors``.
+
+        Args:
+            gpus: what one takes; `gpus_per_actor` if None.
+        """
+        cpus = self.params.cpus_per_actor
+        gpus = self.gpus_per_actor if gpus is None else gpus
         total = 0
         for node in ray.nodes():
             if node["Alive"]:
@@ -202,7 +236,7 @@ class Cluster:
                 slots = self.slots()
                 if slots == 0:
                     raise ClusterError("ray: expected room for at least 1 actor, found none left")
-                size = actors_of_use(job, slots)
+                size = actors_of_use(job, slots, self.device)
                 if sum(gang.size for gang in self._busy) + size <= slots:
                     break
                 self._free.wait(timeout=5)
@@ -240,6 +274,7 @@ class Cluster:
         cpus = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
         return {
             "backend": "nccl" if gpus >= 1 else "gloo",
+            "device": self.device,
             "replay": self.params.replay,
             "memory_share": min(1, gpus) if gpus else self.params.cpus_per_actor / max(1, *cpus, 0),
         }

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bnncore.networks.combine import tree_sum
+from bnncore.training import devices
 
 
 class Collective:
@@ -38,6 +39,7 @@ class Collective:
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over the ranks, equal on all."""
+        devices.wait(value.device)  # for what it is made of
         started = time.perf_counter()
         device = torch.device("cpu") if self.backend == "gloo" else value.device
         flat = value.detach().to(device).flatten()
@@ -56,6 +58,7 @@ class Collective:
             dist.all_gather_into_tensor(total, own, self.group)
         self.sent += 2 * (self.size - 1) * chunk * flat.element_size()
         result = total[: flat.numel()].view_as(value).to(value.device)
+        devices.wait(value.device)
         self.seconds += time.perf_counter() - started
         return result
 

@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from bnncore.cluster.cluster import Cluster
 from bnncore.data import Dataset
+from bnncore.training.devices import Place
 from bnncore.training.jobs import TrainingError
 
 
@@ -20,9 +21,10 @@ class Work:
 
     Attributes:
         name: unique.
-        run: a function of this module that takes (threads, data, *args, *results of `needs`).
+        run: a function of a module that takes (place, data, *args, *results of `needs`).
         needs: other tasks whose results it takes; they must be known or among the same work.
         weight: what is heavier starts earlier.
+        bytes: what its training takes of a GPU's memory.
         keep: whether the result is kept as an object that later tasks may need.
     """
 
@@ -31,6 +33,7 @@ class Work:
     args: tuple
     needs: tuple[str, ...] = ()
     weight: float = 0.0
+    bytes: int = 0
     keep: bool = False
 
 
@@ -69,11 +72,12 @@ class Crew:
         running: dict[Any, Work] = {}
         crashed: set[str] = set()
         while True:
-            room = max(1, self.cluster.slots()) - len(running)
             ready = [w for w in waiting if self.kept.keys() >= set(w.needs)]
-            for work in ready[: 0 if stopping() else max(room, 0)]:
-                waiting.remove(work)
-                running[self._start(work)] = work
+            for work in [] if stopping() else ready:
+                gpus, place = self.cluster.place(work.bytes)
+                if len(running) < max(1, self.cluster.slots(gpus)):
+                    waiting.remove(work)
+                    running[self._start(work, gpus, place)] = work
             if not running:
                 return waiting
             finished, _ = ray.wait(list(running), timeout=1)
@@ -100,17 +104,12 @@ class Crew:
                     self.keep(work.name, result)
                 done(work, result)
 
-    def _start(self, work: Work) -> Any:
-        ray_params = self.cluster.params
-        options = {
-            "num_cpus": ray_params.cpus_per_actor,
-            "num_gpus": self.cluster.gpus_per_actor,
-            "max_retries": 0,
-            "name": work.name,
-        }
+    def _start(self, work: Work, gpus: float, place: Place) -> Any:
         args = (*work.args, *(self.kept[name] for name in work.needs))
-        task = ray.remote(work.run).options(**options)
-        return task.remote(ray_params.cpus_per_actor, self.data, *args)
+        task = ray.remote(work.run).options(
+            num_cpus=place.threads, num_gpus=gpus, max_retries=0, name=work.name
+        )
+        return task.remote(place, self.data, *args)
 
 
 def _brief(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from bnncore.cluster.collective import Meeting
 from bnncore.cluster.connect import LOST
+from bnncore.training import stack
 from bnncore.training.jobs import History, Job, State, TrainingError
 
 log = logging.getLogger(__name__)
@@ -31,27 +32,30 @@ class GroupLost(RuntimeError):
     """Something of a group of actors is gone; the group is of no further use."""
 
 
-def blocks(ids: tuple[int, ...], actors: int) -> list[tuple[int, ...]]:
+def blocks(ids: tuple[int, ...], actors: int, whole: int = 1) -> list[tuple[int, ...]]:
     """Members of a job in equal consecutive blocks, one an actor, the last one may be shorter.
 
     Where the size of a block is a power of two, the sum of all members' logits has the same bits
     as in one process (`ensemble.tree_sum`).
+
+    Args:
+        whole: so many members, a stack, are never divided.
     """
-    size = math.ceil(len(ids) / actors)
+    size = whole * math.ceil(math.ceil(len(ids) / whole) / actors)
     return [ids[k : k + size] for k in range(0, len(ids), size)]
 
 
-def actors_of_use(job: Job, room: int) -> int:
+def actors_of_use(job: Job, room: int, device: str = "cpu") -> int:
     """How many of at most `room` actors a job has a use for.
 
-    One for each block of members or, where there is room, one for each member and part of a batch.
+    One for each block of members or, where there is room, one for each member (each stack) and part
+    of a batch.
     """
-    members, shards = len(job.ids), job.recipe.shards
-    if room >= 2 * members and shards > 1:
-        return members * max(
-            d for d in range(1, shards + 1) if shards % d == 0 and d * members <= room
-        )
-    return len(blocks(job.ids, room))
+    whole = stack.size(job.recipe, job.spec.model, device)
+    units, shards = len(blocks(job.ids, len(job.ids), whole)), job.recipe.shards
+    if room >= 2 * units and shards > 1:
+        return units * max(d for d in range(1, shards + 1) if shards % d == 0 and d * units <= room)
+    return len(blocks(job.ids, room, whole))
 
 
 class Group:
@@ -61,6 +65,7 @@ class Group:
         data: the data set in the object store.
         actors: handles of `Actor`, in the order of their ranks.
         backend: ``gloo`` or ``nccl``.
+        device: the type of device that the actors have.
         options: of every actor's `Trainer`.
 
     Raises:
@@ -74,6 +79,7 @@ class Group:
         data: ray.ObjectRef,
         actors: list[ActorHandle],
         backend: str,
+        device: str = "cpu",
         **options: Any,
     ):
         self.job, self.actors, size = job, actors, len(actors)
@@ -81,8 +87,9 @@ class Group:
         nodes = ", ".join(sorted({place["node"] for place in places}))
         log.info("%s: %d actor(s) on %s", job.name, size, nodes)
         # Ranks count members first: so many consecutive ones share out a member's batches.
-        self.depth = depth = max(1, size // len(job.ids))
-        held = [hold for hold in blocks(job.ids, size // depth) for _ in range(depth)]
+        whole = stack.size(job.recipe, job.spec.model, device)
+        self.depth = depth = max(1, size // len(blocks(job.ids, len(job.ids), whole)))
+        held = [hold for hold in blocks(job.ids, size // depth, whole) for _ in range(depth)]
         parts = blocks(tuple(range(job.recipe.shards)), depth) * len(held)
         meet: tuple[str, int] | None = None
         if size > 1:
@@ -109,6 +116,11 @@ class Group:
     def bias(self) -> Tensor | None:
         """That of the classifier block, which all actors hold."""
         return self._get([self.actors[0].call.remote("bias")])[0]
+
+    def after(self) -> np.ndarray | None:
+        """What the job asks for at its end, of all members."""
+        told = self._call("after")[:: self.depth]
+        return None if told[0] is None else np.concatenate(told)
 
     def state(self) -> State:
         """The state of all members, as one trainer with all of them would give it."""

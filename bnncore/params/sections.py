@@ -158,6 +158,10 @@ class Recipe:
             statistics are their mean); up to so many actors can then share a member.
         compile: ``torch.compile`` the members: ``always``, ``never``, or ``auto``: where the job
             is long enough to pay for it. Needs a C++ compiler on CPUs; results differ by rounding.
+        stack: compute so many members as one network, in blocks that no actors divide; 1 for each
+            by itself, ``auto`` for that on CPUs and up to 16 on GPUs. Results differ by rounding.
+        deterministic: on GPUs, the same bits in every run on the same machine, at some cost in
+            time; on CPUs it is always so.
     """
 
     epochs: Annotated[Whole, Field(ge=0, le=MANY)] = 30
@@ -178,6 +182,8 @@ class Recipe:
     prefixes: Flag = False
     shards: Threads = 1
     compile: Literal["never", "auto", "always"] = "never"
+    stack: Annotated[Whole, Field(ge=1, le=MANY)] | Literal["auto"] = "auto"
+    deterministic: Flag = False
 
     def __post_init__(self) -> None:
         if self.shards > self.batch_size:

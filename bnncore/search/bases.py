@@ -39,7 +39,8 @@ class Bases:
         if name.startswith("bnn/"):
             needs = (name.replace("bnn/", "fp32/", 1),)
             self._add(crew, p, *needs, todo)
-        todo.append(Work(name, trial.network, (p,), needs, math.inf, keep=True))
+        need = trial.gpu_bytes(p, self.data)
+        todo.append(Work(name, trial.network, (p,), needs, math.inf, need, keep=True))
 
     def _known(self, crew: Crew, name: str, todo: list[Work]) -> bool:
         if name in crew.kept or any(work.name == name for work in todo):

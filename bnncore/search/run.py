@@ -188,7 +188,8 @@ class Search:
         # About as long: passes of an image through the members, forward and backward.
         recipe = p.ensembles.recipe if p.ensembles.train else p.pretrain
         weight = self.space.cost(config).megaops * recipe.epochs + 1e-3 * config["members"]
-        return Work(name, trial.train, (p, self.space.packings(config), rungs), needs, weight)
+        args = (p, self.space.packings(config), rungs)
+        return Work(name, trial.train, args, needs, weight, trial.gpu_bytes(p, self.data))
 
     def _done(self, told: Callable[[str, Any], None]) -> Callable[[Work, Any], None]:
         """What `Crew.run` calls: networks are kept on disk, anything else is `told` by name."""
@@ -274,7 +275,8 @@ class Search:
             for k in sorted(set(range(folds)) - self.study.folds(row).keys()):
                 name = f"finalist-{place}-fold-{k}"
                 rows[name] = row, k
-                todo.append(Work(name, trial.fold, (p, k, folds), weight=row["megaops"]))
+                need = trial.gpu_bytes(p, self.data)
+                todo.append(Work(name, trial.fold, (p, k, folds), (), row["megaops"], need))
         if todo:
             self.say(f"     told apart by {folds} folds: {len(todo)} trainings")
 
@@ -360,6 +362,6 @@ def finish(
         trained = Ensembled(fp32.job.spec, fp32.state, {fp32.job.name: fp32.history})
     else:
         (bnn,) = train_many([plans.first_job(params, data, fp32.state)])
-        plan = plans.plan(params, section, data, fp32.state, bnn.state)
+        plan = plans.plan(params, section, data, fp32.state, bnn.state, device=cluster.device)
         trained = schemes.train(plan, train_many)
     return trained, packing.packed(trained, params, data, name, section).program

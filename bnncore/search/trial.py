@@ -24,7 +24,8 @@ from bnncore.networks.sharing import SHARING
 from bnncore.packed import packfile, votes
 from bnncore.params import PackParams, Params
 from bnncore.search import space
-from bnncore.training import loop, plans, schemes
+from bnncore.training import loop, memory, plans, schemes, stack
+from bnncore.training.devices import Place
 from bnncore.training.ensembled import Ensembled
 from bnncore.training.jobs import History
 
@@ -33,12 +34,22 @@ Rung = tuple[float, float | None]
 
 
 def network(
-    threads: int, data: Dataset, params: Params, fp32: Ensembled | None = None
+    place: Place, data: Dataset, params: Params, fp32: Ensembled | None = None
 ) -> Ensembled:
     """The pretrained FP32 network or, from its weights, the BNN."""
     job = plans.first_job(params, data, fp32.state if fp32 else None)
-    (trained,) = loop.train_many([job], data, threads=threads)
+    (trained,) = loop.train_many([job], data, place=place)
     return Ensembled(job.spec, trained.state, {job.name: trained.history})
+
+
+def gpu_bytes(params: Params, data: Dataset) -> int:
+    """What training it takes of a GPU's memory, about."""
+    model = plans.model_spec(params, data.image, len(data.classes), binary=True)
+    recipe, members = params.binarize, 1
+    if params.ensembles.train:
+        (ensemble,) = params.ensembles.train
+        recipe, members = params.recipe(ensemble), ensemble.members
+    return memory.expected(model, members, recipe.batch_size)
 
 
 Bases = tuple[Ensembled, ...]  # of `bases`, in that order
@@ -56,7 +67,7 @@ def bases(params: Params) -> tuple[str, ...]:
 
 
 def train(
-    threads: int, data: Dataset, params: Params, among: Sequence[PackParams], rungs: list[Rung],
+    place: Place, data: Dataset, params: Params, among: Sequence[PackParams], rungs: list[Rung],
     *given: Ensembled,
 ) -> Result:  # fmt: skip
     """Train what `params` are about, rung by rung, and assess it.
@@ -74,7 +85,7 @@ def train(
     values: list[float] = []
     for fraction, floor in rungs:
         p = space.at_rung(params, fraction)
-        made = _trained(threads, data, p, given)
+        made = _trained(place, data, p, given)
         found = assess(packed(made, p, data, among), data) | {"history": made.histories}
         values.append(found["val_top1"])
         if floor is not None and values[-1] < floor:
@@ -83,17 +94,17 @@ def train(
     return {**found, "rungs": values, "stopped": stopped, "cpu_s": time.process_time() - started}
 
 
-def fold(threads: int, data: Dataset, params: Params, k: int, folds: int) -> str:
+def fold(place: Place, data: Dataset, params: Params, k: int, folds: int) -> str:
     """Train all of what `params` are about without fold `k` of the images: which of those of the
     fold it gets right, a digit 0 or 1 each, in the order of the data.
     """
     data = folded(data, k, folds)
     known: dict[str, Ensembled] = {}
     if needed := bases(params):
-        known["fp32"] = network(threads, data, params)
+        known["fp32"] = network(place, data, params)
     if "bnn" in needed:
-        known["bnn"] = network(threads, data, params, known["fp32"])
-    made = _trained(threads, data, params, tuple(known[name] for name in needed))
+        known["bnn"] = network(place, data, params, known["fp32"])
+    made = _trained(place, data, params, tuple(known[name] for name in needed))
     found = packed(made, params, data, [params.pack])
     _, predicted = votes.combine(found.program, found.val)
     return "".join(map(str, (predicted == data.val.labels).astype(int)))
@@ -112,13 +123,15 @@ def folded(data: Dataset, k: int, folds: int) -> Dataset:
     return replace(data, train=whole[of != k], val=whole[of == k])
 
 
-def _trained(threads: int, data: Dataset, params: Params, given: Bases) -> Ensembled:
+def _trained(place: Place, data: Dataset, params: Params, given: Bases) -> Ensembled:
     if not params.ensembles.train:
-        return network(threads, data, params)
+        return network(place, data, params)
     states = {name: one.state for name, one in zip(bases(params), given, strict=True)}
     fp32, bnn = states.get("fp32", {}), states.get("bnn", {})
-    plan = plans.plan(params, params.ensembles.train[0], data, fp32, bnn)
-    return schemes.train(plan, partial(loop.train_many, data=data, threads=threads))
+    plan = plans.plan(params, params.ensembles.train[0], data, fp32, bnn, device=place.device)
+    recipe = stack.alone(plan.recipe, plan.spec.model, plan.spec.members, place.device)
+    plan = replace(plan, recipe=recipe)
+    return schemes.train(plan, partial(loop.train_many, data=data, place=place))
 
 
 def packed(

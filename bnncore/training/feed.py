@@ -25,11 +25,6 @@ from bnncore.training.jobs import Job
 ROWS = ("weights", "offsets", "targets", "teacher")  # a job's arrays with a row a training image
 
 
-def default_device() -> torch.device:
-    """A GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def uploaded(images: np.ndarray, device: torch.device) -> Tensor:
     """Images (N, H, W, C) on the device, uint8 (N, C, H, W); on the CPU a view, no copy."""
     with warnings.catch_warnings():
@@ -48,7 +43,7 @@ class Normalized:
 
     def __call__(self, images: Tensor) -> Tensor:
         # NCHW: stock CPU batch norm is far less accurate in channels-last.
-        return images.float().contiguous() * self.scale + self.shift
+        return images.to(torch.get_default_dtype()).contiguous() * self.scale + self.shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +64,10 @@ class Feed:
         labels: int64 (N,).
     """
 
-    def __init__(self, job: Job, data: Dataset, device: torch.device):
+    def __init__(self, job: Job, data: Dataset, device: torch.device, images: Tensor | None = None):
         self.job, self.device = job, device
         self.normalized = Normalized(data, device)
-        self.images = uploaded(data.train.images, device)
+        self.images = uploaded(data.train.images, device) if images is None else images
         self.labels = torch.from_numpy(np.array(data.train.labels)).to(device)
         extra = {name: getattr(job, name) for name in ROWS}
         self.extra = {k: torch.from_numpy(v).to(device) for k, v in extra.items() if v is not None}
@@ -109,6 +104,31 @@ class Feed:
         """The images (B, C, H, W) of an epoch's batches as they are, normalised."""
         for at in self.order(epoch):
             yield self.normalized(self.images[at])
+
+
+class FeedOfEach(Feed):
+    """Those of jobs that are trained apart: batches of all side by side, (B * m, C, H, W).
+
+    Labels are (B, m), rows of the jobs' arrays (B, m, ..), an order's steps (m, B).
+    """
+
+    def __init__(self, job: Job, data: Dataset, device: torch.device):
+        super().__init__(job, data, device)
+        self.feeds = [Feed(one, data, device, self.images) for one in job.each]
+
+    def __len__(self) -> int:
+        return len(self.feeds[0])
+
+    def order(self, epoch: int) -> list[Tensor]:
+        orders = zip(*(feed.order(epoch) for feed in self.feeds), strict=True)
+        return [torch.stack(batches) for batches in orders]
+
+    def epoch(self, number: int, order: list[Tensor]) -> Iterator[Batch]:
+        steps = [feed.epoch(number, [at[k] for at in order]) for k, feed in enumerate(self.feeds)]
+        for batches in zip(*steps, strict=True):
+            x = torch.stack([b.x for b in batches], 1).flatten(0, 1)
+            extra = {k: torch.stack([b.extra[k] for b in batches], 1) for k in batches[0].extra}
+            yield Batch(x, torch.stack([b.y for b in batches], 1), extra)
 
 
 def augmented(images: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bnncore.data import Dataset
+from bnncore.networks.combine import combine
 from bnncore.networks.ensemble import Ensemble
 from bnncore.training.feed import Normalized, uploaded
+from bnncore.training.jobs import Teacher
 from bnncore.training.layers import exact_convolutions
 
 
@@ -31,6 +33,22 @@ def member_outputs(
     """
     device = torch.device(device)
     return outputs(ensemble.to(device), uploaded(images, device), Normalized(data, device))
+
+
+def teacher_logits(teacher: Teacher, data: Dataset, device: str | torch.device) -> np.ndarray:
+    """What a trained ensemble says of the training images as they are: logits (N, C) float32.
+
+    Of votes it is the logarithm of the mean of probabilities.
+    """
+    ensemble = Ensemble(teacher.spec)
+    ensemble.load(teacher.state)
+    z = list(torch.from_numpy(member_outputs(ensemble, data.train.images, data, device)))
+    weights = ensemble.weights.cpu()
+    if teacher.spec.combine.endswith("vote"):
+        votes = combine("soft_vote", z, weights, None)
+        return votes.clamp(min=torch.finfo(votes.dtype).tiny).log().numpy()
+    bias = None if ensemble.bias is None else ensemble.bias.detach().cpu()
+    return combine(teacher.spec.combine, z, weights, bias).numpy()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +29,14 @@ class TrainingError(UserError, RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
+class Teacher:
+    """A trained ensemble, to be asked about the training images where a job is trained."""
+
+    spec: EnsembleSpec
+    state: State
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """What to train, as plain data that any process can be sent.
 
@@ -45,11 +53,15 @@ class Job:
         weights: a weight for each training image in the loss, (N,) float32; None for 1.
         offsets: logits of earlier members, (N, C) float32, that a new member adds to.
         targets: fit these outputs, (N, C) float32, by squared error instead of the labels.
-        teacher: a teacher's logits on the training images as they are, (N, C) float32, for
+        teacher: a teacher, or its logits on the training images as they are, (N, C) float32, for
             `Recipe.distill`; where that is above 0 and there is none, members learn from the
             ensemble that they form.
         keep_optimizer: keep Adam's moments in `Trained.optimizer`, for a job that goes on from
             there: its `start` may hold them.
+        then: what follows the last epoch. ``outputs``: those on the training images, not augmented,
+            in `Trained.training`; ``norms``: batch-norm statistics anew (`estimate_norms`).
+        each: jobs of one member, one for each of `ids`, that are computed as one stack and each
+            trained as if it were alone; what is said of data and seed above they say themselves.
     """
 
     name: str
@@ -63,14 +75,19 @@ class Job:
     weights: np.ndarray | None = None
     offsets: np.ndarray | None = None
     targets: np.ndarray | None = None
-    teacher: np.ndarray | None = None
+    teacher: np.ndarray | Teacher | None = None
     keep_optimizer: bool = False
+    then: Literal["", "outputs", "norms"] = ""
+    each: tuple[Job, ...] = ()
 
     def digest(self, data: Dataset) -> str:
         """Hash of everything that the result depends on: parameters, data, start, code."""
         arrays = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         parts = [f"{k}:{_hash(v)}" for k, v in arrays.items()]
         parts += [f"{k}:{_hash(v.numpy())}" for k, v in sorted(self.start.items())]
+        if isinstance(self.teacher, Teacher):
+            parts += [f"{k}:{_hash(v.numpy())}" for k, v in sorted(self.teacher.state.items())]
+            parts.append(repr(self.teacher.spec))
         plain = [
             self.name,
             asdict(self.spec),
@@ -79,6 +96,8 @@ class Job:
             self.seed,
             self.resample,
             self.keep_optimizer,
+            self.then,
+            [one.digest(data) for one in self.each],
         ]
         return digest(plain, parts, data.digest, _code(), _users_code(self.spec))
 
@@ -113,7 +132,8 @@ History = list[Epoch]
 class Trained:
     """What a job gives: canonical state of its members, its epochs, validation outputs (m, N, C).
 
-    `optimizer` is empty unless `Job.keep_optimizer`.
+    `optimizer` is empty unless `Job.keep_optimizer`; `training` are outputs on the training images
+    (m, N, C) where `Job.then` asks for them.
     """
 
     job: Job
@@ -121,6 +141,7 @@ class Trained:
     history: History
     outputs: np.ndarray
     optimizer: State = field(default_factory=dict)
+    training: np.ndarray | None = None
 
 
 def _hash(array: np.ndarray) -> str:

@@ -1,10 +1,10 @@
 """Layers that compute what torch's compute, in less time or more exactly, and compilation.
 
-**Cheap layers**, for CPUs: batch norm and one-slope PReLU, torch's functions in far less time. In a
-binarized network element-wise work takes half of a training step. torch's batch norm sums in
-double precision, one thread a channel, and its PReLU gradient is not vectorised; the kernels of
-evaluation-mode batch norm and of leaky ReLU compute the same, vectorised. Results differ from
-torch's by rounding only.
+**Cheap layers**: convolutions with frozen filters that keep no input; on CPUs also batch norm and
+one-slope PReLU, torch's functions in far less time. In a binarized network element-wise work takes
+half of a training step. torch's batch norm sums in double precision, one thread a channel, and its
+PReLU gradient is not vectorised; the kernels of evaluation-mode batch norm and of leaky ReLU
+compute the same, vectorised. Results differ from torch's by rounding only.
 
 **Exact convolutions**: sums of +-1 are integers, on which a sign depends.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,13 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.parts import Backbone, ModelSpec
-from bnncore.params import Recipe
+from bnncore.training.jobs import Job
+from bnncore.training.stack import Run
 
+log = logging.getLogger(__name__)
 # Operations of all forward passes of a job from which on a compilation of a minute or two pays.
 # Assumed: it saves a third of the time, and a CPU does 5e10, a GPU 2e12 of them in a second.
 WORTH_COMPILING = {"cpu": 5e13, "cuda": 2e15}
-
-Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -166,13 +167,15 @@ def _conv(self: BinaryConv2d, x: Tensor) -> Tensor:
     return y if self.bias is None else y + self.bias[:, None, None]
 
 
-def make_cheap(network: nn.Module) -> None:
-    """Let the layers of a network on a CPU compute in the cheap way.
+def make_cheap(network: nn.Module, device: str = "cpu") -> None:
+    """Let the layers of a network compute in the cheap way; on a GPU those that keep less.
 
     Only their `forward` changes: types, parameters and states stay what they are.
     """
     for module in network.modules():
         forward = _cheap_forward(module)
+        if device != "cpu" and forward is not _conv:
+            continue
         if forward is not None:
             module.forward = MethodType(forward, module)
 
@@ -206,23 +209,50 @@ def binarize_frozen(network: nn.Module) -> None:
             module.binary()
 
 
-def compiled(network: nn.Module) -> Tentacle:
-    """`Backbone.tentacle`, compiled on first use, for the members in `network`."""
+def compiled(network: nn.Module, images: int, what: Any) -> Run:
+    """`Backbone.forward`, compiled on first use, for the units of the members in `network`.
+
+    One graph serves all units of a kind and all jobs of a kind that a process trains one after
+    another. Batches of another length, such as an epoch's last, are computed as they are.
+
+    Args:
+        images: the length of a batch.
+        what: changes with everything that a graph is made for; graphs of other kinds are dropped,
+            so that there are never more than torch keeps.
+    """
+    if _made_for[:] != [what]:
+        torch.compiler.reset()
+        _made_for[:] = [what]
     binarize_frozen(network)
-    return torch.compile(Backbone.tentacle, dynamic=False)
+    graph = torch.compile(Backbone.forward, dynamic=False)
+
+    def run(unit: Backbone, h: Tensor) -> Tensor:
+        return graph(unit, h) if len(h) == images else Backbone.forward(unit, h)
+
+    return run
+
+
+_made_for: list[Any] = []
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` finds what it needs: a C++ compiler for CPUs, Triton for GPUs."""
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+    """Whether `torch.compile` finds what it needs: a C++ compiler on CPUs, Triton and a C compiler
+    (which Triton needs) on GPUs."""
+    names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
+    compiler = any(map(shutil.which, filter(None, (os.environ.get(names[0]), *names[1:]))))
+    return compiler and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
 
 
-def worth_compiling(recipe: Recipe, spec: ModelSpec, passes: int, device: torch.device) -> bool:
+def worth_compiling(job: Job, passes: int, device: torch.device) -> bool:
     """Whether to compile for so many `passes` of one image through one member; see
-    `Recipe.compile`."""
-    if recipe.compile != "auto":
-        return recipe.compile == "always"
+    `Recipe.compile`. Where it was asked for and cannot be, that is said.
+    """
+    recipe, spec = job.recipe, job.spec.model
     worth = operations(spec) * passes >= WORTH_COMPILING[device.type]
-    return worth and can_compile(device)
+    if recipe.compile == "never" or (recipe.compile == "auto" and not worth):
+        return False
+    reason = "every batch has a length of its own" if job.resample else ""
+    reason = reason or ("" if can_compile(device) else "no compiler was found")
+    if reason:
+        log.warning("%s: nothing is compiled: %s", job.name, reason)
+    return not reason

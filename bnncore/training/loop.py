@@ -30,11 +30,12 @@ from bnncore.data import Dataset
 from bnncore.networks import binarize
 from bnncore.networks.combine import tree_sum
 from bnncore.networks.ensemble import Ensemble
-from bnncore.params import Recipe
-from bnncore.training import inference, layers, memory
+from bnncore.training import devices, inference, layers, memory, stack
 from bnncore.training.checkpoint import Checkpoint
-from bnncore.training.feed import Feed, default_device, uploaded
-from bnncore.training.jobs import Epoch, History, Job, State, Trained, TrainingError
+from bnncore.training.devices import ALONE, Place
+from bnncore.training.feed import Batch, Feed, FeedOfEach, uploaded
+from bnncore.training.jobs import Epoch, History, Job, State, Teacher, Trained, TrainingError
+from bnncore.training.schedule import learning_rate, phase
 from bnncore.training.step import Alone, Exchange, Step
 from bnncore.training.watch import require_finite
 
@@ -51,6 +52,7 @@ class Trains(Protocol):
     def epoch(self, history: History) -> tuple[Sums, np.ndarray]: ...
     def validation_outputs(self) -> np.ndarray: ...
     def bias(self) -> Tensor | None: ...
+    def after(self) -> np.ndarray | None: ...
     def state(self) -> State: ...
     def load(self, state: State) -> None: ...
 
@@ -63,10 +65,11 @@ class Trainer:
         data: the whole data set.
         hold: the members of ``job.ids`` that this process holds; all by default.
         exchange: how to add up with the processes that hold the others.
-        device: where to train; a GPU if there is one.
-        replay: forward once without gradients, then forward and backward member by member:
-            memory no longer grows with M, at about 1.4 times the time. None: where the estimate
-            (`memory.saved_bytes`) exceeds this process's share of the memory.
+        device: where to train.
+        replay: forward once without gradients, then forward and backward member by member (stack
+            by stack): memory no longer grows with M, at about 1.4 times the time. None: where the
+            estimate (`memory.saved_bytes`) exceeds this process's share of the memory, or a first
+            step runs out of it; members are not stacked then.
         shards: which of the ``recipe.shards`` parts of each batch this process takes; all by
             default.
         within: how to add up with the processes that take the other shards of the same members.
@@ -82,42 +85,65 @@ class Trainer:
         data: Dataset,
         hold: tuple[int, ...] | None = None,
         exchange: Exchange | None = None,
-        device: str | torch.device | None = None,
+        device: str | torch.device = "cpu",
         replay: bool | None = False,
         shards: tuple[int, ...] | None = None,
         within: Exchange | None = None,
         memory_share: float = 1.0,
     ):
+        self.device = torch.device(device)
+        if isinstance(job.teacher, Teacher):
+            told = inference.teacher_logits(job.teacher, data, self.device)
+            job = replace(
+                job, teacher=told, each=tuple(replace(one, teacher=told) for one in job.each)
+            )
         self.job = job
-        self.device = torch.device(device or default_device())
-        self.ensemble = Ensemble(job.spec, hold or job.ids).to(self.device)
-        self.feed = Feed(job, data, self.device)
+        devices.prepare(self.device, job.recipe.deterministic)
+        self.feed = (FeedOfEach if job.each else Feed)(job, data, self.device)
         self.val_images = uploaded(data.val.images, self.device)
-        shards = tuple(range(job.recipe.shards)) if shards is None else shards
-        self.step = Step(job, self.ensemble, shards, exchange or Alone(), within or Alone())
-        recipe = job.recipe
+        self._hold = hold or job.ids
+        self._shards = tuple(range(job.recipe.shards)) if shards is None else shards
+        self._exchanges = exchange or Alone(), within or Alone()
+        self._may_replay = replay is None
+        self._stepped = False
+        self._build(
+            stack.size(job.recipe, job.spec.model, self.device.type), bool(replay), job.start
+        )
+        if replay is None and self._must_replay(memory_share):
+            self._build(1, True, job.start)
+
+    def _build(self, size: int, replay: bool, state: State) -> None:
+        """The network, its step and its optimizer, with members in stacks of `size`."""
+        job, recipe = self.job, self.job.recipe
+        self.ensemble = Ensemble(job.spec, self._hold).to(self.device)
+        self.step = Step(job, self.ensemble, self._shards, *self._exchanges, replay, size)
         self.optimizer = OPTIMIZERS[recipe.optimizer](
-            self.step.trained.values(),
+            [parameter for parameter, _ in self.step.leaves],
             lr=recipe.lr,
             betas=recipe.betas,
             weight_decay=recipe.weight_decay,
         )
-        self.load(job.start)
+        self.load(state)
         passes = len(self.feed) * recipe.epochs * len(job.ids)
-        if layers.worth_compiling(recipe, job.spec.model, passes, self.device):
-            self.step.tentacle = layers.compiled(self.ensemble)
-        elif self.device.type == "cpu":
-            layers.make_cheap(self.ensemble)
+        if layers.worth_compiling(job, passes, self.device):
+            images = recipe.batch_size // recipe.shards * max(1, len(job.each))
+            what = (job.spec, size, images, bool(job.each), recipe.two_step, self.device)
+            self.step.run = layers.compiled(self.ensemble, images, what)
+        else:
+            for module in self.step.modules:
+                layers.make_cheap(module, self.device.type)
         self.step.begin(0)
-        self.step.replay = self._must_replay(memory_share) if replay is None else replay
         if self.device.type == "cpu":
-            memory.freed_memory(keep=not self.step.replay)
+            memory.freed_memory(keep=not replay)
 
     def saved_bytes(self, images: int, sample: int = 2) -> int:
         """Estimate of what autograd keeps in a step on so many images; measured on a few."""
         at = torch.arange(2 * sample, device=self.device) % len(self.feed.images)
         x = self.feed.normalized(self.feed.images[at])
-        return memory.saved_bytes(self.ensemble, x, images)
+        if self.job.each:
+            x = x.repeat_interleave(len(self.job.ids), 0)
+        network = torch.nn.ModuleList(self.step.modules)
+        return memory.saved_bytes(network, self.step.forward, x, images)
 
     def _must_replay(self, share: float) -> bool:
         held, recipe = len(self.ensemble.ids), self.job.recipe
@@ -163,10 +189,10 @@ class Trainer:
             done = (number + step / len(order)) / recipe.epochs
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, history, done)
-            loss, logits = self.step(batch.x, batch.y, batch.extra)
+            loss, logits = self._gradients(batch, number)
             self.optimizer.step()
             loss_sum += loss.detach() * len(batch.y)
-            correct += (logits.argmax(1) == batch.y).sum()
+            correct += (logits.argmax(-1) == batch.y).sum()
         self.step.end()
         total = float(loss_sum)
         if not math.isfinite(total):
@@ -176,14 +202,38 @@ class Trainer:
         now = self.step.exchanged()
         sums = {
             "loss": total,
-            "correct": float(correct),
-            "images": float(sum(map(len, order))),
+            "correct": float(correct) / max(1, len(self.job.each)),
+            "images": float(sum(at.shape[-1] for at in order)),
             "steps": float(len(order)),
             "sent": float(now[0] - sent),
             "waited": now[1] - waited,
             "seconds": time.perf_counter() - started,
         }
         return sums, outputs
+
+    def _gradients(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """A step. Where the very first runs out of memory, it is taken again with replay."""
+        if self._stepped or not self._may_replay or self.step.replay:
+            return self.step(batch.x, batch.y, batch.extra)
+        sent = self.step.exchanged()[0]
+        undisturbed = memory.Undisturbed(self.step.modules)
+        undisturbed.__enter__()
+        try:
+            found = self.step(batch.x, batch.y, batch.extra)
+        except torch.OutOfMemoryError as error:
+            if self.step.exchanged()[0] != sent:  # others would not sum up a second time
+                raise
+            told = str(error).partition("\n")[0]
+        else:
+            self._stepped = True
+            return found
+        undisturbed.__exit__()
+        log.warning("%s: %s: members are replayed one by one", self.job.name, told)
+        self._build(1, True, {k: v.detach().cpu().clone() for k, v in self._entries().items()})
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.step.begin(epoch)
+        return self.step(batch.x, batch.y, batch.extra)
 
     def _diverged(self, total: float, epoch: int) -> TrainingError:
         first, members = self.step.first_not_finite()
@@ -208,14 +258,31 @@ class Trainer:
             TrainingError: they are not finite; names members.
         """
         outputs = inference.outputs(self.ensemble, self.val_images, self.feed.normalized)
+        self._require_finite_outputs("validation", outputs)
+        return outputs
+
+    def _require_finite_outputs(self, part: str, outputs: np.ndarray) -> None:
         finite = np.isfinite(outputs).all((1, 2))
         if not finite.all():
-            self._require_finite("on the validation images")  # names the parameter, if one is bad
+            self._require_finite(f"on the {part} images")  # names the parameter, if one is bad
             bad = [str(i) for i, good in zip(self.ensemble.ids, finite, strict=True) if not good]
             raise TrainingError(
-                f"{self.job.name}: on the validation images: expected finite outputs, got others "
+                f"{self.job.name}: on the {part} images: expected finite outputs, got others "
                 f"of member(s) {', '.join(bad)}{self._advice}"
             )
+
+    def after(self) -> np.ndarray | None:
+        """What `Job.then` asks for: outputs on the training images (m, N, C), or new norms.
+
+        Raises:
+            TrainingError: the outputs are not finite; names members.
+        """
+        if self.job.then == "norms":
+            inference.estimate_norms(self.ensemble, self.feed.plain(0))
+        if self.job.then != "outputs":
+            return None
+        outputs = inference.outputs(self.ensemble, self.feed.images, self.feed.normalized)
+        self._require_finite_outputs("training", outputs)
         return outputs
 
     def bias(self) -> Tensor | None:
@@ -225,9 +292,10 @@ class Trainer:
     def _entries(self) -> State:
         """Canonical name -> what there is under it, on the device: weights and moments."""
         entries = dict(self.ensemble.entries())
-        for name, p in self.step.trained.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                entries[f"adam.{key}:{name}"] = value
+        for parameter, names in self.step.leaves:
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                parts = value.chunk(len(names)) if value.dim() else [value] * len(names)
+                entries |= {f"adam.{key}:{n}": v for n, v in zip(names, parts, strict=True)}
         return entries
 
     def state(self) -> State:
@@ -248,48 +316,15 @@ class Trainer:
         """
         self.ensemble.load(state)
         layers.binarize_frozen(self.ensemble)
-        for name, p in self.step.trained.items():
-            found = {k: state[f"adam.{k}:{name}"] for k in MOMENTS if f"adam.{k}:{name}" in state}
-            if found:
+        for p, names in self.step.leaves:
+            if all(f"adam.{key}:{name}" in state for key in MOMENTS for name in names):
+                found = {k: [state[f"adam.{k}:{name}"] for name in names] for k in MOMENTS}
                 # Copied: Adam's steps change them in place. It keeps its count on the CPU.
                 self.optimizer.state[p] = {
-                    k: v.to("cpu" if k == "step" else p.device, copy=True) for k, v in found.items()
+                    k: v[0].to("cpu", copy=True) if k == "step" else torch.cat(v).to(p.device)
+                    for k, v in found.items()
                 }
         require_finite(self._entries(), f"{self.job.name}: the state to start from")
-
-
-def phase(recipe: Recipe, epoch: float) -> tuple[int, int]:
-    """The part of a training that an epoch lies in: (its first epoch, how many it has)."""
-    half = recipe.epochs // 2
-    if not recipe.two_step:
-        return 0, recipe.epochs
-    return (0, half) if epoch + 1e-9 < half else (half, recipe.epochs - half)
-
-
-def learning_rate(recipe: Recipe, history: History, done: float) -> float:
-    """The learning rate when the fraction `done` of all steps has been taken."""
-    if recipe.two_step:
-        start, epochs = phase(recipe, done * recipe.epochs)
-        half = replace(recipe, epochs=epochs, two_step=False)
-        return learning_rate(half, [], (done * recipe.epochs - start) / epochs)
-    if done * recipe.epochs < recipe.warmup:
-        warm = done * recipe.epochs / recipe.warmup
-        return warm * learning_rate(replace(recipe, warmup=0), history, done)
-    if recipe.schedule == "poly":
-        return recipe.lr * (1 - math.floor(done * recipe.epochs + 1e-9) / recipe.epochs)
-    if recipe.schedule == "linear":
-        return recipe.lr * (1 - done)
-    if recipe.schedule == "cosine":
-        return recipe.lr * 0.5 * (1 + math.cos(math.pi * done))
-    if recipe.schedule == "plateau":
-        rate, best, waited = recipe.lr, math.inf, 0
-        for epoch in history:
-            waited = 0 if epoch["val_loss"] < best else waited + 1
-            best = min(best, epoch["val_loss"])
-            if waited >= recipe.patience:
-                rate, waited = rate * 0.1, 0
-        return rate
-    return recipe.lr
 
 
 def drive(
@@ -335,12 +370,14 @@ def drive(
             checkpoint.save(trainer.state(), history)
         if on_epoch:
             on_epoch(job, epoch)
-    if outputs is None:
+    training = trainer.after() if job.then else None
+    if outputs is None or job.then == "norms":
         outputs = trainer.validation_outputs()
     entries = trainer.state()
     state = {n: v for n, v in entries.items() if not n.startswith("adam.")}
     optimizer = {n: v for n, v in entries.items() if n.startswith("adam.")}
-    return Trained(job, state, history, outputs, optimizer if job.keep_optimizer else {})
+    kept = optimizer if job.keep_optimizer else {}
+    return Trained(job, state, history, outputs, kept, training)
 
 
 def _epoch(job: Job, history: History, sums: Sums, loss: float, top1: float) -> Epoch:
@@ -381,7 +418,7 @@ def train_many(
     data: Dataset,
     checkpoints: Path | None = None,
     on_epoch: OnEpoch | None = None,
-    threads: int = 1,
+    place: Place = ALONE,
     replay: bool | None = None,
 ) -> list[Trained]:
     """Train jobs one after another in this process; `actors.Cluster` spreads them out.
@@ -389,14 +426,16 @@ def train_many(
     One thread is the default because small layers gain nothing from a second one, lose much beside
     other busy processes, and give bits that do not depend on the machine's number of cores.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(place.threads)
     results = []
     for job in jobs:
         checkpoint = (
             Checkpoint(checkpoints, f"{job.name}-{job.digest(data)}") if checkpoints else None
         )
         try:
-            trainer = Trainer(job, data, replay=replay)
+            trainer = Trainer(
+                job, data, device=place.device, replay=replay, memory_share=place.share
+            )
             results.append(drive(job, data, trainer, checkpoint, on_epoch))
         finally:
             if checkpoint:

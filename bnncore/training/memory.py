@@ -5,34 +5,30 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnncore.networks.ensemble import Ensemble, draws
+from bnncore.networks.backbones import build
+from bnncore.networks.ensemble import draws
+from bnncore.networks.parts import ModelSpec
 from bnncore.training.layers import exact_convolutions
 
 
 class Undisturbed:
-    """Batch-norm statistics and generators of an ensemble are left as they were on entering.
+    """Batch-norm statistics and generators of modules are left as they were on entering."""
 
-    Those of `Ensemble.prefix` only with `everything`: in a step it runs once, outside of this, and
-    its statistics must not be touched before it has been run back.
-    """
-
-    def __init__(self, ensemble: Ensemble, everything: bool = False):
-        self.ensemble, self.everything = ensemble, everything
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.network = nn.ModuleList(modules)
 
     def __enter__(self) -> None:
-        left = [] if self.everything else self.ensemble.prefix()
-        prefix = {id(b) for module in left for b in module.buffers()}
-        buffers = [b for m in self.ensemble.members for b in m.buffers() if id(b) not in prefix]
-        self.buffers = [(b, b.clone()) for b in buffers]
+        self.buffers = [(b, b.clone()) for b in self.network.buffers()]
         self.generators = [
             (rng, rng.get_state())
-            for m in self.ensemble.modules()
+            for m in self.network.modules()
             if draws(m) and isinstance(rng := m.generator, torch.Generator)
         ]
 
@@ -67,18 +63,20 @@ class Saved:
         self._hooks.__exit__(*error)
 
 
-def saved_bytes(ensemble: Ensemble, x: Tensor, images: int) -> int:
+def saved_bytes(
+    network: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, images: int
+) -> int:
     """Estimate of what autograd keeps in a step on so many images, measured on few.
 
     Args:
+        forward: the step's forward pass through `network`.
         x: normalised images (2 n, C, H, W); a pass over half of them and one over all are made.
     """
-    ensemble.train()
     sample, kept = len(x) // 2, []
     for part in (x[:sample], x):
-        with exact_convolutions(ensemble), Undisturbed(ensemble, everything=True):
-            with Saved(ensemble) as saved:
-                outputs = ensemble.outputs(part)
+        with exact_convolutions(network), Undisturbed([network]):
+            with Saved(network) as saved:
+                outputs = forward(part)
             del outputs
         kept.append(saved.bytes)
     # Filters, for one, do not grow with the batch.
@@ -104,10 +102,44 @@ def freed_memory(keep: bool) -> None:
             mallopt(*option)
 
 
+def of_gpu() -> int:
+    """All of the memory of this process's GPU; 0 if it has none."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+
+
+def expected(model: ModelSpec, members: int, images: int) -> int:
+    """What training so many members on batches of so many images takes on a GPU: a rough estimate
+    from the sizes of what layers give, without any tensor.
+
+    Counted are each module's outputs and their gradients, parameters four times (Adam's moments),
+    and what CUDA takes for itself.
+    """
+    counted = 0
+
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal counted
+        if isinstance(output, Tensor) and not list(module.children()):
+            counted += 2 * 4 * output.numel()
+
+    with torch.device("meta"):
+        network = build(model).train()
+        height, width, channels = model.image
+        for module in network.modules():
+            module.register_forward_hook(count)
+        network(torch.zeros(images, channels, height, width))
+    counted += 4 * 4 * sum(p.numel() for p in network.parameters())
+    return members * counted + CUDA_BYTES
+
+
+CUDA_BYTES = 3 << 28  # a context and cuDNN's workspaces
+
+
 def available(device: torch.device) -> int:
     """Bytes that can still be had on a device; for a CPU also within the control group's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch's allocator holds and does not use can be had, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

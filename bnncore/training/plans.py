@@ -1,6 +1,6 @@
 """From parameters to structures, starts and plans: what a stage hands to a scheme.
 
-Legend: `M` members, `N` training images, `C` classes.
+Legend: `M` members.
 """
 
 from __future__ import annotations
@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-import numpy as np
 import torch
 
 from bnncore.data import Dataset
 from bnncore.networks.backbones import build
-from bnncore.networks.combine import combine
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec, single_state
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING, Sharing, weight_layers
 from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError
-from bnncore.training import inference
 from bnncore.training.ensembled import Ensembled
-from bnncore.training.feed import default_device
-from bnncore.training.jobs import Job, State
+from bnncore.training.jobs import Job, State, Teacher
 from bnncore.training.schemes import SCHEMES, Plan
 
 Image = tuple[int, int, int]  # H, W, C
@@ -133,24 +129,6 @@ def _check_teacher(ensemble: EnsembleParams, distill: float, where: str) -> None
         )
 
 
-def teacher_logits(spec: EnsembleSpec, state: State, data: Dataset) -> np.ndarray:
-    """What a trained ensemble says of the training images as they are: logits (N, C) float32.
-
-    Of votes it is the logarithm of the mean of probabilities.
-    """
-    ensemble = Ensemble(spec)
-    ensemble.load(state)
-    device = default_device()
-    outputs = inference.member_outputs(ensemble, data.train.images, data, device)
-    z = list(torch.from_numpy(outputs))
-    weights = ensemble.weights.cpu()
-    if spec.combine.endswith("vote"):
-        votes = combine("soft_vote", z, weights, None)
-        return votes.clamp(min=torch.finfo(votes.dtype).tiny).log().numpy()
-    bias = None if ensemble.bias is None else ensemble.bias.detach().cpu()
-    return combine(spec.combine, z, weights, bias).numpy()
-
-
 def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
     """The job of the FP32 network, or of the BNN that starts from its weights, and may learn from
     it."""
@@ -163,14 +141,13 @@ def first_job(params: Params, data: Dataset, fp32: State | None) -> Job:
         network.start_from(single_state(fp32), kept)
     if fp32 is None:
         return Job("fp32", spec, (0,), params.pretrain, params.seed, network.state())
-    teacher = _fp32_logits(params, data, fp32) if params.binarize.distill else None
+    teacher = _fp32(params, data, fp32) if params.binarize.distill else None
     seed = params.seed + 1000
     return Job("bnn", spec, (0,), params.binarize, seed, network.state(), teacher=teacher)
 
 
-def _fp32_logits(params: Params, data: Dataset, fp32: State) -> np.ndarray:
-    spec = single_spec(params, data.image, len(data.classes), binary=False)
-    return teacher_logits(spec, fp32, data)
+def _fp32(params: Params, data: Dataset, fp32: State) -> Teacher:
+    return Teacher(single_spec(params, data.image, len(data.classes), binary=False), fp32)
 
 
 def plan(
@@ -180,6 +157,7 @@ def plan(
     fp32: State,
     bnn: State,
     earlier: Mapping[str, Ensembled] | None = None,
+    device: str = "cpu",
 ) -> Plan:
     """Everything a scheme needs, with the members' start put together.
 
@@ -189,6 +167,7 @@ def plan(
     Args:
         earlier: by name, the trained ensembles that the list has before this one; one of them may
             be its teacher.
+        device: the type of device that it will be trained on.
     """
     spec = ensemble_spec(params, ensemble, data.image, len(data.classes))
     index = [e.name for e in params.ensembles.train].index(ensemble.name)
@@ -201,10 +180,11 @@ def plan(
         members.hadamard(seed)
     if spec.sharing.block and ensemble.start != "bnn":
         members.start_from(single_state(fp32), ("stem.",))
-    recipe, teacher = params.recipe(ensemble), None
+    recipe = params.recipe(ensemble)
+    teacher: Teacher | None = None
     if recipe.distill and ensemble.teacher == "fp32":
-        teacher = _fp32_logits(params, data, fp32)
+        teacher = _fp32(params, data, fp32)
     elif recipe.distill and ensemble.teacher != "ensemble":
         trained = (earlier or {})[ensemble.teacher]
-        teacher = teacher_logits(trained.spec, trained.state, data)
-    return Plan(ensemble, spec, recipe, seed, members.state(), data, teacher)
+        teacher = Teacher(trained.spec, trained.state)
+    return Plan(ensemble, spec, recipe, seed, members.state(), data, teacher, device)

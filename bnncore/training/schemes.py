@@ -9,6 +9,7 @@ Legend: `M` members, `N` training images, `C` classes.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,12 @@ from bnncore.data import Dataset
 from bnncore.networks.binarize import BinaryConv2d, drawn
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec, generator
 from bnncore.params import EnsembleParams, Recipe
-from bnncore.training import inference
+from bnncore.training import stack
 from bnncore.training.ensembled import Ensembled
-from bnncore.training.feed import Feed, default_device
-from bnncore.training.jobs import Job, State, Trained, TrainingError
+from bnncore.training.jobs import Job, State, Teacher, Trained, TrainingError
 from bnncore.training.watch import require_finite
 
+log = logging.getLogger(__name__)
 TrainMany = Callable[[list[Job]], list[Trained]]
 
 
@@ -42,6 +43,7 @@ class Plan:
         start: canonical state from which the members start.
         data: for schemes that resample or reweight it.
         teacher: `Job.teacher` of every job.
+        device: the type of device that jobs are trained on.
     """
 
     params: EnsembleParams
@@ -50,7 +52,8 @@ class Plan:
     seed: int
     start: State
     data: Dataset
-    teacher: np.ndarray | None = None
+    teacher: Teacher | None = None
+    device: str = "cpu"
 
     def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
         """A job that trains members `ids` from the plan's start."""
@@ -67,23 +70,6 @@ class Plan:
         value = getattr(self.params, name)
         return SCHEMES[self.params.scheme].options[name] if value is None else value
 
-    def training_outputs(self, trained: Trained) -> np.ndarray:
-        """A member's outputs on the training images, not augmented: (N, C) float32.
-
-        Raises:
-            TrainingError: they are not finite; names the member.
-        """
-        member = Ensemble(trained.job.spec, trained.job.ids)
-        member.load(trained.state)
-        images = self.data.train.images
-        z = inference.member_outputs(member, images, self.data, default_device())[0]
-        if not np.isfinite(z).all():
-            raise TrainingError(
-                f"{trained.job.name}: on the training images: expected finite outputs, got others "
-                f"of member(s) {trained.job.ids[0]}"
-            )
-        return z
-
 
 @dataclass(frozen=True)
 class Scheme:
@@ -93,12 +79,14 @@ class Scheme:
         run: the function.
         combine: how members' outputs are joined; ``vote`` is soft or hard as the section says.
         joint: whether one training serves all members, so that shared layers may be trained.
+        looped: why members cannot be stacked.
         options: fields of `EnsembleParams` that mean something to this scheme, and their defaults.
     """
 
     run: Callable[[Plan, TrainMany], Ensembled]
     combine: str
     joint: bool
+    looped: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -110,7 +98,32 @@ def together(plan: Plan, train_many: TrainMany) -> Ensembled:
 
 def independently(plan: Plan, train_many: TrainMany) -> Ensembled:
     """Each member by itself, on its own loss and its own order of the data (voting)."""
-    return gathered(plan, train_many([plan.member(i) for i in range(plan.spec.members)]))
+    return apart(plan, [plan.member(i) for i in range(plan.spec.members)], train_many)
+
+
+def apart(plan: Plan, jobs: list[Job], train_many: TrainMany) -> Ensembled:
+    """One ensemble of members that are trained by themselves, in stacks where they can be."""
+    size = stack.size(plan.recipe, plan.spec.model, plan.device)
+    images = {len(plan.data.train) if one.indices is None else len(one.indices) for one in jobs}
+    looped = {
+        "parts of several sizes": len(images) > 1,
+        "batches of several sizes": jobs[0].resample,
+        "a learning rate for each (schedule: plateau)": plan.recipe.schedule == "plateau",
+        "shards": plan.recipe.shards > 1,
+    }
+    if size > 1 and any(looped.values()):
+        reasons = ", ".join(reason for reason, true in looped.items() if true)
+        log.info("%s: members are not stacked, as they have %s", plan.params.name, reasons)
+        size = 1
+    blocks = [tuple(jobs[k : k + size]) for k in range(0, len(jobs), size)]
+    stacked = [
+        replace(first, ids=tuple(one.ids[0] for one in block), each=block)
+        if len(block) > 1
+        else first
+        for block in blocks
+        for first in block[:1]
+    ]
+    return gathered(plan, train_many(stacked))
 
 
 def bagging(plan: Plan, train_many: TrainMany) -> Ensembled:
@@ -124,16 +137,14 @@ def bagging(plan: Plan, train_many: TrainMany) -> Ensembled:
     n, m = len(plan.data.train), plan.spec.members
     sampling = plan.option("sampling")
     if sampling == "batch":
-        return gathered(plan, train_many([plan.member(i, resample=True) for i in range(m)]))
+        return apart(plan, [plan.member(i, resample=True) for i in range(m)], train_many)
     if sampling == "bootstrap":
         draws = [generator("bootstrap", plan.seed, i) for i in range(m)]
         parts = [torch.randint(n, (n,), generator=rng).numpy() for rng in draws]
     else:
         order = torch.randperm(n, generator=generator("partition", plan.seed)).numpy()
         parts = np.array_split(order, m)
-    return gathered(
-        plan, train_many([plan.member(i, indices=part) for i, part in enumerate(parts)])
-    )
+    return apart(plan, [plan.member(i, indices=part) for i, part in enumerate(parts)], train_many)
 
 
 def boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
@@ -155,7 +166,7 @@ def boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
     results: list[Trained] = []
     votes = np.zeros(plan.spec.members, np.float32)
     for i in range(plan.spec.members):
-        changes: dict[str, Any] = {"start": _start(plan, results)}
+        changes: dict[str, Any] = {"start": _start(plan, results), "then": "outputs"}
         if plan.option("boost") == "reweight":
             changes["weights"] = (n * weights).astype(np.float32)
         else:
@@ -163,7 +174,7 @@ def boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
             draw = torch.multinomial(torch.from_numpy(weights), n, replacement=True, generator=rng)
             changes["indices"] = draw.numpy()
         results += train_many([plan.member(i, **changes)])
-        wrong = plan.training_outputs(results[-1]).argmax(1) != plan.data.train.labels
+        wrong = _training_outputs(results[-1]).argmax(1) != plan.data.train.labels
         error = float(weights[wrong].sum())
         votes[i] = samme_vote(error, classes, n)
         if votes[i] > 0:
@@ -208,14 +219,14 @@ def gradient_boosting(plan: Plan, train_many: TrainMany) -> Ensembled:
     total = np.zeros((len(labels), plan.spec.model.classes), np.float32)
     results: list[Trained] = []
     for i in range(plan.spec.members):
-        changes: dict[str, Any] = {"start": _start(plan, results)}
+        changes: dict[str, Any] = {"start": _start(plan, results), "then": "outputs"}
         if plan.option("residual") == "squared":
             onehot = np.eye(total.shape[1], dtype=np.float32)[labels]
             changes["targets"] = onehot - torch.from_numpy(total).softmax(1).numpy()
         else:
             changes["offsets"] = total.copy()
         results += train_many([plan.member(i, **changes)])
-        total += np.float32(shrinkage) * plan.training_outputs(results[-1])
+        total += np.float32(shrinkage) * _training_outputs(results[-1])
     return gathered(plan, results, np.full(plan.spec.members, shrinkage))
 
 
@@ -248,18 +259,17 @@ def stochastic_rounding(plan: Plan, train_many: TrainMany) -> Ensembled:
     assert binarizer is not None
     model = replace(spec.model, binarizer=replace(binarizer, stochastic=True))
     (trained,) = train_many([plan.member(0, spec=replace(spec, model=model))])
-    device = default_device()
-    state: State = {}
+    jobs = []
     for i in range(spec.members):
-        drawn_member = Ensemble(spec, (i,)).to(device)
-        drawn_member.load(handed_on(trained, i))
-        for name in sorted(drawn_member.own):
-            layer = drawn_member.members[0].get_submodule(name)
+        member = Ensemble(spec, (i,))
+        member.load(handed_on(trained, i))
+        for name in sorted(member.own):
+            layer = member.members[0].get_submodule(name)
             if isinstance(layer, BinaryConv2d):
                 rounded_(layer.weight, generator("draw", plan.seed, i, name))
-        feed = Feed(plan.member(i), plan.data, device)
-        inference.estimate_norms(drawn_member, feed.plain(0))
-        state |= drawn_member.state()
+        recipe = replace(plan.recipe, epochs=0)
+        jobs.append(plan.member(i, start=member.state(), recipe=recipe, then="norms"))
+    state = {k: v for one in train_many(jobs) for k, v in one.state.items()}
     return Ensembled(spec, state, {trained.job.name: trained.history})
 
 
@@ -269,6 +279,12 @@ def rounded_(weight: torch.Tensor, rng: torch.Generator) -> None:
     signs = drawn(weight.cpu(), rng).to(weight.device)
     # A weight of exactly 0 cannot carry a minus sign: it gets the smallest magnitude that can.
     weight.copy_(weight.abs().clamp_(min=torch.finfo(weight.dtype).tiny) * signs)
+
+
+def _training_outputs(trained: Trained) -> np.ndarray:
+    """Those of the only member, (N, C)."""
+    assert trained.training is not None
+    return trained.training[0]
 
 
 def _start(plan: Plan, results: list[Trained]) -> State:
@@ -299,31 +315,46 @@ def gathered(plan: Plan, results: list[Trained], weights: np.ndarray | None = No
 
 
 _VOTE = {"vote": "soft"}
+_BEFORE = "each member learns from those before it"
+_ONE = "one network is trained"
 SCHEMES: dict[str, Scheme] = {
     "tentaclenet": Scheme(together, "sum", joint=True),
     "fusion": Scheme(together, "mean", joint=True),
     "voting": Scheme(independently, "vote", joint=False, options=_VOTE),
     "bagging": Scheme(bagging, "vote", joint=False, options=_VOTE | {"sampling": "bootstrap"}),
     "boosting": Scheme(
-        boosting, "vote", joint=False, options=_VOTE | {"boost": "reweight", "chain": True}
+        boosting,
+        "vote",
+        joint=False,
+        looped=_BEFORE,
+        options=_VOTE | {"boost": "reweight", "chain": True},
     ),
     "gradient_boosting": Scheme(
         gradient_boosting,
         "sum",
         joint=False,
+        looped=_BEFORE,
         options={"residual": "squared", "shrinkage": 1.0, "chain": False},
     ),
-    "snapshot": Scheme(snapshot, "vote", joint=False, options=_VOTE),
-    "stochastic_rounding": Scheme(stochastic_rounding, "vote", joint=True, options=_VOTE),
+    "snapshot": Scheme(snapshot, "vote", joint=False, looped=_ONE, options=_VOTE),
+    "stochastic_rounding": Scheme(
+        stochastic_rounding, "vote", joint=True, looped=_ONE, options=_VOTE
+    ),
 }
 
 
 def train(plan: Plan, train_many: TrainMany) -> Ensembled:
     """Train one ensemble by its scheme.
 
+    A scheme that trains its members one after another cannot stack them, and says so where it was
+    asked to.
+
     Raises:
         TrainingError: training failed, or a member, a norm or a vote came out not finite.
     """
-    trained = SCHEMES[plan.params.scheme].run(plan, train_many)
+    scheme = SCHEMES[plan.params.scheme]
+    if scheme.looped and plan.recipe.stack not in ("auto", 1):
+        log.warning("%s: members are not stacked: %s", plan.params.name, scheme.looped)
+    trained = scheme.run(plan, train_many)
     require_finite(trained.state, f"{plan.params.name}: the trained ensemble")
     return trained

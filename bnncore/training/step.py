@@ -5,7 +5,9 @@ processes exchange their partial sums, detached; each takes dL/dz for itself and
 through its own members. Gradients of members stay local, and only shared trained parameters need
 theirs summed. The split step is therefore exact, not approximate.
 
-Legend: `B` images, `C` classes, `M` members of the job, `m` of them held here.
+Members are computed one by one, or in stacks (`stack.Unit`).
+
+Legend: `B` images, `C` classes, `M` members of the job, `m` of them held here or in a unit.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +25,9 @@ from bnncore.networks.combine import TreeSum, tree_sum
 from bnncore.networks.ensemble import Ensemble, draws, generator
 from bnncore.networks.parts import Backbone
 from bnncore.training.jobs import Job
-from bnncore.training.layers import Tentacle, exact_convolutions
+from bnncore.training.layers import exact_convolutions
 from bnncore.training.memory import Undisturbed
+from bnncore.training.stack import Run, Unit, units
 from bnncore.training.watch import Watch
 
 
@@ -66,14 +69,15 @@ class Step:
         shards: which of the ``recipe.shards`` parts of each batch this process takes.
         exchange: how to add up with the processes that hold the other members.
         within: how to add up with the processes that take the other shards of the same members.
-        replay: forward once without gradients, then forward and backward member by member.
-        tentacle: `Backbone.tentacle`, or a compiled one.
+        replay: forward once without gradients, then forward and backward unit by unit.
+        stack: how many members make a unit.
+        run: `Backbone.forward`, or a compiled one.
 
     `begin` comes before an epoch's steps, `end` after them.
 
     Attributes:
-        members: the held ones, in the order of their ids.
-        trained: canonical name -> parameter that is trained.
+        units: the held members, in the order of their ids, one by one or in stacks.
+        leaves: all parameters that are trained, and the canonical names of what each holds.
         shared: those that members share; their gradients are exchanged.
     """
 
@@ -85,19 +89,29 @@ class Step:
         exchange: Exchange,
         within: Exchange,
         replay: bool = False,
-        tentacle: Tentacle = Backbone.tentacle,
+        stack: int = 1,
+        run: Run = Backbone.forward,
     ):
         self.job, self.ensemble, self.shards = job, ensemble, shards
         self.exchange, self.within = exchange, within
-        self.replay, self.tentacle = replay, tentacle
-        self.members = cast(list[Backbone], list(ensemble.members))
-        self.trained = {n: p for n, p in ensemble.parameters_by_name() if p.requires_grad}
+        self.replay, self.run = replay, run
+        trained = {n: p for n, p in ensemble.parameters_by_name() if p.requires_grad}
+        names = {id(p): n for n, p in trained.items()}
+        self.units = units(ensemble, stack, apart=bool(job.each))
+        self.seeds = {one.ids[0]: one.seed for one in job.each}
         # The bias of the classifier block is left out: its gradient is the same everywhere.
         self.shared = [
-            p for n, p in self.trained.items() if n.startswith("shared.") and n != "shared.bias"
+            p for n, p in trained.items() if n.startswith("shared.") and n != "shared.bias"
+        ]
+        stacked = [leaf for unit in self.units for leaf in unit.leaves]
+        behind = {id(part) for _, parts in stacked for part in parts}
+        self.leaves: list[tuple[torch.nn.Parameter, tuple[str, ...]]] = [
+            *((p, (n,)) for n, p in trained.items() if id(p) not in behind),
+            *((whole, tuple(names[id(p)] for p in parts)) for whole, parts in stacked),
         ]
         self.own = [
-            [p for n, p in self.trained.items() if n.startswith(f"{i}.")] for i in ensemble.ids
+            [p for p, of in self.leaves if of[0].startswith(f"{unit.ids[0]}.")]
+            for unit in self.units
         ]
 
     @property
@@ -106,26 +120,39 @@ class Step:
 
     def begin(self, epoch: int) -> None:
         """Make ready for an epoch: its dropout masks, each shard's statistics, nothing seen."""
-        self.watch = Watch(len(self.members), self.device)
-        for i, member in zip(self.ensemble.ids, self.members, strict=True):
+        self.watch = Watch(len(self.ensemble.ids), self.device)
+        for i, member in zip(self.ensemble.ids, self.ensemble.members, strict=True):
             for name, module in member.named_modules():
                 if draws(module):
-                    keys = ("dropout", self.job.seed, i, name, epoch)
+                    keys = ("dropout", self.seeds.get(i, self.job.seed), i, name, epoch)
                     module.generator = generator(*keys, device=self.device)
         self._sides = {
-            shard: _Side(self.ensemble, (self.job.seed, epoch, shard))
+            shard: _Side(self, (self.job.seed, epoch, shard))
             for shard in (self.shards if self._cut else ())
         }
 
     def end(self) -> None:
-        """Give all shards the mean of their batch-norm statistics."""
+        """Give the network the mean of all shards' batch-norm statistics."""
         sides = list(self._sides.values())
         if not sides or not sides[0].norms:
             return
         total = self.within.sum(tree_sum([side.flat() for side in sides]))
-        for side in sides:
-            side.fill(total / self.job.recipe.shards)
-        sides[0].enter()
+        sides[0].leave(total / self.job.recipe.shards)
+        self._sides = {}
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """What computes: the prefix and the units."""
+        return [*self.ensemble.prefix(), *self.units]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Canonical name -> what the last step left in ``.grad``."""
+        return {
+            name: part
+            for whole, names in self.leaves
+            if whole.grad is not None
+            for name, part in zip(names, whole.grad.chunk(len(names)), strict=True)
+        }
 
     def exchanged(self) -> tuple[int, float]:
         """Bytes that this process has sent, and seconds that it spent in sums."""
@@ -145,40 +172,43 @@ class Step:
         return int(first), [i for i, n in zip(self.job.ids, steps, strict=True) if n == first]
 
     def __call__(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C).
+        """Gradients of one batch, left in ``.grad``; returns the loss and the logits (B, C), or of
+        jobs that are trained apart their mean loss and all logits (B, m, C).
 
         Args:
-            x: images (B, C, H, W), normalised.
-            y: labels (B,).
+            x: images (B, C, H, W), normalised; those of jobs that are trained apart (B * m, ..).
+            y: labels (B,), or (B, m).
             extra: the batch's rows of a job's arrays (`feed.ROWS`).
         """
         with exact_convolutions(self.ensemble):
             return self._gradients(x, y, extra)
 
     def _gradients(self, x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        for parameter in self.trained.values():
+        for parameter, _ in self.leaves:
             parameter.grad = None
         scale = 1.0 if self.job.spec.combine == "sum" else 1.0 / len(self.job.ids)
         passes = [self._forward(shard, rows, x) for shard, rows in self._rows(len(x))]
-        outputs = [
+        whole = [
             self._whole([p.outputs[k].detach() for p in passes], passes, len(x))
-            for k in range(len(self.members))
+            for k in range(len(self.units))
         ]
+        outputs = [z for block in whole for z in block.unbind(1)]
         self.watch.see(outputs)
         grads, loss, logits = self._objective(outputs, y, extra, scale)
         if self.job.recipe.distill and "teacher" not in extra:
             grads, more = self._from_ensemble(outputs, grads, logits, [p.rows for p in passes])
             loss = loss + more
-        # Trees of one gradient a member and shard: bits do not depend on who holds what.
+        # Trees of one gradient a unit and shard: bits do not depend on who holds what.
         shared = TreeSum()
-        for k, (member, grad) in enumerate(zip(self.members, grads, strict=True)):
+        for k, unit in enumerate(self.units):
             own = TreeSum()
+            grad = torch.stack([grads.pop(0) for _ in range(len(unit.ids))], 1)
             for p in passes:
                 if len(p.rows):
                     z = p.outputs[k]
                     if self.replay:
                         self._enter(p.shard)
-                        z = self.ensemble.rest(member, p.leaf, self.tentacle)
+                        z = unit(p.leaf, self.run)
                     z.backward(grad[p.rows] if self._cut else grad)
                     if p.leaf.grad is not None:
                         p.h.backward(p.leaf.grad, retain_graph=True)
@@ -197,6 +227,12 @@ class Step:
     def _cut(self) -> bool:
         return self.job.recipe.shards > 1
 
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Outputs (B, m, C) of each unit on images as they are, all at once."""
+        for module in self.ensemble.prefix():
+            x = module(x)
+        return [unit(x) for unit in self.units]
+
     def _enter(self, shard: int) -> None:
         if self._cut:
             self._sides[shard].enter()
@@ -214,21 +250,23 @@ class Step:
         self._enter(shard)
         h = x[rows] if self._cut else x
         if not len(rows):
-            none = h.new_zeros(0, self.job.spec.model.classes)
-            return _Pass(shard, rows, h, h, [none] * len(self.members))
+            none = [
+                h.new_zeros(0, len(unit.ids), self.job.spec.model.classes) for unit in self.units
+            ]
+            return _Pass(shard, rows, h, h, none)
         for module in self.ensemble.prefix():
             h = module(h)
         # Members push their gradients into this leaf.
         leaf = h.detach().requires_grad_(h.requires_grad)
-        with _replayed(self.ensemble) if self.replay else contextlib.nullcontext():
-            outputs = [self.ensemble.rest(m, leaf, self.tentacle) for m in self.members]
+        with _replayed(self.units) if self.replay else contextlib.nullcontext():
+            outputs = [unit(leaf, self.run) for unit in self.units]
         return _Pass(shard, rows, h, leaf, outputs)
 
     def _whole(self, parts: list[Tensor], passes: list[_Pass], count: int) -> Tensor:
-        """A member's outputs (B, C), zero where other processes take the images."""
+        """A unit's outputs (B, m, C), zero where other processes take the images."""
         if not self._cut:
             return parts[0]
-        whole = parts[0].new_zeros(count, parts[0].shape[1])
+        whole = parts[0].new_zeros(count, *parts[0].shape[1:])
         for part, p in zip(parts, passes, strict=True):
             whole[p.rows] = part
         return whole
@@ -241,6 +279,8 @@ class Step:
         The loss is the cross entropy of the combined logits, ``scale * sum(z_i) (+ bias)``; with
         `Recipe.prefixes` it is the mean of that over the first 1..M members.
         """
+        if self.job.each:
+            return self._apart(outputs, y, extra)
         bias = self.ensemble.bias
         if not self.job.recipe.prefixes:
             total = self.exchange.sum(tree_sum(outputs)).requires_grad_()
@@ -264,6 +304,19 @@ class Step:
         loss.backward()
         assert slots.grad is not None
         return [slots.grad[k] for k in mine], loss, sums[-1].detach()
+
+    def _apart(
+        self, outputs: list[Tensor], y: Tensor, extra: dict[str, Tensor]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """`_objective` of members that do not know of each other."""
+        leaves = [z.detach().requires_grad_() for z in outputs]
+        losses = [
+            self._loss(z, y[:, k], {name: rows[:, k] for name, rows in extra.items()})
+            for k, z in enumerate(leaves)
+        ]
+        torch.stack(losses).sum().backward()
+        grads = [z.grad for z in leaves if z.grad is not None]
+        return grads, torch.stack(losses).detach().mean(), torch.stack(outputs, 1)
 
     def _from_ensemble(
         self, outputs: list[Tensor], grads: list[Tensor], logits: Tensor, parts: list[Tensor]
@@ -317,7 +370,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 @dataclass(eq=False)
 class _Pass:
-    """One shard's way through the network: images, shared prefix, each member's outputs."""
+    """One shard's way through the network: images, shared prefix, each unit's outputs."""
 
     shard: int
     rows: Tensor
@@ -332,9 +385,11 @@ class _Side:
     `enter` puts them into the network's modules; no numbers are copied.
     """
 
-    def __init__(self, ensemble: Ensemble, seed: tuple[int, ...]):
-        norms = [m for m in ensemble.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    def __init__(self, step: Step, seed: tuple[int, ...]):
+        ensemble, network = step.ensemble, torch.nn.ModuleList(step.modules)
+        norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         self.norms = [(m, {k: v.clone() for k, v in m.named_buffers()}) for m in norms]
+        self._home = [dict(m.named_buffers()) for m in norms]
         self.generators: list[tuple[Any, torch.Generator]] = []
         for i, member in zip(ensemble.ids, ensemble.members, strict=True):
             for name, module in member.named_modules():
@@ -353,10 +408,15 @@ class _Side:
         """Running means and variances, one after another."""
         return torch.cat([own[k] for _, own in self.norms for k in _RUNNING])
 
-    def fill(self, values: Tensor) -> None:
-        found = [own[k] for _, own in self.norms for k in _RUNNING]
+    def leave(self, values: Tensor) -> None:
+        """Put the network's own buffers back, with the values of this side or those given."""
+        for (norm, own), home in zip(self.norms, self._home, strict=True):
+            for name, buffer in home.items():
+                buffer.copy_(own[name])
+            norm._buffers.update(home)
+        found = [home[k] for home in self._home for k in _RUNNING]
         for buffer, part in zip(found, values.split([b.numel() for b in found]), strict=True):
-            buffer.copy_(part)
+            buffer.copy_(part.view_as(buffer))
 
 
 _RUNNING = ("running_mean", "running_var")
@@ -378,6 +438,6 @@ def _given(parameters: list[torch.nn.Parameter], flat: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _replayed(ensemble: Ensemble) -> Iterator[None]:
-    with torch.no_grad(), Undisturbed(ensemble):
+def _replayed(units: list[Unit]) -> Iterator[None]:
+    with torch.no_grad(), Undisturbed(units):
         yield

@@ -14,6 +14,7 @@ from bnncore.errors import UserError
 from bnncore.search import space, trial
 from bnncore.search import study as S
 from bnncore.search.bases import Bases
+from bnncore.training.devices import Place
 from tests.search.studies import DATA, configuration, parse, result, study, told
 
 P = parse(budget_kib=6)
@@ -177,7 +178,7 @@ def test_a_damaged_network_is_trained_again(tmp_path, file):
     todo: list = []
     (name,) = bases.needed(Known(), p, todo)
     assert [w.name.split("/")[0] for w in todo] == ["fp32", "bnn"]
-    network = trial.network(1, DATA, p)
+    network = trial.network(Place(), DATA, p)
     for work in todo:
         bases.save(work.name, network)
     again: list = []

@@ -17,6 +17,7 @@ from bnncore.params import PackParams, ParamsError
 from bnncore.search import rivals, space, trial
 from bnncore.storage import untrained
 from bnncore.training import ensembled, plans
+from bnncore.training.devices import Place
 from tests import tiny
 from tests.search.studies import DATA, SHORT, configuration, parse
 
@@ -203,7 +204,7 @@ def test_an_fp32_network_is_judged_with_its_rounded_weights():
     config = found.config(configuration(backbone="resnet8", scheme="fp32"))
     among = found.packings(config, replace(p.search, budget_kib=99.0))
     assert among[0] == PackParams("float16", "int8")
-    result = trial.train(1, DATA, space.preset(p, config), among[:1], [(1.0, None)])
+    result = trial.train(Place(), DATA, space.preset(p, config), among[:1], [(1.0, None)])
     spec = plans.single_spec(space.preset(p, config), DATA.image, 4, binary=False)
     plain = blueprint.file_bound(spec, PackParams(), DATA.classes)
     assert result["file_bytes"] <= found.cost(config).file_bytes < plain / 2.5

@@ -19,7 +19,8 @@ from bnncore.params import Recipe
 from bnncore.training.checkpoint import Checkpoint
 from bnncore.training.feed import augmented
 from bnncore.training.jobs import Job
-from bnncore.training.loop import Trainer, drive, learning_rate, train_many
+from bnncore.training.loop import Trainer, drive, train_many
+from bnncore.training.schedule import learning_rate
 from tests import tiny
 
 DATA = tiny.dataset()
@@ -152,7 +153,7 @@ def test_members_learn_from_the_ensemble_that_they_form(prefixes):
     for trainer in (plain, taught):
         trainer.ensemble.train()
         loss, _ = trainer.step(x, y, {})
-        found.append((loss.item(), {n: p.grad for n, p in trainer.step.trained.items()}))
+        found.append((loss.item(), trainer.step.gradients()))
     (before, base), (after, grads) = found
     assert after - before == pytest.approx(extra.item(), rel=1e-3)
     for name, grad in grads.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -16,11 +17,12 @@ from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.params import ParamsError
-from bnncore.training import plans, schemes
+from bnncore.training import inference, plans, schemes
 from bnncore.training.ensembled import Ensembled
 from bnncore.training.feed import Feed
 from bnncore.training.jobs import Trained, TrainingError
-from bnncore.training.loop import learning_rate, train_many
+from bnncore.training.loop import train_many
+from bnncore.training.schedule import learning_rate
 from bnncore.training.schemes import SCHEMES, samme_vote
 from tests import tiny
 
@@ -130,13 +132,13 @@ def test_a_student_learns_from_what_an_earlier_ensemble_says(scheme):
     network = trained["many"].ensemble().eval()
     with torch.no_grad():
         scores = network(tiny.normalized(DATA, DATA.train.images)).numpy()
-    said = one.teacher
+    said, by_fp32 = (inference.teacher_logits(job.teacher, DATA, "cpu") for job in (one, of_fp32))
     if scheme == "voting":
         said = np.exp(said) * 2  # the votes, which are not divided there
         scores = scores * 2 / scores.sum(1, keepdims=True)
     assert np.allclose(said, scores, atol=1e-4)
-    assert of_fp32.teacher.shape == said.shape
-    assert not np.allclose(of_fp32.teacher, one.teacher)
+    assert by_fp32.shape == said.shape
+    assert not np.allclose(by_fp32, said)
     assert all(job.teacher is None for job in watched.jobs[:-2])
 
 
@@ -145,7 +147,8 @@ def test_the_bnn_learns_from_the_fp32_network():
     fp32, bnn = pretrained()
     job = plans.first_job(taught, DATA, fp32)
     (found,) = train_many([job], DATA)
-    assert job.teacher.argmax(1).tolist() != DATA.train.labels.tolist()[::-1]
+    said = inference.teacher_logits(job.teacher, DATA, "cpu")
+    assert said.argmax(1).tolist() != DATA.train.labels.tolist()[::-1]
     assert any(not torch.equal(value, bnn[name]) for name, value in found.state.items())
 
 
@@ -227,8 +230,7 @@ def test_resampling_prefers_heavy_images():
     """Members that are wrong on one class only: the next draws it far more often."""
     p = params(scheme="boosting", boost="resample", members=2, recipe={"epochs": 0})
     plan = plans.plan(p, p.ensembles.train[0], DATA, *pretrained())
-    watched = Watched()
-    plan = plan_with_outputs(plan, lambda labels: np.where(labels == 0, 1, labels))
+    watched = Scripted(lambda labels: np.where(labels == 0, 1, labels))
     schemes.train(plan, watched)
     labels = DATA.train.labels[watched.jobs[1].indices]
     # w of a wrong image is (1 - eps) / eps * (C - 1) = 4 times that of a right one; eps = 1/3
@@ -236,23 +238,24 @@ def test_resampling_prefers_heavy_images():
     assert abs((labels == 0).mean() - share) < 5 * (share * (1 - share) / 60) ** 0.5
 
 
-def plan_with_outputs(plan, *predictions):
-    """The plan, with members that predict ``predictions[i](labels)`` on the training images."""
-    calls = iter(predictions)
+class Scripted(Watched):
+    """Members that predict ``predictions[i](labels)`` on the training images."""
 
-    class Scripted(schemes.Plan):
-        def training_outputs(self, trained):
-            predict = next(calls, predictions[-1])
-            return np.eye(CLASSES, dtype=np.float32)[predict(DATA.train.labels)]
+    def __init__(self, *predictions):
+        super().__init__()
+        self.predictions = predictions
 
-    return Scripted(**vars(plan))
+    def __call__(self, jobs):
+        predict = self.predictions[min(self.calls, len(self.predictions) - 1)]
+        said = np.eye(CLASSES, dtype=np.float32)[predict(DATA.train.labels)]
+        return [replace(one, training=said[None]) for one in super().__call__(jobs)]
 
 
 def boosted(*predictions):
     p = params(scheme="boosting", members=len(predictions), recipe={"epochs": 0})
     plan = plans.plan(p, p.ensembles.train[0], DATA, *pretrained())
-    watched = Watched()
-    return schemes.train(plan_with_outputs(plan, *predictions), watched), watched.jobs
+    watched = Scripted(*predictions)
+    return schemes.train(plan, watched), watched.jobs
 
 
 def right(labels):
@@ -315,8 +318,8 @@ def test_gradient_boosting_follows_the_sum(residual):
 
 def test_gradient_boosting_matches_torchensembles_targets():
     operator = pytest.importorskip("torchensemble.utils.operator")
-    _, watched, plan = run(scheme="gradient_boosting", members=2)
-    z = torch.from_numpy(plan.training_outputs(watched.results[0]))
+    _, watched, _ = run(scheme="gradient_boosting", members=2)
+    z = torch.from_numpy(watched.results[0].training[0])
     y = torch.from_numpy(DATA.train.labels)
     total = operator.sum_with_multiplicative([z], 1.0)
     expected = operator.pseudo_residual_classification(y, total, CLASSES)
@@ -386,8 +389,9 @@ def test_stochastic_rounding_draws_from_one_network():
     result, watched, _plan = run(
         scheme="stochastic_rounding", sharing="no_shared", members=3, recipe={"epochs": 1}
     )
-    assert len(watched.jobs) == 1
-    assert watched.jobs[0].spec.model.binarizer.stochastic
+    first, *draws = watched.jobs  # each draw has its norms estimated where it is sent
+    assert [(job.then, job.recipe.epochs) for job in draws] == [("norms", 0)] * 3
+    assert first.spec.model.binarizer.stochastic
     assert not result.spec.model.binarizer.stochastic  # members' signs are fixed
     source = watched.results[0].state
     members = result.ensemble().members

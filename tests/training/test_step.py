@@ -152,7 +152,7 @@ def test_gradients_in_float64_are_those_of_the_plain_loop(scheme, sharing, extra
         trainer.ensemble.to(torch.float64).train()
         feed = trainer.feed
         trainer.step(feed.normalized(feed.images[:48]).double(), feed.labels[:48], {})
-        return {n: q.grad for n, q in trainer.step.trained.items()}
+        return trainer.step.gradients()
 
     split = {n: g for found in group.each(gradients) for n, g in found.items()}
     plain = Ensemble(job.spec)

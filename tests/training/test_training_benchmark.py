@@ -3,6 +3,7 @@ and without what a GPU machine may lack."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,8 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import training
-from benchmarks.rows import Bench
+from benchmarks import gpu, training
 from bnncore.networks.ensemble import Ensemble
 from bnncore.training.loop import Trainer
 
@@ -40,40 +40,49 @@ def test_the_peers_network_is_the_same_function():
         assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-9), name
 
 
-def test_gpu_rows_on_a_cpu(capsys):
-    bench = Bench(time.perf_counter)
-    training.gpu(bench, "cpu", (1, 2), 4, 1, False, "resnet8", width=8)
-    assert [row["name"] for row in bench.rows] == [
-        f"resnet8, fusion, M = {members}, batch 4, eager" for members in (1, 2)
-    ]
-    assert all(row["ours_s"] > 0 and row["ratio"] > 0 for row in bench.rows)
-    assert "projected for 200 epochs of 50000 images at M = 2" in "\n".join(bench.notes)
-    assert "images a second on cpu" in capsys.readouterr().out
-
-
 @pytest.mark.slow
-def test_gpu_rows_need_no_cluster_tracking_or_peer():
+def test_the_gpu_benchmark_on_a_cpu_without_what_a_gpu_machine_may_lack(tmp_path):
+    script, file = ROOT / "benchmarks" / "gpu.py", tmp_path / "found.json"
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import runpy, sys\n"
         f"for name in {ABSENT!r}: sys.modules[name] = None\n"  # importing one now fails
-        "import time\n"
-        "from benchmarks import training\n"
-        "from benchmarks.rows import Bench\n"
-        "training.describe()\n"
-        "training.gpu(Bench(time.perf_counter), 'cpu', (1,), 4, 1, False, 'resnet8', width=8)"
+        f"sys.argv = ['gpu.py', '--device', 'cpu', '--tiny', '--json', {str(file)!r}]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "plain loop" in done.stdout
+    found = json.loads(file.read_text())
+    assert found["correct"]["good"]
+    assert len(found["correct"]["errors"]) == 4
+    rates = found["rates"]["images_per_s"]
+    assert list(rates) == ["2", "1"]
+    assert set(rates["2"]) == {"looped", "stacked", "plain loop"}
+    assert found["rates"]["projected"]["seconds"] > 0
+    assert set(found["memory"]) == {"replayed", "looped", "stacked", "seconds"}
+    assert len(found["training"]["epochs"]) == 2
 
 
-@pytest.mark.slow
+def test_a_part_that_fails_or_has_no_time_left_does_not_lose_the_others(tmp_path, monkeypatch):
+    def fails(day):
+        raise RuntimeError("no such kernel")
+
+    parts = {"one": lambda day: {"good": True}, "two": fails, "three": lambda day: day.end()}
+    monkeypatch.setattr(gpu, "PARTS", {**parts, "four": parts["one"]})
+    monkeypatch.setattr(gpu.Day, "end", lambda day: setattr(day, "until", 0.0) or {}, raising=False)
+    day = gpu.Day("cpu", time.perf_counter() + 60, tmp_path / "found.json")
+    gpu.measure(day)
+    found = json.loads(day.file.read_text())
+    assert found["one"]["good"]
+    assert found["two"]["error"] == "RuntimeError: no such kernel"
+    assert found["four"]["left_out"] == "no time left"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_without_one_is_refused():
-    script = str(ROOT / "benchmarks" / "training.py")
-    done = subprocess.run([sys.executable, script, "--gpu"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--gpu: expected a CUDA device, got none" in done.stderr
+def test_gpu_without_one_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "--device: expected a CUDA device, got none" in capsys.readouterr().err
 
 
 def test_the_estimate_of_memory_grows_with_the_batch_but_not_its_filters():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.util
 import json
 import statistics
@@ -219,6 +220,7 @@ def memory(day: Day) -> Found:
         ("looped", 1, False),
         ("stacked", members, False),
     ):
+        gc.collect()  # the last trainer, whose parts know each other
         if day.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -230,10 +232,10 @@ def memory(day: Day) -> Found:
             step()
         except torch.OutOfMemoryError as error:
             found[label] = {"out_of_memory": str(error).partition("\n")[0]}
-            continue
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if day.device == "cuda" else peak_bytes()
-        found[label] = {"bytes": peak, "seconds": seconds}
+        else:
+            seconds = time.perf_counter() - start
+            peak = torch.cuda.max_memory_allocated() if day.device == "cuda" else peak_bytes()
+            found[label] = {"bytes": peak, "seconds": seconds}
         del step
     return found
 

@@ -74,7 +74,8 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "weight_decay": {"0", *NUMBER}, "warmup": {"0", *MANY}, "schedule": set(),
         "patience": MANY, "label_smoothing": {"0", "0.25"}, "distill": {"0", "1", "0.25"},
         "temperature": {"10**5", "10**9", *NUMBER}, "two_step": FLAG, "augment": set(),
-        "pad": WHOLE, "prefixes": FLAG, "shards": WHOLE, "compile": set(),
+        "pad": WHOLE, "prefixes": FLAG, "shards": WHOLE, "compile": set(), "stack": MANY,
+        "deterministic": FLAG,
     },
     "CustomSharing": {"own": {"[]"}, "frozen": FLAG, "name": TEXT},
     "EnsembleParams": {

@@ -94,7 +94,8 @@ def test_every_scheme_gives_members_that_differ_and_can_be_read_back(scheme, tmp
     assert np.array_equal(outputs(again, DATA.val), z)
     repeated, _, _ = run(scheme=scheme, **options)
     assert all(torch.equal(v, repeated.state[n]) for n, v in result.state.items())
-    assert set(result.histories) == {job.name for job in watched.jobs}
+    # A draw of stochastic rounding is a job without epochs: it has no history.
+    assert set(result.histories) == {job.name for job in watched.jobs if job.recipe.epochs}
 
 
 @pytest.mark.parametrize("scheme", [s for s, row in SCHEMES.items() if not row.joint])

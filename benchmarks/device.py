@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from bnncore import params as P
+from bnncore import zoo
 from bnncore.device import emulate, export
 from bnncore.lowering.lower import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING
-from bnncore.packed import narrow
+from bnncore.packed import narrow, packfile
 from bnncore.packed.program import Node, Program, Tensor, pack_bits
 from tests import tiny
 
@@ -39,14 +40,11 @@ OPTIMIZE = "-O2"
 # name: backbone, image, members, and whether it is packed with `integer`. All of width 16. Those of
 # floats are counted on Cortex-M4 alone: without a float unit an image takes hundreds of millions.
 NETWORKS = {
-    "digits NiN": ("nin", (8, 8, 1), 1, True),
-    "digits NiN, four members": ("nin", (8, 8, 1), 4, True),
-    "digits NiN, floats": ("nin", (8, 8, 1), 1, False),
+    "digits NiN, integers": ("nin", (8, 8, 1), 1, True),
     "lean ResNet-8": ("leanresnet8", (32, 32, 3), 1, True),
     "lean ResNet-8, four members": ("leanresnet8", (32, 32, 3), 4, True),
     "lean ResNet-8, floats": ("leanresnet8", (32, 32, 3), 1, False),
     "lean ResNet-20": ("leanresnet20", (32, 32, 3), 1, True),
-    "lean ResNet-20, four members": ("leanresnet20", (32, 32, 3), 4, True),
     "ResNet-8 of the papers": ("resnet8", (32, 32, 3), 1, True),
     "ResNet-8 of the papers, floats": ("resnet8", (32, 32, 3), 1, False),
 }
@@ -101,6 +99,15 @@ def stack(channels: int, size: int, layers: int) -> Program:
     )  # fmt: skip
 
 
+def programs() -> Iterator[tuple[str, Program, bool]]:
+    """(name, program, whether it is counted on cores without a float unit too): the trained files
+    that come with bnncore, small enough for that, and `NETWORKS`."""
+    for entry in zoo.entries():
+        yield f"zoo:{entry.name}", packfile.load(entry.path), True
+    for name, row in NETWORKS.items():
+        yield name, network(*row), row[-1]
+
+
 def counted(program: Program, core: str) -> tuple[emulate.Device, int]:
     """The device and instructions of one image, all members."""
     device = emulate.Device(export.generate(program, "model"), core, OPTIMIZE)
@@ -118,14 +125,14 @@ def layer(channels: int, size: int, core: str) -> dict[str, Any]:
 
 
 def rows_of_networks() -> Iterator[dict[str, Any]]:
-    for name, (backbone, image, members, integer) in NETWORKS.items():
-        program = network(backbone, image, members, integer)
+    for name, program, everywhere in programs():
         for core, facts in emulate.CORES.items():
-            if facts.fpu or integer:
+            if facts.fpu or everywhere:
                 device, count = counted(program, core)
                 sizes = device.sizes
                 yield {
-                    "network": name, "core": core, "members": members, "instructions": count,
+                    "network": name, "core": core, "members": program.members,
+                    "instructions": count,
                     "code": sizes.code, "constants": sizes.constants, "ram": sizes.ram,
                     "alive": device.made.alive, "stack": device.deepest,
                 }  # fmt: skip
@@ -190,10 +197,10 @@ Peer: int8 ResNet-8 (MLPerf Tiny) through CMSIS-NN, gcc -O3, counted alike: 29.8
 Cortex-M4, 41.75 M on M3, 97.4 M on M0; code and tables 18.5 KB, weights 77.4 KB, RAM 51.5 KB. The
 column divides its instructions by this network's; above 1 this network takes fewer.
 
-All networks have width 16; in the ResNets 16, 32 and 64 channels. Those that are not called
-floats are packed with `integer`: nothing is a float but the ten scores, residuals take 16 bits.
-With floats each float operation is a call of some fifty to a hundred instructions on cores
-without a float unit.
+Those called zoo are the trained files that come with bnncore, with floats. All others have width
+16; in the ResNets 16, 32 and 64 channels. Those that are not called floats are packed with
+`integer`: nothing is a float but the ten scores, residuals take 16 bits. With floats each float
+operation is a call of some fifty to a hundred instructions on cores without a float unit.
 """
 
 

@@ -50,21 +50,26 @@ def link(body: Body, before: int, value: int, node: Node) -> None:
 def _rescale(body: Body, value: int, node: Node) -> None:
     """In 32 bits, to which `rules` hold it."""
     names = node.tensors
-    scale, shift = body.whole(names["scale"]), body.whole(names["shift"])
+    scale = body.whole(names["scale"])
     right, low, high = (int(node.attrs[key]) for key in ("right", "low", "high"))
     # Of numbers below 0 all compilers shift the sign in.
     if body.count is not None and "slope" not in names:
         count, products = body.count
+        start = body.code.group(
+            [names["scale"], names["shift"]], f"from {products}", "int32_t",
+            lambda copies: copies[0] * np.int32(products) + copies[1],
+        )  # fmt: skip
+        # A product less an element than of the scale times the sum itself.
         body.column += [
-            f"const uint32_t factor = 0u - 2u * (uint32_t){scale}[c];",
-            f"const uint32_t from = {products}u * (uint32_t){scale}[c] + (uint32_t){shift}[c];",
+            f"const uint32_t factor = 2u * (uint32_t){scale}[c];",
+            f"const uint32_t from = (uint32_t){start}[c];",
         ]
-        body.each[-1] = f"int32_t u = (int32_t)({count} * factor + from) >> {right};"
+        body.each[-1] = f"int32_t u = (int32_t)(from - {count} * factor) >> {right};"
     else:
         factor = f"{scale}[c]"
         if "slope" in names:
             factor = f"(u >= 0 ? {factor} : {body.whole(names['slope'])}[c])"
-        body.each.append(f"u = (u * {factor} + {shift}[c]) >> {right};")
+        body.each.append(f"u = (u * {factor} + {body.whole(names['shift'])}[c]) >> {right};")
     body.count = None
     if len(node.inputs) == 2:
         body.each.append(f"u += {body.element(node.inputs[1])};")

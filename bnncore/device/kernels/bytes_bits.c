@@ -75,7 +75,7 @@ static void bnn_bytes_bits(const bnn_window *g, const uint8_t *image, const int1
                 sum += t[u[0]] + t[u[1]] + t[u[2]] + t[u[3]];
                 sum += t[u[4]] + t[u[5]] + t[u[6]] + t[u[7]];
             }
-            BNN_ROLLED for (; k; k--)
+            BNN_ROLLED for (; k > 0; k--)
                 sum += t[*u++];
             sum = (2u * sum + (0x80008000u - all)) ^ 0x80008000u; /* no lane borrows of the other */
             to[o] = (bnn_i16)(sum & 0xffffu);

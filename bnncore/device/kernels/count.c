@@ -26,7 +26,7 @@ static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int pl
     int k;
     BNN_ROLLED for (k = 6; k < planes; k++)
         sums[k] = 0u - (start >> k & 1u);
-    BNN_ROLLED for (; words; words -= 2, w += 2, table += 256) {
+    BNN_ROLLED for (; words > 0; words -= 2, w += 2, table += 256) {
         uint32_t a, b, c, d, e, f, r, s, t, x, y, z;
         const uint32_t v = w[0], u = w[1];
         BNN_FOUR(a, b, c, table, v, 0);

@@ -21,7 +21,7 @@ static int32_t bnn_differ(const bnn_u32 *a, const uint32_t *w, const bnn_u32 *ma
         }
         count += bnn_popcount(ones) + 2u * bnn_popcount(twos) + 4u * bnn_popcount(fours);
     }
-    BNN_ROLLED for (; n; n--)
+    BNN_ROLLED for (; n > 0; n--)
         count += bnn_popcount((*a++ ^ *w++) & *mask++);
     return (int32_t)count;
 }

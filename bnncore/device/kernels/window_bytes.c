@@ -9,7 +9,7 @@ static void bnn_window_bytes(const bnn_window *g, const uint8_t *x, int oy, int 
         const int y = top + i, row = y >= 0 && y < g->height;
         int32_t at = ((int32_t)y * g->width + left) * g->channels;
         if (row && whole)
-            BNN_ROLLED for (c = g->kw * g->channels; c; c--)
+            BNN_ROLLED for (c = g->kw * g->channels; c > 0; c--)
                 *to++ = x[at++];
         else
             BNN_ROLLED for (j = 0; j < g->kw; j++, at += g->channels) {

@@ -72,8 +72,8 @@ def looped(trainers: list[Trainer]) -> tuple[int, dict]:
 
 
 def cases():
-    """Every scheme whose members are trained at once and every sharing, stacked, by the graph that
-    a compiler gets, in its simple operations; some by the compiler, which takes a minute each."""
+    """Some by the compiler; in soak every scheme whose members are trained at once and every
+    sharing, stacked, by the graph that a compiler gets, in its simple operations."""
     for scheme, sharing, stack in [
         ("fusion", "c1", 3),
         ("fusion", "c1", 1),
@@ -87,7 +87,8 @@ def cases():
     for scheme, sharing, extra in [*GRID, *apart]:
         of = sharing if isinstance(sharing, str) else "own-list"
         name = "-".join([scheme, of, *extra.values(), "graph-stacked"])
-        yield pytest.param("aot_eager_decomp_partition", scheme, sharing, extra, 3, id=name)
+        yield pytest.param("aot_eager_decomp_partition", scheme, sharing, extra, 3, id=name,
+                           marks=pytest.mark.soak)  # fmt: skip
 
 
 @needs_compiler

@@ -94,7 +94,7 @@ def cases():
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # a compiler suffers beside other work
-@pytest.mark.parametrize(("backend", "scheme", "sharing", "extra", "stack"), cases())
+@pytest.mark.parametrize(("backend", "scheme", "sharing", "extra", "stack"), list(cases()))
 def test_compiled_is_looped_in_float64_and_one_graph_serves_all(
     backend, scheme, sharing, extra, stack, graphs, monkeypatch
 ):

@@ -1,4 +1,5 @@
-"""Generated C on emulated processors: compiled by zig, run and counted by unicorn. Extra `device`.
+"""Generated C on emulated processors: compiled by zig or gcc, run and counted by unicorn. Extra
+`device`.
 
 Counts are instructions, not cycles; they are exact and the same everywhere.
 """
@@ -26,7 +27,7 @@ END = 0x0FFF_0000  # where a call returns to
 
 @dataclass(frozen=True)
 class Core:
-    """A processor: how zig names it, how unicorn does, and its first four argument registers."""
+    """A processor: how zig, unicorn and gcc name it, and whether it has floats."""
 
     target: str
     cpu: str
@@ -34,15 +35,17 @@ class Core:
     mode: tuple[str, ...]
     model: str | None = None
     fpu: bool = False
+    gcc: tuple[str, ...] = ()
 
 
 CORES = {
     "cortex-m4": Core("thumb-freestanding-eabihf", "cortex_m4+vfp4d16sp", "ARM",
-                      ("THUMB", "MCLASS"), "CORTEX_M4", fpu=True),
+                      ("THUMB", "MCLASS"), "CORTEX_M4", fpu=True,
+                      gcc=("-mcpu=cortex-m4", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard")),
     "cortex-m3": Core("thumb-freestanding-eabi", "cortex_m3", "ARM", ("THUMB", "MCLASS"),
-                      "CORTEX_M3"),
+                      "CORTEX_M3", gcc=("-mcpu=cortex-m3",)),
     "cortex-m0+": Core("thumb-freestanding-eabi", "cortex_m0plus", "ARM", ("THUMB", "MCLASS"),
-                       "CORTEX_M0"),
+                       "CORTEX_M0", gcc=("-mcpu=cortex-m0plus",)),
     "riscv32": Core("riscv32-freestanding-none", "generic_rv32+m", "RISCV", ("RISCV32",)),
 }  # fmt: skip
 
@@ -63,17 +66,20 @@ class Device:
         made: from `export.generate`.
         core: a key of `CORES`.
         optimize: the compiler's flags.
+        compiler: ``zig``, or ``gcc`` for Arm's.
 
     Raises:
         DeviceError: a tool is missing; the code does not compile.
     """
 
-    def __init__(self, made: Exported, core: str, optimize: str = "-O2") -> None:
+    def __init__(
+        self, made: Exported, core: str, optimize: str = "-O2", compiler: str = "zig"
+    ) -> None:
         zig.expect(zig.missing())
         if core not in CORES:
             raise DeviceError(f"cpu: expected one of {', '.join(CORES)}, got {core!r}")
         self.made, self.core = made, CORES[core]
-        self.elf = _compiled(made, self.core, optimize)
+        self.elf = _compiled(made, self.core, optimize, compiler)
         self.segments, self.symbols, self.sizes = _read(self.elf)
         if self.sizes.code + self.sizes.constants > FLASH_BYTES or self.sizes.ram > RAM_BYTES:
             raise DeviceError(
@@ -192,17 +198,19 @@ def _pages(size: int) -> int:
     return -(-size // 4096) * 4096 + 4096  # one more: a page of its own between regions
 
 
-def _compiled(made: Exported, core: Core, optimize: str) -> bytes:
+def _compiled(made: Exported, core: Core, optimize: str, compiler: str) -> bytes:
     script = (
         f"ENTRY({made.name}_scores)\n"
         f"SECTIONS {{ . = 0x{FLASH:x}; .text : {{ KEEP(*(.text.{made.name}_*)) *(.text*) }} "
         f".rodata : {{ *(.rodata*) *(.srodata*) }} . = 0x{RAM:x}; "
         ".data : { *(.data*) *(.sdata*) } .bss : { *(.bss*) *(.sbss*) *(COMMON) } }\n"
     )
-    flags = [f"-mcpu={core.cpu}", "-g", *optimize.split(), "-ffunction-sections",
+    flags = ["-g", *optimize.split(), "-ffunction-sections",
              "-Wl,-T,{folder}/device.ld", "-Wl,--gc-sections"]  # fmt: skip
     files = {"device.ld": script, f"{made.name}.c": made.source}
-    return zig.compiled(made, core.target, flags, files)
+    if compiler == "gcc":
+        return zig.by_gcc(made, [*core.gcc, "-mthumb", *flags], files)
+    return zig.compiled(made, core.target, [f"-mcpu={core.cpu}", *flags], files)
 
 
 def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:

@@ -1,8 +1,9 @@
-"""zig's C compiler for other machines, from PyPI's `ziglang`. Extra `device`."""
+"""C compilers for other machines: zig's, from PyPI's `ziglang` (extra `device`); Arm's gcc."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from bnncore.device.export import Exported
 from bnncore.errors import UserError
 
 FREESTANDING = Path(__file__).with_name("freestanding")
+GCC = "arm-none-eabi-gcc"
 TOOLS = {"ziglang": "ziglang", "unicorn": "unicorn", "elftools": "pyelftools"}  # module -> package
 
 
@@ -42,19 +44,30 @@ def compiled(made: Exported, target: str, flags: list[str], files: dict[str, str
     Raises:
         DeviceError: it does not compile.
     """
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-fomit-frame-pointer",
+               "-fno-sanitize=all", "-nostdlib", "-rtlib=compiler-rt",
+               "-isystem", str(FREESTANDING)]  # fmt: skip
+    return _linked(made, [*command, *flags], files, target)
+
+
+def by_gcc(made: Exported, flags: list[str], files: dict[str, str]) -> bytes:
+    """The same by Arm's gcc and its newlib, where a system has them."""
+    if shutil.which(GCC) is None:
+        raise DeviceError(f"expected {GCC} on the path: Debian's gcc-arm-none-eabi has it")
+    return _linked(made, [GCC, "-nostartfiles", "-specs=nosys.specs", *flags], files, GCC)
+
+
+def _linked(made: Exported, command: list[str], files: dict[str, str], what: str) -> bytes:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, text in {f"{made.name}.h": made.header, **files}.items():
             (folder / file).write_text(text)
         command = [
-            sys.executable, "-m", "ziglang", "cc", "-target", target, "-std=c99",
-            *(flag.replace("{folder}", name) for flag in flags), "-fomit-frame-pointer",
-            "-fno-sanitize=all", "-ffp-contract=off", "-nostdlib", "-rtlib=compiler-rt",
-            "-isystem", str(FREESTANDING), "-o", str(folder / "linked"),
-            *(str(folder / file) for file in files if file.endswith(".c")),
+            *(word.replace("{folder}", name) for word in command), "-std=c99", "-ffp-contract=off",
+            "-o", str(folder / "linked"), *(str(folder / f) for f in files if f.endswith(".c")),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or ["?"]
-            raise DeviceError(f"{made.name} for {target}: does not compile: {errors[0]}")
+            raise DeviceError(f"{made.name} for {what}: does not compile: {errors[0]}")
         return (folder / "linked").read_bytes()

@@ -179,13 +179,19 @@ def test_the_self_test_can_fail(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["floats", "integers"])
-@pytest.mark.parametrize("core", emulate.CORES)
+@pytest.mark.parametrize(
+    ("core", "compiler"),
+    [*((core, "zig") for core in emulate.CORES)]
+    + [(core, "gcc") for core, facts in emulate.CORES.items() if facts.gcc],
+)
 @pytest.mark.skipif(bool(zig.missing()), reason="needs the extra `device`")
-def test_cores_agree_with_the_evaluator(core, whole):
+def test_cores_agree_with_the_evaluator(core, compiler, whole):
+    if compiler == "gcc" and shutil.which(zig.GCC) is None:
+        pytest.skip(f"no {zig.GCC} here")
     program = network("leanresnet8" if whole else "resnet8", "shared_conv",
                       "hard_vote" if whole else "mean", whole=whole)  # fmt: skip
     images = random_images(program, 2)
-    device = emulate.Device(export.generate(program, "net"), core)
+    device = emulate.Device(export.generate(program, "net"), core, compiler=compiler)
     found, instructions = device.call("scores", images, 2, count=True)
     agree(program, images, 2, np.array([label for label, _ in found]),
           np.stack([scores for _, scores in found]))  # fmt: skip

@@ -4,9 +4,9 @@
     python benchmarks/device.py --quick          the layers alone
     python benchmarks/device.py --write          also benchmarks/device.md and device.json
 
-Needs the extra `device`. Code is compiled by zig and runs on unicorn's cores; instructions are
-counted, so the figures are the same everywhere; they are not cycles. Networks have random weights,
-on which counts hardly depend.
+Needs the extra `device`. Code is compiled by zig, for Cortex-M4 by Arm's gcc too where it is
+installed, and runs on unicorn's cores; instructions are counted, so the figures are the same
+everywhere; they are not cycles. Networks have random weights, on which counts hardly depend.
 
 The peer is int8 ResNet-8 of MLPerf Tiny through CMSIS-NN, compiled by gcc -O3 and counted alike.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -27,7 +28,7 @@ import numpy as np
 
 from bnncore import params as P
 from bnncore import zoo
-from bnncore.device import emulate, export
+from bnncore.device import emulate, export, zig
 from bnncore.lowering.lower import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
@@ -108,30 +109,37 @@ def programs() -> Iterator[tuple[str, Program, bool]]:
         yield name, network(*row), row[-1]
 
 
-def counted(program: Program, core: str) -> tuple[emulate.Device, int]:
+def builds() -> list[tuple[str, str]]:
+    """(core, compiler) of what is counted."""
+    by_gcc = [("cortex-m4", "gcc")] if shutil.which(zig.GCC) else []
+    return by_gcc + [(core, "zig") for core in emulate.CORES]
+
+
+def counted(program: Program, core: str, compiler: str) -> tuple[emulate.Device, int]:
     """The device and instructions of one image, all members."""
-    device = emulate.Device(export.generate(program, "model"), core, OPTIMIZE)
+    device = emulate.Device(export.generate(program, "model"), core, OPTIMIZE, compiler)
     images = export.self_images(program, 1)
     return device, device.call("scores", images, program.members, count=True)[1]
 
 
-def layer(channels: int, size: int, core: str) -> dict[str, Any]:
+def layer(channels: int, size: int, core: str, compiler: str) -> dict[str, Any]:
     """Instructions of one binary 3x3 layer from bits to bits: what a second one adds."""
-    first, second = (counted(stack(channels, size, layers), core)[1] for layers in (1, 2))
+    first, second = (counted(stack(channels, size, layers), core, compiler)[1] for layers in (1, 2))
     macs = 9 * channels * channels * size * size
     count = second - first
     return {"layer": f"{channels} to {channels} at {size}x{size}", "core": core,
-            "instructions": count, "macs_per_instruction": round(macs / count, 2)}  # fmt: skip
+            "compiler": compiler, "instructions": count,
+            "macs_per_instruction": round(macs / count, 2)}  # fmt: skip
 
 
 def rows_of_networks() -> Iterator[dict[str, Any]]:
     for name, program, everywhere in programs():
-        for core, facts in emulate.CORES.items():
-            if facts.fpu or everywhere:
-                device, count = counted(program, core)
+        for core, compiler in builds():
+            if emulate.CORES[core].fpu or everywhere:
+                device, count = counted(program, core, compiler)
                 sizes = device.sizes
                 yield {
-                    "network": name, "core": core, "members": program.members,
+                    "network": name, "core": core, "compiler": compiler, "members": program.members,
                     "instructions": count,
                     "code": sizes.code, "constants": sizes.constants, "ram": sizes.ram,
                     "alive": device.made.alive, "stack": device.deepest,
@@ -152,8 +160,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the layers alone")
     parser.add_argument("--write", action="store_true", help="benchmarks/device.md and .json")
     options = parser.parse_args()
-    layers = [layer(*shape, core) for shape in LAYERS for core in emulate.CORES]
-    titles = {"layer": "layer", "core": "core", "instructions": "instructions",
+    layers = [layer(*shape, *build) for shape in LAYERS for build in builds()]
+    titles = {"layer": "layer", "core": "core", "compiler": "compiler",
+              "instructions": "instructions",
               "macs_per_instruction": "MAC an instruction"}  # fmt: skip
     parts = [table(layers, titles)]
     print(parts[0], flush=True)
@@ -165,24 +174,26 @@ def main() -> None:
         print(row, file=sys.stderr, flush=True)
         if "ResNet" in row["network"] and row["core"] in PEER:
             row["peer"] = f"{PEER[row['core']] / row['instructions']:.2f}"
-    titles = {"network": "network", "core": "core", "instructions": "instructions",
-              "peer": "int8 ResNet-8 / this", "code": "code", "constants": "constants",
-              "ram": "RAM", "stack": "stack"}  # fmt: skip
+    titles = {"network": "network", "core": "core", "compiler": "compiler",
+              "instructions": "instructions", "peer": "int8 ResNet-8 / this", "code": "code",
+              "constants": "constants", "ram": "RAM", "stack": "stack"}  # fmt: skip
     parts.append(table(networks, titles))
     print(parts[1])
     if options.write:
         place = Path(__file__)
-        facts = {"zig": metadata.version("ziglang"), "unicorn": metadata.version("unicorn"),
-                 "optimize": OPTIMIZE, "layers": layers, "networks": networks}  # fmt: skip
+        facts = {"compilers": ", ".join(zig.versions().values()),
+                 "unicorn": metadata.version("unicorn"), "optimize": OPTIMIZE, "layers": layers,
+                 "networks": networks}  # fmt: skip
         place.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        text = TEXT.format(zig=facts["zig"], optimize=OPTIMIZE, layers=parts[0], networks=parts[1])
+        named = {key: facts[key] for key in ("compilers", "optimize")}
+        text = TEXT.format(**named, layers=parts[0], networks=parts[1])
         place.with_suffix(".md").write_text(text)
 
 
 TEXT = """# Networks on microcontrollers
 
-Made by `python benchmarks/device.py --write` with zig {zig} at `{optimize}`, contraction off.
-Instructions an image, counted on emulated cores: exact, the same everywhere, not cycles. Bytes are
+Made by `python benchmarks/device.py --write` with {compilers}, at `{optimize}`, contraction
+off. Instructions an image, counted on emulated cores: exact, the same everywhere, not cycles. Bytes are
 those of the linked code. Random weights.
 
 ## Binary 3x3 layers, from bits to bits, zero padding exact

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib import metadata
 from pathlib import Path
 
-from bnncore.device import costs, emulate, export, wasm
+from bnncore.device import costs, emulate, export, wasm, zig
 from bnncore.errors import UserError
 from bnncore.packed import packfile
 from bnncore.packed.program import Program
@@ -34,6 +33,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command.add_argument("--members", type=int, help="up to so many (default all)")
     command.add_argument("--estimate", action="store_true",
                          help="by a model of Cortex-M4 at -O2: nothing is compiled")  # fmt: skip
+    command.add_argument("--compiler", default="zig", choices=("zig", "gcc"),
+                         help=f"gcc is {zig.GCC}, where it is installed")  # fmt: skip
     command.add_argument("--optimize", default="-O2", help="the compiler's flags (default -O2)")
     command.set_defaults(run=run_device)
 
@@ -87,11 +88,13 @@ def run_device(options: argparse.Namespace) -> None:
         for count, number in enumerate(figures.instructions[:members], 1):
             print(f"{count:>7}  {number:>21,}")
         return
-    device = emulate.Device(export.generate(program, "model"), options.cpu, options.optimize)
+    device = emulate.Device(
+        export.generate(program, "model"), options.cpu, options.optimize, options.compiler
+    )
     counts = instructions(device, program, members)
     sizes = device.sizes
-    print(f"{options.file} on {options.cpu} (zig {metadata.version('ziglang')}, "
-          f"{options.optimize})")  # fmt: skip
+    compiler = zig.versions()[options.compiler]
+    print(f"{options.file} on {options.cpu} ({compiler}, {options.optimize})")
     print(f"flash  {sizes.code + sizes.constants:,} bytes: code {sizes.code:,}, "
           f"weights and tables {sizes.constants:,}")  # fmt: skip
     print(f"RAM    {sizes.ram:,} bytes, and a stack of {device.deepest:,}")

@@ -79,6 +79,8 @@ class Device:
         if core not in CORES:
             raise DeviceError(f"cpu: expected one of {', '.join(CORES)}, got {core!r}")
         self.made, self.core = made, CORES[core]
+        if compiler == "gcc" and not self.core.gcc:
+            raise DeviceError(f"compiler: expected zig for {core}, got 'gcc'")
         self.elf = _compiled(made, self.core, optimize, compiler)
         self.segments, self.symbols, self.sizes = _read(self.elf)
         if self.sizes.code + self.sizes.constants > FLASH_BYTES or self.sizes.ram > RAM_BYTES:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from bnncore.device.export import Exported
@@ -48,6 +49,17 @@ def compiled(made: Exported, target: str, flags: list[str], files: dict[str, str
                "-fno-sanitize=all", "-nostdlib", "-rtlib=compiler-rt",
                "-isystem", str(FREESTANDING)]  # fmt: skip
     return _linked(made, [*command, *flags], files, target)
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers that are there."""
+    found = {}
+    if not missing("ziglang"):
+        found["zig"] = f"zig {metadata.version('ziglang')}"
+    if shutil.which(GCC) is not None:
+        asked = subprocess.run([GCC, "-dumpfullversion"], capture_output=True, text=True)
+        found["gcc"] = f"{GCC} {asked.stdout.strip()}"
+    return found
 
 
 def by_gcc(made: Exported, flags: list[str], files: dict[str, str]) -> bytes:

@@ -87,6 +87,10 @@ WRONG = {
     "a name that is no identifier": (["export", "FILE", "--c", "4x"], "4x"),
     "a name that is a header of C": (["export", "FILE", "--c", "string"], "string"),
     "nothing to write": (["export", "FILE"], "export: expected --c FOLDER or --wasm FILE"),
+    "a compiler that knows no such processor": (
+        ["device", "FILE", "--cpu", "riscv32", "--compiler", "gcc"],
+        "compiler: expected zig for riscv32",
+    ),
     "an unknown processor": (["device", "FILE", "--cpu", "z80"], "cpu: expected one of cortex-m4"),
     "too many members": (["device", "FILE", "--members", "99"], "--members: expected 1 to"),
     "no clock": (["device", "FILE", "--mhz", "0"], "--mhz: expected a number above 0, got 0"),

@@ -24,6 +24,14 @@ typedef uint32_t BNN_ALIAS bnn_u32;
 #define BNN_APART
 #endif
 
+/* Functions whose instructions shall stay near the order written: with as many values alive as there
+   are registers, gcc's scheduler before their allocation spills them. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define BNN_ORDERED __attribute__((optimize("no-schedule-insns")))
+#else
+#define BNN_ORDERED
+#endif
+
 /* Loops that a compiler shall leave as they are, for short code, and such as it shall write out. */
 #if defined(__clang__)
 #define BNN_ROLLED _Pragma("clang loop unroll(disable)")

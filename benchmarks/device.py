@@ -193,8 +193,8 @@ def main() -> None:
 TEXT = """# Networks on microcontrollers
 
 Made by `python benchmarks/device.py --write` with {compilers}, at `{optimize}`, contraction
-off. Instructions an image, counted on emulated cores: exact, the same everywhere, not cycles. Bytes are
-those of the linked code. Random weights.
+off. Instructions an image, counted on emulated cores: exact, the same everywhere, not cycles. Bytes
+are those of the linked code. Random weights.
 
 ## Binary 3x3 layers, from bits to bits, zero padding exact
 

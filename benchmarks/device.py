@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -28,7 +27,7 @@ import numpy as np
 
 from bnncore import params as P
 from bnncore import zoo
-from bnncore.device import emulate, export, zig
+from bnncore.device import compilers, costs, emulate, export
 from bnncore.lowering.lower import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
@@ -52,6 +51,7 @@ NETWORKS = {
 WIDTH = 16
 # CMSIS-NN's figures of int8 ResNet-8: core -> instructions.
 PEER = {"cortex-m4": 29_850_000, "cortex-m3": 41_750_000, "cortex-m0+": 97_400_000}
+ESTIMATED = ("cortex-m4", "zig")  # what `device --estimate` is of
 LAYERS = ((16, 32), (32, 16), (64, 8))  # channels, height and width
 
 
@@ -111,7 +111,7 @@ def programs() -> Iterator[tuple[str, Program, bool]]:
 
 def builds() -> list[tuple[str, str]]:
     """(core, compiler) of what is counted."""
-    by_gcc = [("cortex-m4", "gcc")] if shutil.which(zig.GCC) else []
+    by_gcc = [("cortex-m4", "gcc")] if "gcc" in compilers.versions() else []
     return by_gcc + [(core, "zig") for core in emulate.CORES]
 
 
@@ -133,17 +133,24 @@ def layer(channels: int, size: int, core: str, compiler: str) -> dict[str, Any]:
 
 
 def rows_of_networks() -> Iterator[dict[str, Any]]:
+    built = builds()
     for name, program, everywhere in programs():
-        for core, compiler in builds():
+        estimate = costs.estimate(program)
+        for core, compiler in built:
             if emulate.CORES[core].fpu or everywhere:
                 device, count = counted(program, core, compiler)
                 sizes = device.sizes
-                yield {
+                row = {
                     "network": name, "core": core, "compiler": compiler, "members": program.members,
                     "instructions": count,
                     "code": sizes.code, "constants": sizes.constants, "ram": sizes.ram,
                     "alive": device.made.alive, "stack": device.deepest,
                 }  # fmt: skip
+                if (core, compiler) == ESTIMATED:
+                    flash = estimate.flash / (sizes.code + sizes.constants)
+                    row["estimate"] = f"{estimate.instructions[-1] / count - 1:+.1%}"
+                    row["estimate_flash"] = f"{flash - 1:+.1%}"
+                yield row
 
 
 def table(rows: list[dict[str, Any]], titles: dict[str, str]) -> str:
@@ -176,17 +183,19 @@ def main() -> None:
             row["peer"] = f"{PEER[row['core']] / row['instructions']:.2f}"
     titles = {"network": "network", "core": "core", "compiler": "compiler",
               "instructions": "instructions", "peer": "int8 ResNet-8 / this", "code": "code",
-              "constants": "constants", "ram": "RAM", "stack": "stack"}  # fmt: skip
+              "constants": "constants", "ram": "RAM", "stack": "stack",
+              "estimate": "instructions, estimate",
+              "estimate_flash": "flash, estimate"}  # fmt: skip
     parts.append(table(networks, titles))
     print(parts[1])
     if options.write:
         place = Path(__file__)
-        facts = {"compilers": ", ".join(zig.versions().values()),
+        facts = {"compilers": ", ".join(compilers.versions().values()),
                  "unicorn": metadata.version("unicorn"), "optimize": OPTIMIZE, "layers": layers,
                  "networks": networks}  # fmt: skip
         place.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        named = {key: facts[key] for key in ("compilers", "optimize")}
-        text = TEXT.format(**named, layers=parts[0], networks=parts[1])
+        text = TEXT.format(compilers=facts["compilers"], optimize=OPTIMIZE, layers=parts[0],
+                           networks=parts[1])  # fmt: skip
         place.with_suffix(".md").write_text(text)
 
 
@@ -206,7 +215,8 @@ are those of the linked code. Random weights.
 
 Peer: int8 ResNet-8 (MLPerf Tiny) through CMSIS-NN, gcc -O3, counted alike: 29.85 M instructions on
 Cortex-M4, 41.75 M on M3, 97.4 M on M0; code and tables 18.5 KB, weights 77.4 KB, RAM 51.5 KB. The
-column divides its instructions by this network's; above 1 this network takes fewer.
+column divides its instructions by this network's; above 1 this network takes fewer. The last two
+columns say by how much `device --estimate` is above what was counted and compiled.
 
 Those called zoo are the trained files that come with bnncore, with floats. All others have width
 16; in the ResNets 16, 32 and 64 channels. Those that are not called floats are packed with

@@ -52,7 +52,7 @@ from bnncore.params import Params
 from bnncore.search import space, trial
 from bnncore.search import study as S
 from bnncore.search.run import Search
-from bnncore.training import loop, plans, schemes, stack
+from bnncore.training import loop, plans, schemes
 from bnncore.training.devices import Place
 
 ROOT = Path(__file__).parent.parent
@@ -177,9 +177,7 @@ def retrain(p: Params, chosen: dict[str, Params], split: int) -> dict[str, Any]:
             if key not in bases:
                 bases[key] = seeds.base(one, images)
             plan = plans.plan(one, one.ensembles.train[0], images, *bases[key])
-            plan = replace(plan, recipe=stack.alone(
-                plan.recipe, plan.spec.model, plan.spec.members, plan.device))  # fmt: skip
-            made = schemes.train(plan, partial(loop.train_many, data=images))
+            made = schemes.train(plan.alone(), partial(loop.train_many, data=images))
         else:
             made = trial.network(Place(), images, one)
         content = packfile.encode(packing.packed(made, one, images, *space.model(one)).program)

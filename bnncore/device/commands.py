@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from bnncore.device import costs, emulate, export, wasm, zig
+from bnncore.device import compilers, costs, emulate, export, wasm
 from bnncore.errors import UserError
 from bnncore.packed import packfile
 from bnncore.packed.program import Program
@@ -34,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command.add_argument("--estimate", action="store_true",
                          help="by a model of Cortex-M4 at -O2: nothing is compiled")  # fmt: skip
     command.add_argument("--compiler", default="zig", choices=("zig", "gcc"),
-                         help=f"gcc is {zig.GCC}, where it is installed")  # fmt: skip
+                         help=f"gcc is {compilers.GCC}, where it is installed")  # fmt: skip
     command.add_argument("--optimize", default="-O2", help="the compiler's flags (default -O2)")
     command.set_defaults(run=run_device)
 
@@ -93,7 +93,7 @@ def run_device(options: argparse.Namespace) -> None:
     )
     counts = instructions(device, program, members)
     sizes = device.sizes
-    compiler = zig.versions()[options.compiler]
+    compiler = compilers.versions()[options.compiler]
     print(f"{options.file} on {options.cpu} ({compiler}, {options.optimize})")
     print(f"flash  {sizes.code + sizes.constants:,} bytes: code {sizes.code:,}, "
           f"weights and tables {sizes.constants:,}")  # fmt: skip

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from bnncore.device import zig
+from bnncore.device import compilers
+from bnncore.device.compilers import DeviceError
 from bnncore.device.export import Exported
-from bnncore.device.zig import DeviceError
 
 FLASH, RAM = 0x0800_0000, 0x2000_0000  # where the linker puts what
 STACK, DATA = 0x5000_0000, 0x6000_0000  # the image and the scores are data
@@ -75,7 +75,7 @@ class Device:
     def __init__(
         self, made: Exported, core: str, optimize: str = "-O2", compiler: str = "zig"
     ) -> None:
-        zig.expect(zig.missing())
+        compilers.expect(compilers.missing())
         if core not in CORES:
             raise DeviceError(f"cpu: expected one of {', '.join(CORES)}, got {core!r}")
         self.made, self.core = made, CORES[core]
@@ -211,8 +211,8 @@ def _compiled(made: Exported, core: Core, optimize: str, compiler: str) -> bytes
              "-Wl,-T,{folder}/device.ld", "-Wl,--gc-sections"]  # fmt: skip
     files = {"device.ld": script, f"{made.name}.c": made.source}
     if compiler == "gcc":
-        return zig.by_gcc(made, [*core.gcc, "-mthumb", *flags], files)
-    return zig.compiled(made, core.target, [f"-mcpu={core.cpu}", *flags], files)
+        return compilers.by_gcc(made, [*core.gcc, "-mthumb", *flags], files)
+    return compilers.by_zig(made, core.target, [f"-mcpu={core.cpu}", *flags], files)
 
 
 def _read(elf: bytes) -> tuple[list[tuple[int, bytes]], dict[str, int], Sizes]:

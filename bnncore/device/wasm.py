@@ -14,7 +14,7 @@ used()              how many members that took
 
 from __future__ import annotations
 
-from bnncore.device import export, zig
+from bnncore.device import compilers, export
 from bnncore.packed.program import Program
 
 TARGET = "wasm32-freestanding"
@@ -27,8 +27,8 @@ def module(program: Program) -> bytes:
         DeviceError: the compiler is missing.
         ExportError: something has no kernel.
     """
-    zig.expect(zig.missing("ziglang"))
+    compilers.expect(compilers.missing("ziglang"))
     made = export.generate(program, "model")
     interface = export.filled("wasm", {"LAST": len(program.nodes)})
     flags = ["-O2", "-Wl,--no-entry", "-Wl,--strip-all", "-Wl,-z,stack-size=65536"]
-    return zig.compiled(made, TARGET, flags, {"interface.c": made.source + interface})
+    return compilers.by_zig(made, TARGET, flags, {"interface.c": made.source + interface})

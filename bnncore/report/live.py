@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bnncore.device import wasm, zig
+from bnncore.device import compilers, wasm
 from bnncore.packed import packfile
 
 SAMPLES, SAMPLE_BYTES = 36, 160 << 10  # of the page's test images, at most
@@ -52,7 +52,7 @@ def models(files: Iterable[Path], shown: Mapping[str, Any]) -> dict[str, Any]:
     files = [file for file in files if file.exists()]
     if not files:
         return {}
-    if zig.missing("ziglang"):
+    if compilers.missing("ziglang"):
         return {"why": INSTALL}
     programs = {file.stem: packfile.load(file) for file in files}
     programs = {n: p for n, p in programs.items() if list(p.image) == shown["image"]}

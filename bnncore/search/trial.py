@@ -24,7 +24,7 @@ from bnncore.networks.sharing import SHARING
 from bnncore.packed import packfile, votes
 from bnncore.params import PackParams, Params
 from bnncore.search import space
-from bnncore.training import loop, memory, plans, schemes, stack
+from bnncore.training import loop, memory, plans, schemes
 from bnncore.training.devices import Place
 from bnncore.training.ensembled import Ensembled
 from bnncore.training.jobs import History
@@ -129,9 +129,7 @@ def _trained(place: Place, data: Dataset, params: Params, given: Bases) -> Ensem
     states = {name: one.state for name, one in zip(bases(params), given, strict=True)}
     fp32, bnn = states.get("fp32", {}), states.get("bnn", {})
     plan = plans.plan(params, params.ensembles.train[0], data, fp32, bnn, device=place.device)
-    recipe = stack.alone(plan.recipe, plan.spec.model, plan.spec.members, place.device)
-    plan = replace(plan, recipe=recipe)
-    return schemes.train(plan, partial(loop.train_many, data=data, place=place))
+    return schemes.train(plan.alone(), partial(loop.train_many, data=data, place=place))
 
 
 def packed(

@@ -55,6 +55,11 @@ class Plan:
     teacher: Teacher | None = None
     device: str = "cpu"
 
+    def alone(self) -> Plan:
+        """The same for a process that has all members to itself; see `stack.alone`."""
+        model, members = self.spec.model, self.spec.members
+        return replace(self, recipe=stack.alone(self.recipe, model, members, self.device))
+
     def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
         """A job that trains members `ids` from the plan's start."""
         seed = self.seed if len(ids) == self.spec.members else self.seed + 1 + ids[0]

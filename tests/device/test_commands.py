@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from bnncore.__main__ import main
-from bnncore.device import export, zig
+from bnncore.device import compilers, export
 from bnncore.packed import packfile
 from tests.graphs import random_program
 
@@ -51,7 +51,7 @@ def test_export_writes_what_compiles_and_passes_its_own_test(packed, tmp_path, c
     assert subprocess.run(["./t"], cwd=folder).returncode == 0
 
 
-@pytest.mark.skipif(bool(zig.missing("ziglang")), reason="needs the extra `device`")
+@pytest.mark.skipif(bool(compilers.missing("ziglang")), reason="needs the extra `device`")
 def test_export_writes_a_module(packed, tmp_path, capsys):
     file = tmp_path / "build" / "4 small.wasm"
     assert main(["export", str(packed), "--wasm", str(file)]) == 0
@@ -59,7 +59,7 @@ def test_export_writes_a_module(packed, tmp_path, capsys):
     assert f"{file}: {file.stat().st_size:,} bytes" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(bool(zig.missing()), reason="needs the extra `device`")
+@pytest.mark.skipif(bool(compilers.missing()), reason="needs the extra `device`")
 def test_device_prints_what_the_model_takes(packed, capsys):
     command = ["device", str(packed), "--cpu", "cortex-m3", "--mhz", "100", "--cycles", "2",
                "--optimize=-Os"]  # fmt: skip
@@ -75,7 +75,7 @@ def test_device_prints_what_the_model_takes(packed, capsys):
 
 
 def test_device_estimates_without_tools(packed, monkeypatch, capsys):
-    monkeypatch.setattr(zig, "missing", lambda *_: ["ziglang"])
+    monkeypatch.setattr(compilers, "missing", lambda *_: ["ziglang"])
     assert main(["device", str(packed), "--estimate"]) == 0
     out = capsys.readouterr().out
     exact = export.generate(packfile.load(packed), "net").arena
@@ -103,7 +103,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_the_user_can_mend_is_one_line(packed, tmp_path, monkeypatch, capsys, case):
-    if zig.missing() and "device" in WRONG[case][0]:
+    if compilers.missing() and "device" in WRONG[case][0]:
         pytest.skip("needs the extra `device`")
     monkeypatch.chdir(tmp_path)
     arguments, message = WRONG[case]
@@ -115,6 +115,6 @@ def test_what_the_user_can_mend_is_one_line(packed, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("command", ["device FILE", "export FILE --wasm net.wasm"])
 def test_a_missing_tool_is_named_with_its_extra(packed, monkeypatch, capsys, command):
-    monkeypatch.setattr(zig, "missing", lambda *_: ["ziglang"])
+    monkeypatch.setattr(compilers, "missing", lambda *_: ["ziglang"])
     assert main([str(packed) if word == "FILE" else word for word in command.split()]) == 1
     assert "ziglang: pip install 'bnncore[device]'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnncore.device import costs, emulate, export, zig
+from bnncore.device import compilers, costs, emulate, export
 from bnncore.lowering import blueprint
 from bnncore.lowering.lower import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
@@ -37,7 +37,7 @@ def made(backbone, image, width, members, whole) -> tuple[Program, EnsembleSpec]
 
 
 @pytest.mark.parametrize("case", NETWORKS, ids=str)
-@pytest.mark.skipif(bool(zig.missing()), reason="needs the extra `device`")
+@pytest.mark.skipif(bool(compilers.missing()), reason="needs the extra `device`")
 def test_figures_are_those_of_compiled_code(case):
     program, _ = made(*case)
     figures = costs.estimate(program)

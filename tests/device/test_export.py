@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnncore.device import emulate, export, zig
+from bnncore.device import compilers, emulate, export
 from bnncore.device.export import Exported, ExportError
 from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
@@ -184,10 +184,10 @@ def test_the_self_test_can_fail(tmp_path):
     [*((core, "zig") for core in emulate.CORES)]
     + [(core, "gcc") for core, facts in emulate.CORES.items() if facts.gcc],
 )
-@pytest.mark.skipif(bool(zig.missing()), reason="needs the extra `device`")
+@pytest.mark.skipif(bool(compilers.missing()), reason="needs the extra `device`")
 def test_cores_agree_with_the_evaluator(core, compiler, whole):
-    if compiler == "gcc" and shutil.which(zig.GCC) is None:
-        pytest.skip(f"no {zig.GCC} here")
+    if compiler not in compilers.versions():
+        pytest.skip(f"no {compiler} for other machines here")
     program = network("leanresnet8" if whole else "resnet8", "shared_conv",
                       "hard_vote" if whole else "mean", whole=whole)  # fmt: skip
     images = random_images(program, 2)

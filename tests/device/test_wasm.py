@@ -9,13 +9,13 @@ import subprocess
 import numpy as np
 import pytest
 
-from bnncore.device import wasm, zig
+from bnncore.device import compilers, wasm
 from bnncore.packed import execute
 from tests.device.test_export import agree, network
 from tests.graphs import random_images, random_program
 
 pytestmark = pytest.mark.skipif(
-    bool(zig.missing("ziglang")) or not shutil.which("node"), reason="needs ziglang and node"
+    bool(compilers.missing("ziglang")) or not shutil.which("node"), reason="needs ziglang and node"
 )
 CALLS = """
 const [file, images, classes, members] = JSON.parse(require("fs").readFileSync(0));

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from bnncore import report
-from bnncore.device import zig
+from bnncore.device import compilers
 from bnncore.packed import execute, packfile
 from bnncore.report import live, page
 from tests.device.test_export import network
 from tests.graphs import random_images
 from tests.report.test_page import CONTRAST, browser_only, in_browser
 
-needs_zig = pytest.mark.skipif(bool(zig.missing("ziglang")), reason="needs the extra `device`")
+needs_zig = pytest.mark.skipif(
+    bool(compilers.missing("ziglang")), reason="needs the extra `device`"
+)
 MODELS = {
     "fusion": ("leanresnet8", "shared_conv", "mean", 3),
     "votes": ("fernet", "no_shared", "hard_vote", 4),
@@ -151,7 +153,7 @@ def test_scores_and_panel_in_a_browser(project, tmp_path):
 
 @browser_only
 def test_without_a_compiler_the_page_says_how_to_get_it(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(zig, "missing", lambda *_: ["ziglang"])
+    monkeypatch.setattr(compilers, "missing", lambda *_: ["ziglang"])
     url = page.write(project / "reports", tmp_path / "index.html").as_uri()
 
     async def drive(browser):

@@ -17,8 +17,8 @@
 /* How many inputs differ from a filter's weights, for 32 pixels at once: bit l of sums[k] is bit k
    of pixel l's count, added to `start`. A word of weights holds eight triples; their number is
    even. */
-BNN_ORDERED static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int planes, uint32_t start,
-                      uint32_t *sums)
+BNN_ORDERED static void bnn_count(const bnn_u32 *table, const uint32_t *w, int words, int planes,
+                                  uint32_t start, uint32_t *sums)
 {
     uint32_t ones = 0u - (start & 1u), twos = 0u - (start >> 1 & 1u);
     uint32_t fours = 0u - (start >> 2 & 1u), eights = 0u - (start >> 3 & 1u);

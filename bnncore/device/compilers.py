@@ -33,7 +33,7 @@ def expect(gone: list[str]) -> None:
         raise DeviceError(f"expected the packages {', '.join(gone)}: pip install 'bnncore[device]'")
 
 
-def compiled(made: Exported, target: str, flags: list[str], files: dict[str, str]) -> bytes:
+def by_zig(made: Exported, target: str, flags: list[str], files: dict[str, str]) -> bytes:
     """The model's code, linked for a target without an operating system.
 
     Args:
@@ -51,8 +51,15 @@ def compiled(made: Exported, target: str, flags: list[str], files: dict[str, str
     return _linked(made, [*command, *flags], files, target)
 
 
+def by_gcc(made: Exported, flags: list[str], files: dict[str, str]) -> bytes:
+    """The same by Arm's gcc and its newlib, where a system has them."""
+    if shutil.which(GCC) is None:
+        raise DeviceError(f"expected {GCC} on the path: Debian's gcc-arm-none-eabi has it")
+    return _linked(made, [GCC, "-nostartfiles", "-specs=nosys.specs", *flags], files, GCC)
+
+
 def versions() -> dict[str, str]:
-    """Of the compilers that are there."""
+    """The compilers that are there, ``zig`` and ``gcc``, and what to call them."""
     found = {}
     if not missing("ziglang"):
         found["zig"] = f"zig {metadata.version('ziglang')}"
@@ -60,13 +67,6 @@ def versions() -> dict[str, str]:
         asked = subprocess.run([GCC, "-dumpfullversion"], capture_output=True, text=True)
         found["gcc"] = f"{GCC} {asked.stdout.strip()}"
     return found
-
-
-def by_gcc(made: Exported, flags: list[str], files: dict[str, str]) -> bytes:
-    """The same by Arm's gcc and its newlib, where a system has them."""
-    if shutil.which(GCC) is None:
-        raise DeviceError(f"expected {GCC} on the path: Debian's gcc-arm-none-eabi has it")
-    return _linked(made, [GCC, "-nostartfiles", "-specs=nosys.specs", *flags], files, GCC)
 
 
 def _linked(made: Exported, command: list[str], files: dict[str, str], what: str) -> bytes:

@@ -374,20 +374,19 @@ def main() -> None:
     splits = list(range(FIRST_SPLIT, FIRST_SPLIT + args.splits))
     within = {kib: replace(p, search=replace(p.search, budget_kib=kib)) for kib in args.budgets}
 
+    dealt = {s: args.seeds[i * len(args.seeds) // len(splits)] for i, s in enumerate(splits)}
+
     def compared(kib: float) -> dict[int, Groups]:
         """By split, where its study is known."""
-        names = [study_name(kib, args.trials, seed) for seed in args.seeds]
-        dealt = {s: names[i * len(names) // len(splits)] for i, s in enumerate(splits)}
-        found = {name: groups(within[kib], images, pieces.known, name)
-                 for name in names if name in pieces}  # fmt: skip
-        return {split: found[name] for split, name in dealt.items() if name in found}
+        names = {seed: study_name(kib, args.trials, seed) for seed in args.seeds}
+        found = {seed: groups(within[kib], images, pieces.known, name)
+                 for seed, name in names.items() if name in pieces}  # fmt: skip
+        return {split: found[seed] for split, seed in dealt.items() if seed in found}
 
     def report() -> None:
-        found = {
-            kib: summary(pieces.known, compared(kib))
-            | {"seeds": [s for s in args.seeds if study_name(kib, args.trials, s) in pieces]}
-            for kib in within
-        }
+        found = {kib: summary(pieces.known, compared(kib)) for kib in within}
+        for part in found.values():
+            part["seeds"] = sorted({dealt[split] for split in part["splits"]})
         args.json.with_suffix(".md").write_text(markdown(pieces, found, args.trials))
         if any(part["rows"] for part in found.values()):
             plot(found, args.json.with_suffix(".png"))

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 BACKBONES = ("nin", "resnet9", "fernet", "resnet20", "resnet18", "birealnet18", "reactnet10")
 IMAGES = 4
 
@@ -123,8 +125,7 @@ def signs(bits: np.ndarray) -> np.ndarray:
 
 def oracle(larq: Larq) -> list[str]:
     """A line a backbone; raises AssertionError where a sum differs."""
-    import packed
-
+    from benchmarks import packed
     from bnncore.packed import execute, numpy_kernels
     from bnncore.packed.program import unpack_bits
     from bnncore.packed.rules import validate
@@ -163,8 +164,7 @@ def oracle(larq: Larq) -> list[str]:
 
 
 def peer(larq: Larq) -> list[str]:
-    import packed
-
+    from benchmarks import packed
     from benchmarks.rows import Bench, table
 
     bench = Bench(time.perf_counter)

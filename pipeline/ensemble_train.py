@@ -34,6 +34,7 @@ def main() -> None:
             for i, ensemble in enumerate(todo):
                 print(f"{ensemble.name}: ensemble {i + 1} of {len(todo)}", flush=True)
                 plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained, cluster.device)
+                plan = plan.over(cluster.slots())
                 trained[ensemble.name] = schemes.train(plan, train_many)
                 trained[ensemble.name].save(out / ensemble.name)
             params.save(s.params, out / "params.yaml")

@@ -159,7 +159,8 @@ class Recipe:
         compile: ``torch.compile`` the members: ``always``, ``never``, or ``auto``: where the job
             is long enough to pay for it. Needs a C++ compiler on CPUs; results differ by rounding.
         stack: compute so many members as one network, in blocks that no actors divide; 1 for each
-            by itself, ``auto`` for that on CPUs and up to 16 on GPUs. Results differ by rounding.
+            by itself. ``auto``: 1 on CPUs, each GPU's share of the members, up to 16, on GPUs.
+            Results differ by rounding.
         deterministic: on GPUs, the same bits in every run on the same machine, at some cost in
             time; on CPUs it is always so.
     """

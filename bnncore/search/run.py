@@ -363,5 +363,5 @@ def finish(
     else:
         (bnn,) = train_many([plans.first_job(params, data, fp32.state)])
         plan = plans.plan(params, section, data, fp32.state, bnn.state, device=cluster.device)
-        trained = schemes.train(plan, train_many)
+        trained = schemes.train(plan.over(cluster.slots()), train_many)
     return trained, packing.packed(trained, params, data, name, section).program

@@ -60,6 +60,11 @@ class Plan:
         model, members = self.spec.model, self.spec.members
         return replace(self, recipe=stack.alone(self.recipe, model, members, self.device))
 
+    def over(self, actors: int) -> Plan:
+        """The same for so many actors; see `stack.spread`."""
+        members = self.spec.members
+        return replace(self, recipe=stack.spread(self.recipe, members, actors, self.device))
+
     def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
         """A job that trains members `ids` from the plan's start."""
         seed = self.seed if len(ids) == self.spec.members else self.seed + 1 + ids[0]

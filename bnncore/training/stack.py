@@ -14,6 +14,7 @@ Legend: `m` members of a stack, `B` images, `C` channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -99,6 +100,16 @@ def alone(recipe: Recipe, model: ModelSpec, members: int, device: str) -> Recipe
     small = model.image[0] * model.image[1] <= SMALL
     if recipe.stack == "auto" and device == "cpu" and small:
         return replace(recipe, stack=members)
+    return recipe
+
+
+def spread(recipe: Recipe, members: int, actors: int, device: str) -> Recipe:
+    """The recipe for an ensemble over so many actors: by ``auto`` each GPU has a stack to compute.
+
+    A ``deterministic`` one keeps its stacks, and so its bits, whatever GPUs there are.
+    """
+    if recipe.stack == "auto" and device == "cuda" and not recipe.deterministic:
+        return replace(recipe, stack=min(AUTO[device], math.ceil(members / max(1, actors))))
     return recipe
 
 

@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bnncore.cluster.group import actors_of_use, blocks
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.training import loop, schemes, stack
+from bnncore.training.jobs import Job
 from bnncore.training.loop import Trainer
 from tests.small import GRID, differences, plan
 from tests.training.test_step import HALVES, MEMBERS, Group, trained
@@ -172,3 +174,37 @@ def test_signs_that_are_drawn_at_each_step_are_looped():
 def test_how_many_make_a_stack(wanted, device, expected):
     p, _ = plan(members=2, subset=0.05, recipe={"stack": wanted})
     assert stack.size(p.recipe, p.spec.model, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "actors", "expected"),
+    [
+        ({}, "cuda", 1, [10]),
+        ({}, "cuda", 2, [5, 5]),
+        ({}, "cuda", 4, [3, 3, 3, 1]),
+        ({}, "cuda", 20, [1] * 10),
+        ({"deterministic": True}, "cuda", 4, [10]),
+        ({"stack": 6}, "cuda", 4, [6, 4]),
+        ({}, "cpu", 4, [1] * 10),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["fusion", "voting"])
+def test_each_gpu_has_a_stack(scheme, recipe, device, actors, expected):
+    p, _ = plan(scheme, "no_shared", members=10, subset=0.05, recipe=recipe)
+    p = replace(p, device=device).over(actors)
+    jobs: list[Job] = []
+
+    def looked_at(made: list[Job]) -> list:
+        jobs.extend(made)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        schemes.train(p, looked_at)
+    if scheme == "fusion":
+        (job,) = jobs
+        size = stack.size(job.recipe, job.spec.model, device)
+        found = [len(unit) for unit in blocks(job.ids, len(job.ids), size)]
+        assert actors_of_use(job, actors, device) == min(actors, len(expected))
+    else:
+        found = [len(job.ids) for job in jobs]
+    assert found == expected

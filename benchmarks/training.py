@@ -39,12 +39,15 @@ import torch
 from torch import nn
 
 from benchmarks.rows import Bench, machine, table
+from bnncore import data as D
+from bnncore import params as P
 from bnncore.data import Dataset, Split
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.params import Binarizer, Recipe
+from bnncore.training import plans, schemes
 from bnncore.training.devices import Place
 from bnncore.training.feed import Feed
 from bnncore.training.jobs import Job
@@ -59,27 +62,34 @@ GIB = 2**30
 # ---- what is trained --------------------------------------------------------------------------
 
 
-def dataset(train: int, val: int = 2) -> Dataset:
-    """Random pictures of CIFAR's shape; hardly any to validate on, which is not measured."""
+CIFAR, DIGITS = (32, 32, 3), (8, 8, 1)
+
+
+def dataset(train: int, val: int = 2, image: tuple[int, int, int] = CIFAR) -> Dataset:
+    """Random pictures; hardly any to validate on, which is not measured."""
     random = np.random.default_rng(0)
 
     def split(count: int) -> Split:
-        images = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        images = random.integers(0, 256, (count, *image), dtype=np.uint8)
         return Split(images, random.integers(0, CLASSES, count))
 
     parts = (split(train), split(val), split(val))
-    return Dataset("random", tuple("0123456789"), *parts, (0.5,) * 3, (0.25,) * 3)
+    channels = image[2]
+    return Dataset("random", tuple("0123456789"), *parts, (0.5,) * channels, (0.25,) * channels)
 
 
-def job(backbone: str, members: int, sharing: str = "shared_conv", **recipe: Any) -> Job:
+def job(
+    backbone: str, members: int, sharing: str = "shared_conv",
+    image: tuple[int, int, int] = CIFAR, **recipe: Any,
+) -> Job:  # fmt: skip
     """A joint job at the paper's width: fusion, or a TentacleNet."""
     tentacles = sharing == "tentaclenet"
     spec = EnsembleSpec(
-        ModelSpec(backbone, (32, 32, 3), CLASSES, recipe.pop("width", None), 0.0, Binarizer()),
+        ModelSpec(backbone, image, CLASSES, recipe.pop("width", None), 0.0, Binarizer()),
         members,
         SHARING[sharing],
         "sum" if tentacles else "mean",
-        "features" if tentacles else None,
+        ("features" if backbone.startswith("resnet") else "logits") if tentacles else None,
     )
     settings = Recipe(**{"epochs": 1, "batch_size": 128, **recipe})
     start = Ensemble(spec, seed=0).state()
@@ -292,6 +302,46 @@ def voting(bench: Bench, quick: bool) -> None:
     theirs = statistics.median(taken["theirs"][1:])
     for label, times in (("", taken["ours, later"]), (", set-up included", taken["ours"])):
         bench.add(name + label, peer, 1, statistics.median(times[1:]), theirs)
+
+
+# ---- members in stacks ------------------------------------------------------------------------
+
+
+def stacked(bench: Bench, quick: bool) -> None:
+    """On one thread: steps of members in a stack, against one by one; then what a trial of the
+    search trains on digits, all members of an ensemble in one process, by ``auto`` and looped."""
+    torch.set_num_threads(1)
+    members, batch, rounds = (4, 64, 2) if quick else (8, 64, 9)
+    images = dataset(batch, image=DIGITS)
+    for scheme, sharing in (("fusion", "shared_conv"), ("TentacleNet", "tentaclenet")):
+        for backbone, width in (("nin", 16), ("leanresnet8", 8)):
+            work = job(backbone, members, sharing, DIGITS, width=width, batch_size=batch)
+            together, apart = (
+                stepper(Trainer(in_stacks(work, size), images, device="cpu"), batch)
+                for size in (members, 1)
+            )
+            name = f"digits, {backbone} of width {width}, {scheme}, M = {members}, batch {batch}"
+            bench.compare(f"{name}, one stack", 1, together, {"looped": apart}, rounds)
+    p = P.load(ROOT / "params.yaml")
+    p = replace(p, ensembles=replace(p.ensembles, recipe=replace(p.ensembles.recipe, epochs=2)))
+    digits = D.load(p.data, ROOT)
+    fp32 = plans.first_job(p, digits, None).start  # time does not depend on weights
+    bnn = plans.first_job(p, digits, fp32).start
+    for section in p.ensembles.train[-1:] if quick else p.ensembles.train:
+        plan = plans.plan(p, section, digits, fp32, bnn)
+        looped = replace(plan, recipe=replace(plan.recipe, stack=1))
+        if section.members > 1:
+            bench.compare(
+                f"two epochs of {section.name} of params.yaml on digits, in one process",
+                1,
+                partial(schemes.train, plan.alone(), partial(train_many, data=digits)),
+                {"looped": partial(schemes.train, looped, partial(train_many, data=digits))},
+                1 if quick else 5,
+            )
+
+
+def in_stacks(of: Job, size: int) -> Job:
+    return replace(of, recipe=replace(of.recipe, stack=size))
 
 
 # ---- over actors ------------------------------------------------------------------------------
@@ -508,6 +558,7 @@ def peak_bytes() -> int:
 SECTIONS: dict[str, Callable[[Bench, bool], None]] = {
     "fusion": fusion,
     "voting": voting,
+    "stacked": stacked,
     "actors": actors,
     "memory": memory,
 }

@@ -5,8 +5,9 @@ stay in the driver: a thread a running job runs `train.drive` around a `Group` o
 group costs its job the epoch it was in: the job goes on with a new group on what the cluster has
 left.
 
-Where actors are is Ray's to say: each group asks for a placement group, which is had whole or not
-at all, waits in Ray's queue, and is what an autoscaler adds nodes for.
+Where actors are is Ray's to say: a group asks for a placement group, which is had whole or not at
+all, waits in Ray's queue, and is what an autoscaler adds nodes for. Actors that a job is done with
+are there for the next, however many of them it takes: to start one takes seconds.
 """
 
 from __future__ import annotations
@@ -49,30 +50,61 @@ def _device(gpus: float) -> str:
     return "cuda" if gpus else "cpu"
 
 
-class Gang:
-    """Actors and the placement group that they have their resources from."""
+class Room:
+    """What Ray sets aside for so many actors: all of it or nothing, until the last has ended."""
 
     def __init__(self, bundles: list[dict[str, float]]):
         self.size = len(bundles)
         self.place: PlacementGroup = placement_group(bundles, strategy="PACK")
-        self.actors: list[Any] = []
+        self.seats = {Seat(self, k) for k in range(self.size)}
+
+    @property
+    def whole(self) -> bool:
+        """Whether none of its actors has ended. What one had is not given to another: it may be
+        of a node that is gone."""
+        return len(self.seats) == self.size
+
+
+class Seat:
+    """An actor's part of a room, and the actor once it is started."""
+
+    def __init__(self, room: Room, number: int):
+        self.room, self.number = room, number
+        self.actor: Any = None
 
     def start(self, params: RayParams, gpus: float) -> None:
-        """Start the actors, each in its bundle."""
         cpus, device = params.cpus_per_actor, _device(gpus)
-        for k in range(self.size):
-            options = ray.remote(Actor).options(
-                num_cpus=cpus,
-                num_gpus=gpus,
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, k),
-            )
-            self.actors.append(options.remote(cpus, device))
+        options = ray.remote(Actor).options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.room.place, self.number),
+        )
+        self.actor = options.remote(cpus, device)
 
     def end(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-        remove_placement_group(self.place)
+        if self.actor is not None:
+            ray.kill(self.actor)
+        self.room.seats.discard(self)
+        if not self.room.seats:
+            remove_placement_group(self.room.place)
+
+
+class Gang:
+    """The actors of a job: some that had been idle, and the rest in a new room."""
+
+    def __init__(self, seats: list[Seat], room: Room | None):
+        self.seats = seats + (sorted(room.seats, key=lambda seat: seat.number) if room else [])
+        self.size = len(self.seats)
+        self.room = room
+
+    @property
+    def actors(self) -> list[Any]:
+        return [seat.actor for seat in self.seats]
+
+    def end(self) -> None:
+        for seat in self.seats:
+            seat.end()
 
 
 class Cluster:
@@ -97,7 +129,7 @@ class Cluster:
         self.lost = 0
         self._owner = False
         self._gpu: int | None = None
-        self._idle: list[Gang] = []
+        self._idle: list[Seat] = []
         self._busy: list[Gang] = []
         self._free = threading.Condition(threading.RLock())
         self._data: tuple[Dataset, ray.ObjectRef] | None = None
@@ -208,12 +240,14 @@ class Cluster:
 
     @contextlib.contextmanager
     def _gang(self, job: Job) -> Iterator[Gang]:
-        """Actors for a job; kept for another one if all goes well in the body, else ended."""
+        """Actors for a job; kept for other ones if all goes well in the body, else ended."""
         gang = self._take(job)
         try:
-            if not gang.actors:
-                self._wait_for([gang.place.ready()], gang)
-                gang.start(self.params, self.gpus_per_actor)
+            if gang.room:
+                self._wait_for([gang.room.place.ready()], gang)
+                for seat in gang.seats:
+                    if seat.actor is None:
+                        seat.start(self.params, self.gpus_per_actor)
             self._wait_for([actor.where.remote() for actor in gang.actors], gang)
             yield gang
         except BaseException as error:
@@ -223,30 +257,31 @@ class Cluster:
             raise
         else:
             with self._free:
-                self._idle.append(gang)
+                self._idle += gang.seats
         finally:
             with self._free:
                 self._busy.remove(gang)
+                self._end([seat for seat in self._idle if not seat.room.whole])
                 self._free.notify_all()
 
     def _take(self, job: Job) -> Gang:
-        """A gang of as many as are of use to a job and the cluster holds beside our others."""
+        """As many actors as are of use to a job and the cluster holds beside our others."""
         with self._free:
             while True:
                 slots = self.slots()
                 if slots == 0:
                     raise ClusterError("ray: expected room for at least 1 actor, found none left")
                 size = actors_of_use(job, slots, self.device)
-                if sum(gang.size for gang in self._busy) + size <= slots:
+                if size > len(self._idle) and not self._busy:
+                    self._end_idle()  # they may hold the room
+                new = max(0, size - len(self._idle))
+                busy = [seat for gang in self._busy for seat in gang.seats]
+                held = sum(room.size for room in {seat.room for seat in [*self._idle, *busy]})
+                if len(busy) + size <= slots and (not new or held + new <= slots):
                     break
                 self._free.wait(timeout=5)
-            same = [gang for gang in self._idle if gang.size == size]
-            if same:
-                gang = same[0]
-                self._idle.remove(gang)
-            else:  # the idle ones may hold the room
-                self._end_idle()
-                gang = Gang(self._bundles(size))
+            seats, self._idle = self._idle[:size], self._idle[size:]
+            gang = Gang(seats, Room(self._bundles(new)) if new else None)
             self._busy.append(gang)
             return gang
 
@@ -265,8 +300,12 @@ class Cluster:
                 )
 
     def _end_idle(self) -> None:
-        while self._idle:
-            self._idle.pop().end()
+        self._end(self._idle)
+
+    def _end(self, seats: list[Seat]) -> None:
+        for seat in list(seats):
+            self._idle.remove(seat)
+            seat.end()
 
     def _options(self) -> dict[str, Any]:
         """Of a `Group`, whatever its job."""

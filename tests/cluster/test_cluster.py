@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import ray
@@ -12,8 +13,8 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.connect import ClusterError
 from bnncore.params import RayParams
-from bnncore.training import schemes
-from tests.small import plan
+from bnncore.training import loop, schemes
+from tests.small import differences, plan
 
 
 @pytest.fixture
@@ -118,10 +119,57 @@ def test_no_more_than_its_actors_at_once_and_they_are_used_again(cluster):
         on_epoch=lambda job, epoch: busy.append(sum(gang.size for gang in cluster._busy)),
     )
     assert 1 <= max(busy) <= 2
-    assert [gang.size for gang in cluster._idle] == [1, 1]
+    assert len(cluster._idle) == 2
     p, images = plan("fusion", "no_shared", members=2, epochs=1)
-    schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
-    (gang,) = cluster._idle
-    assert gang.size == 2
-    schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
-    assert cluster._idle == [gang]
+    kept = _pids(cluster)
+    for _ in range(2):
+        schemes.train(p, lambda jobs: cluster.train_many(jobs, images))
+        assert _pids(cluster) == kept
+
+
+def _pids(cluster) -> set[int]:
+    return {place["pid"] for place in ray.get([s.actor.where.remote() for s in cluster._idle])}
+
+
+@pytest.mark.slow
+def test_actors_are_used_again_by_jobs_of_every_size(cluster):
+    """Four at once, then one, one and one side by side, then two."""
+    cluster._end_idle()
+    kept = None
+    for scheme, members in (("fusion", 4), ("voting", 3), ("fusion", 2)):
+        p, images = plan(scheme, "no_shared", members=members, epochs=1)
+        schemes.train(p, partial(cluster.train_many, data=images))
+        kept = kept or _pids(cluster)
+        assert _pids(cluster) == kept
+        assert len(kept) == 4
+
+
+@pytest.mark.slow
+def test_what_a_lost_actor_leaves_is_given_back(cluster):
+    """One of two jobs side by side loses its actor, of a room that both are in: it goes on when
+    the other is done with that room, and nothing stays reserved."""
+    cluster.params = RayParams(actors=2)
+    cluster._end_idle()
+    two, images = plan("fusion", "no_shared", members=2, epochs=1)
+    schemes.train(two, lambda jobs: cluster.train_many(jobs, images))
+    (room,) = {seat.room for seat in cluster._idle}
+    p, images = plan("voting", "no_shared", members=2, epochs=4)
+    before, struck = cluster.lost, []
+
+    def strike(job, epoch) -> None:
+        if not struck:
+            busy = [gang for gang in cluster._busy if gang.size == 1]
+            struck.append(busy[-1].seats[0])
+            ray.kill(struck[0].actor)
+
+    alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
+    trained = schemes.train(p, lambda jobs: cluster.train_many(jobs, images, on_epoch=strike))
+    assert cluster.lost == before + 1
+    assert differences(alone.state, trained.state) == []
+    assert not room.seats
+    assert all(seat.room.whole for seat in cluster._idle)
+    cluster._end_idle()
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 4:
+        assert time.monotonic() < deadline, "what was reserved is not given back"
+        time.sleep(0.1)

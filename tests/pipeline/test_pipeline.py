@@ -232,9 +232,14 @@ def everything(running: subprocess.Popen) -> None:
     processes.kill([running.pid, *processes.descendants(running.pid)])
 
 
-@pytest.mark.slow
+# Of ensemble-train the next test is the short form: the same kill, and it goes on where it was;
+# that it comes to the same bits over actors is tests/cluster/test_failures.
 @pytest.mark.parametrize(
-    ("stage", "model"), [("binarize", "bnn"), ("ensemble-train", "ensembles/voted")]
+    ("stage", "model"),
+    [
+        pytest.param("binarize", "bnn", marks=pytest.mark.slow),
+        pytest.param("ensemble-train", "ensembles/voted", marks=pytest.mark.soak),
+    ],
 )
 def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, stage, model):
     folder = tmp_path / "killed"

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import draws
-from bnncore.networks.parts import ModelSpec
+from bnncore.networks.parts import Backbone, ModelSpec
 from bnncore.training.layers import exact_convolutions
 
 
@@ -26,11 +29,7 @@ class Undisturbed:
 
     def __enter__(self) -> None:
         self.buffers = [(b, b.clone()) for b in self.network.buffers()]
-        self.generators = [
-            (rng, rng.get_state())
-            for m in self.network.modules()
-            if draws(m) and isinstance(rng := m.generator, torch.Generator)
-        ]
+        self.generators = _generators(self.network)
 
     def __exit__(self, *error: Any) -> None:
         with torch.no_grad():
@@ -38,6 +37,43 @@ class Undisturbed:
                 buffer.copy_(value)
         for rng, value in self.generators:
             rng.set_state(value)
+
+
+def frugal(network: Backbone, x: Tensor) -> Tensor:
+    """`Backbone.forward` that keeps only the input of the body's first stage, whose maps are the
+    largest, and computes that stage once more in the backward pass: the same bits.
+    """
+    first, *rest = network.body.children()
+    contexts = partial(_again, first)
+    h = checkpoint(
+        first, network.stem(x), use_reentrant=False, context_fn=contexts, preserve_rng_state=False
+    )
+    for part in rest:
+        h = part(h)
+    return network.mix(network.head(h))
+
+
+def _again(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For the first time nothing; for the second the numbers that were drawn in the first, and
+    nothing else changed by it."""
+    drawn = _generators(part)
+
+    @contextmanager
+    def second() -> Iterator[None]:
+        with Undisturbed([part]):
+            for rng, value in drawn:
+                rng.set_state(value)
+            yield
+
+    return nullcontext(), second()
+
+
+def _generators(network: nn.Module) -> list[tuple[torch.Generator, Tensor]]:
+    return [
+        (rng, rng.get_state())
+        for m in network.modules()
+        if draws(m) and isinstance(rng := m.generator, torch.Generator)
+    ]
 
 
 class Saved:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnncore.networks.backbones import BACKBONES
 from bnncore.networks.combine import TreeSum, tree_sum
 from bnncore.networks.ensemble import Ensemble, draws, generator
 from bnncore.networks.parts import Backbone
 from bnncore.training.jobs import Job
 from bnncore.training.layers import exact_convolutions
-from bnncore.training.memory import Undisturbed
+from bnncore.training.memory import Undisturbed, frugal
 from bnncore.training.stack import Run, Unit, units
 from bnncore.training.watch import Watch
 
@@ -69,7 +70,7 @@ class Step:
         shards: which of the ``recipe.shards`` parts of each batch this process takes.
         exchange: how to add up with the processes that hold the other members.
         within: how to add up with the processes that take the other shards of the same members.
-        replay: forward once without gradients, then forward and backward unit by unit.
+        replay: forward once without gradients, then forward and backward unit by unit (`frugal`).
         stack: how many members make a unit.
         run: `Backbone.forward`, or a compiled one.
 
@@ -95,6 +96,9 @@ class Step:
         self.job, self.ensemble, self.shards = job, ensemble, shards
         self.exchange, self.within = exchange, within
         self.replay, self.run = replay, run
+        # A user's network may change its inputs in place, or have a body of another kind.
+        ours = job.spec.model.backbone in BACKBONES and run is Backbone.forward
+        self.run_again = frugal if ours else run
         trained = {n: p for n, p in ensemble.parameters_by_name() if p.requires_grad}
         names = {id(p): n for n, p in trained.items()}
         self.units = units(ensemble, stack, apart=bool(job.each))
@@ -208,7 +212,7 @@ class Step:
                     z = p.outputs[k]
                     if self.replay:
                         self._enter(p.shard)
-                        z = unit(p.leaf, self.run)
+                        z = unit(p.leaf, self.run_again)
                     z.backward(grad[p.rows] if self._cut else grad)
                     if p.leaf.grad is not None:
                         p.h.backward(p.leaf.grad, retain_graph=True)

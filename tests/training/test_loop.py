@@ -6,16 +6,21 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from bnncore import params as P
+from bnncore.networks.backbones import BACKBONES
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.parts import Backbone
 from bnncore.networks.sharing import SHARING
 from bnncore.params import Recipe
+from bnncore.training import memory
 from bnncore.training.checkpoint import Checkpoint
 from bnncore.training.feed import augmented
 from bnncore.training.jobs import Job
@@ -77,13 +82,40 @@ def test_a_joint_step_is_plain_autograd_of_the_combined_loss(sharing, combine, p
             assert p.grad is None
 
 
-def test_replay_gives_the_same_bits_and_draws_no_second_mask():
-    model = tiny.model(data=DATA, dropout=0.5)
-    start = job(3, "no_shared", model=model)
-    states = [Trainer(start, DATA, device="cpu", replay=replay) for replay in (False, True)]
-    for trainer in states:
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_replay_gives_the_same_bits_and_draws_no_second_number(backbone, stochastic):
+    """The first stage is computed three times then, with its masks and random signs."""
+    binarizer = P.Binarizer(stochastic=stochastic)
+    model = tiny.model(backbone, data=DATA, dropout=0.5, binarizer=binarizer)
+    start = job(2, "no_shared", model=model)
+    states, counts = [], []
+    for replay in (False, True):
+        trainer = Trainer(start, DATA, device="cpu", replay=replay)
+        calls: list[int] = []
+        stage = next(trainer.step.units[0].network.body.children())
+        stage.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         trainer.epoch([])
-    assert same(states[0].state(), states[1].state())
+        states.append(trainer.state())
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 2 * 3, "three steps"
+    assert same(*states)
+
+
+def test_replay_keeps_less_of_the_largest_maps():
+    trainer = Trainer(
+        job(1, "no_shared", model=tiny.model("resnet18", data=DATA)), DATA, device="cpu"
+    )
+    (unit,) = trainer.step.units
+    x = trainer.feed.normalized(trainer.feed.images[:16])
+    for module in trainer.ensemble.prefix():
+        x = module(x)
+    x = x.detach().requires_grad_()
+    plain, less = (
+        memory.saved_bytes(unit, partial(unit, run=run), x, 256)
+        for run in (Backbone.forward, memory.frugal)
+    )
+    assert less < 0.75 * plain
 
 
 def test_loss_of_weights_targets_and_offsets_by_hand():

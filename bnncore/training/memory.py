@@ -40,14 +40,14 @@ class Undisturbed:
 
 
 def frugal(network: Backbone, x: Tensor) -> Tensor:
-    """`Backbone.forward` that keeps only the input of the body's first stage, whose maps are the
-    largest, and computes that stage once more in the backward pass: the same bits.
+    """`Backbone.forward` that keeps, of the body's first stage, whose maps are the largest, only
+    the blocks' inputs, and computes each block once more in the backward pass: the same bits.
     """
+    h = network.stem(x)
     first, *rest = network.body.children()
-    contexts = partial(_again, first)
-    h = checkpoint(
-        first, network.stem(x), use_reentrant=False, context_fn=contexts, preserve_rng_state=False
-    )
+    for block in first if isinstance(first, nn.Sequential) else [first]:
+        contexts = partial(_again, block)
+        h = checkpoint(block, h, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
     for part in rest:
         h = part(h)
     return network.mix(network.head(h))

@@ -1,6 +1,7 @@
 """How fast ensembles train, against torchensemble and against fewer actors; what memory they take.
 
     python benchmarks/training.py                   everything; half an hour on two idle cores
+    python benchmarks/training.py --only NAME ..     fusion, voting, stacked, actors, memory
     python benchmarks/training.py --quick           smaller steps, nothing compiled; about a minute
     python benchmarks/training.py --json FILE       also write the rows as JSON
 
@@ -584,7 +585,7 @@ def main() -> None:
         action="store_true",
         help="count processor time, on a busy machine: one thread, no rows of several processes",
     )
-    parser.add_argument("--only", choices=tuple(SECTIONS), help="one section")
+    parser.add_argument("--only", choices=tuple(SECTIONS), nargs="+", help="some sections")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     options = parser.parse_args()
@@ -595,7 +596,7 @@ def main() -> None:
         about += "\nseconds of processor time, on one thread: the machine was busy"
     print(about, *table([])[:2], sep="\n", flush=True)
     for name, section in SECTIONS.items():
-        if options.only not in (None, name):
+        if options.only and name not in options.only:
             continue
         if options.cpu_time and name in SIDE_BY_SIDE:
             bench.note(f"{name}: not measured, processor time says nothing of it")

@@ -177,7 +177,7 @@ def retrain(p: Params, chosen: dict[str, Params], split: int) -> dict[str, Any]:
             if key not in bases:
                 bases[key] = seeds.base(one, images)
             plan = plans.plan(one, one.ensembles.train[0], images, *bases[key])
-            made = schemes.train(plan.alone(), partial(loop.train_many, data=images))
+            made = schemes.train(plan.over(1), partial(loop.train_many, data=images))
         else:
             made = trial.network(Place(), images, one)
         content = packfile.encode(packing.packed(made, one, images, *space.model(one)).program)

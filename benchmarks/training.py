@@ -335,7 +335,7 @@ def stacked(bench: Bench, quick: bool) -> None:
             bench.compare(
                 f"two epochs of {section.name} of params.yaml on digits, in one process",
                 1,
-                partial(schemes.train, plan.alone(), partial(train_many, data=digits)),
+                partial(schemes.train, plan.over(1), partial(train_many, data=digits)),
                 {"looped": partial(schemes.train, looped, partial(train_many, data=digits))},
                 1 if quick else 5,
             )

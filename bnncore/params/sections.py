@@ -159,10 +159,11 @@ class Recipe:
         compile: ``torch.compile`` the members: ``always``, ``never``, or ``auto``: where the job
             is long enough to pay for it. Needs a C++ compiler on CPUs; results differ by rounding.
         stack: compute so many members as one network, in blocks that no actors divide; 1 for each
-            by itself. ``auto``: 1 on CPUs, each GPU's share of the members, up to 16, on GPUs.
-            Results differ by rounding.
+            by itself. ``auto``: each actor's share of the members, on GPUs up to 16, on CPUs 1
+            where images have more than 16 x 16 pixels. Results differ by rounding.
         deterministic: on GPUs, the same bits in every run on the same machine, at some cost in
-            time; on CPUs it is always so.
+            time; on CPUs it is always so. With ``stack: auto``, the same stacks whatever actors
+            there are.
     """
 
     epochs: Annotated[Whole, Field(ge=0, le=MANY)] = 30

@@ -55,15 +55,10 @@ class Plan:
     teacher: Teacher | None = None
     device: str = "cpu"
 
-    def alone(self) -> Plan:
-        """The same for a process that has all members to itself; see `stack.alone`."""
-        model, members = self.spec.model, self.spec.members
-        return replace(self, recipe=stack.alone(self.recipe, model, members, self.device))
-
     def over(self, actors: int) -> Plan:
-        """The same for so many actors; see `stack.spread`."""
-        members = self.spec.members
-        return replace(self, recipe=stack.spread(self.recipe, members, actors, self.device))
+        """The same for so many actors, or for one process that has all members; `stack.spread`."""
+        model, members = self.spec.model, self.spec.members
+        return replace(self, recipe=stack.spread(self.recipe, model, members, actors, self.device))
 
     def job(self, ids: tuple[int, ...], name: str, **changes: Any) -> Job:
         """A job that trains members `ids` from the plan's start."""

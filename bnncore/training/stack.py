@@ -77,40 +77,31 @@ class Unit(nn.Module):
 
 # On a GPU a kernel costs some microseconds to start, however little it computes.
 AUTO = {"cpu": 1, "cuda": 16}
-# Pixels of an image up to which stacked steps are faster on a thread of a CPU: 1.5 to 2.1 times
-# at 8 x 8; at 32 x 32 they take as long as looped ones.
+# Pixels of an image up to which stacked steps are faster on a thread of a CPU: 1.3 to 2.5 times
+# at 8 x 8 (benchmarks/training.py); at 32 x 32 they take as long as looped ones.
 SMALL = 16 * 16
 
 
 def size(recipe: Recipe, model: ModelSpec, device: str) -> int:
-    """How many members make a unit at most; see `Recipe.stack`.
-
-    On CPUs ``auto`` is 1: two members on a core each are faster than two in a stack on one, and a
-    stack is never divided between actors.
-    """
+    """How many members make a unit at most: what `Recipe.stack` says; by ``auto``, where nobody
+    has said how many actors there are (`spread`), what `AUTO` has."""
     wanted = AUTO[device] if recipe.stack == "auto" else recipe.stack
     return 1 if model.binarizer is not None and model.binarizer.stochastic else wanted
 
 
-def alone(recipe: Recipe, model: ModelSpec, members: int, device: str) -> Recipe:
-    """The recipe for a process that has all members of an ensemble to itself, as a search's has.
+def spread(recipe: Recipe, model: ModelSpec, members: int, actors: int, device: str) -> Recipe:
+    """The recipe for an ensemble over so many actors: by ``auto`` each of them, if it is a GPU or
+    images are small, has a stack to compute.
 
-    By ``auto`` it stacks them on CPUs too, if images are small.
+    A ``deterministic`` one keeps its stacks, and so its bits, whatever actors there are.
     """
+    if recipe.stack != "auto" or recipe.deterministic:
+        return recipe
+    share = math.ceil(members / max(1, actors))
+    if device != "cpu":
+        return replace(recipe, stack=min(AUTO[device], share))
     small = model.image[0] * model.image[1] <= SMALL
-    if recipe.stack == "auto" and device == "cpu" and small:
-        return replace(recipe, stack=members)
-    return recipe
-
-
-def spread(recipe: Recipe, members: int, actors: int, device: str) -> Recipe:
-    """The recipe for an ensemble over so many actors: by ``auto`` each GPU has a stack to compute.
-
-    A ``deterministic`` one keeps its stacks, and so its bits, whatever GPUs there are.
-    """
-    if recipe.stack == "auto" and device == "cuda" and not recipe.deterministic:
-        return replace(recipe, stack=min(AUTO[device], math.ceil(members / max(1, actors))))
-    return recipe
+    return replace(recipe, stack=share) if small else recipe
 
 
 def units(ensemble: Ensemble, size: int, apart: bool = False) -> list[Unit]:

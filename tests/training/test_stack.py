@@ -185,12 +185,21 @@ def test_how_many_make_a_stack(wanted, device, expected):
         ({}, "cuda", 20, [1] * 10),
         ({"deterministic": True}, "cuda", 4, [10]),
         ({"stack": 6}, "cuda", 4, [6, 4]),
-        ({}, "cpu", 4, [1] * 10),
+        ({}, "cpu", 4, [3, 3, 3, 1]),
+        ({}, "cpu", 1, [10]),
+        ({"deterministic": True}, "cpu", 4, [1] * 10),
+        ({"large": True}, "cpu", 4, [1] * 10),
+        ({"large": True}, "cuda", 4, [3, 3, 3, 1]),
     ],
 )
 @pytest.mark.parametrize("scheme", ["fusion", "voting"])
-def test_each_gpu_has_a_stack(scheme, recipe, device, actors, expected):
+def test_each_actor_has_a_stack(scheme, recipe, device, actors, expected):
+    recipe = dict(recipe)
+    large = recipe.pop("large", False)
     p, _ = plan(scheme, "no_shared", members=10, subset=0.05, recipe=recipe)
+    if large:
+        model = replace(p.spec.model, image=(17, 16, 1))
+        p = replace(p, spec=replace(p.spec, model=model))
     p = replace(p, device=device).over(actors)
     jobs: list[Job] = []
 

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from bnncore.cluster import collective
 from bnncore.cluster.collective import Meeting
 from bnncore.data import Dataset
-from bnncore.training.jobs import Job
+from bnncore.training.jobs import Job, received, sent
 from bnncore.training.loop import Trainer
 
 
@@ -54,7 +54,18 @@ class Actor:
 
     def call(self, name: str, *args: Any) -> Any:
         """A method of the trainer, by name."""
-        return getattr(self.trainer, name)(*args)
+        return getattr(self._training, name)(*args)
+
+    @property
+    def _training(self) -> Trainer:
+        assert self.trainer is not None, "it is not started, or closed"
+        return self.trainer
+
+    def state(self) -> bytes:
+        return sent(self._training.state())
+
+    def load(self, state: bytes) -> None:
+        self._training.load(received(state))
 
     def close(self) -> None:
         """Give back what the last job had, for the next."""

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from bnncore.cluster.collective import Meeting
 from bnncore.cluster.connect import LOST
 from bnncore.training import stack
-from bnncore.training.jobs import History, Job, State, TrainingError
+from bnncore.training.jobs import History, Job, State, TrainingError, received, sent
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +125,14 @@ class Group:
     def state(self) -> State:
         """The state of all members, as one trainer with all of them would give it."""
         merged: State = {}
-        for state in self._call("state"):
-            merged |= state
+        for content in self._get([actor.state.remote() for actor in self.actors]):
+            merged |= received(content)
         return merged
 
     def load(self, state: State) -> None:
         """Put all members into a state."""
-        self._call("load", ray.put(state))
+        content = ray.put(sent(state))
+        self._get([actor.load.remote(content) for actor in self.actors])
 
     def close(self) -> None:
         """Leave the actors ready for another job."""

@@ -20,7 +20,7 @@ from bnncore.training import checkpoint as checkpoints
 from bnncore.training import ensembled
 from bnncore.training.checkpoint import Checkpoint, resumable
 from bnncore.training.ensembled import Ensembled, ModelError
-from bnncore.training.jobs import Job, TrainingError
+from bnncore.training.jobs import Job, TrainingError, received, sent
 from bnncore.training.loop import Trainer, drive, train_many
 from tests import tiny
 
@@ -251,3 +251,22 @@ def test_a_model_without_one_of_its_files_is_named(tmp_path):
         with pytest.raises(ModelError, match=rf"{tmp_path}/m: expected a trained model.*{name}"):
             Ensembled.read(tmp_path / "m")
     assert json.loads((tmp_path / "m" / "spec.json").read_text())["members"] == 2
+
+
+def test_a_state_arrives_as_it_was_sent():
+    state = {
+        "a": torch.randn(4, 3).t(),  # not contiguous
+        "count": torch.tensor(7),
+        "none": torch.zeros(0, 2),
+        "twice": (both := torch.randn(5)),
+        "the same": both,
+        "part": torch.randn(6)[2:4],
+    }
+    there = received(sent(state))
+    assert there.keys() == state.keys()
+    for name, value in state.items():
+        assert there[name].dtype == value.dtype
+        assert there[name].shape == value.shape
+        assert torch.equal(there[name], value)
+    there["a"].add_(1)  # it is the receiver's own
+    assert not torch.equal(there["a"], state["a"])

@@ -85,6 +85,7 @@ def _of_many(drawn: P.Program, members: int, weights: bool, rng) -> P.Program:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 2, 9, 10, 99, 100, 999, 1000, 1024])
 @pytest.mark.parametrize(
     ("backbone", "width", "sharing", "combine"),

@@ -57,6 +57,7 @@ def by_op(program):
     return {op: [n for n in program.nodes if n.op == op] for op in {n.op for n in program.nodes}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["shared_conv", "tentaclenet", "no_shared", "c2"])
 @pytest.mark.parametrize(
     "backbone",

@@ -65,6 +65,7 @@ def test_a_file_is_within_its_bound_and_tells_its_facts(name, pack):
     np.testing.assert_allclose(ours, found.val, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_drop", [0.0, 7.0, 100.0])
 @pytest.mark.parametrize("among", [None, PACKINGS[1:]])
 def test_auto_takes_the_smallest_that_costs_little(max_drop, among):

@@ -45,6 +45,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "sharing", "combine"), CASES)
 def test_networks(backbone, sharing, combine):
     program = network(backbone, sharing, combine)

@@ -44,6 +44,7 @@ def table(out):
         return {(row["place"], row["row"], row["subset"]): row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_without_runs_only_published_and_computed_values_appear(tmp_path):
     written = report.write([], tmp_path)
     assert all(path.stat().st_size > 0 for path in written)

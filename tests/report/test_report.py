@@ -97,6 +97,7 @@ def test_write(tmp_path):
     assert table[1]["ece"] == ""
 
 
+@pytest.mark.slow
 def test_nothing_known_yet(tmp_path):
     """A run with one model, or with figures missing, still makes a report."""
     unknown = {"name": "bnn", "test_top1": None, "file_bytes": None, "members": 1}

@@ -62,6 +62,7 @@ def test_the_smallest_configuration_is_the_smallest():
     assert sizes[space.identity(found.smallest)] == min(sizes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [{}, {"choose": "auto"}])
 @pytest.mark.parametrize("scheme", ["fusion", "voting", "tentaclenet", "fp32"])
 @pytest.mark.parametrize("backbone", ["nin", "resnet8"])
@@ -93,6 +94,7 @@ LIMITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pack", "limit"), LIMITS)
 def test_the_width_fills_the_budget(pack, limit):
     p = parse(space={"width": "auto", "fill": [1.0, 0.5], "scheme": ["fusion", "fp32"]}, **limit)
@@ -179,6 +181,7 @@ def test_numbers_in_equal_steps_have_an_order():
 # -- rivals ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{}, {"megaops": 0.3}, {"activation_kib": 4}, {"flash_kib": 40}])
 def test_rivals_use_the_limits_and_no_more(limit):
     p = parse(budget_kib=24, **limit)

@@ -69,6 +69,7 @@ def raising(trainer: Trainer, at: int) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_first_step_that_does_not_fit_is_taken_again_with_replay(size, monkeypatch, caplog):
     p, images = plan("fusion", "c1", members=4, subset=0.1, dropout=0.3, recipe={"stack": size})

@@ -82,8 +82,10 @@ def test_a_joint_step_is_plain_autograd_of_the_combined_loss(sharing, combine, p
             assert p.grad is None
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "stochastic"), [*((b, False) for b in BACKBONES), ("nin", True), ("resnet8", True)]
+)
 def test_replay_gives_the_same_bits_and_draws_no_second_number(backbone, stochastic):
     """The first stage is computed three times then, with its masks and random signs."""
     binarizer = P.Binarizer(stochastic=stochastic)
@@ -417,6 +419,7 @@ def test_frozen_layers_keep_their_values_and_the_rest_moves():
         assert kind in ("weight", "bias", "weights") or "running" in kind or "num_" in kind, layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharing", "changes"),
     [

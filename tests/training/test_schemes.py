@@ -109,6 +109,7 @@ def test_what_members_trained_apart_share_stays_shared(scheme):
 # -- teachers --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fusion", "voting", "tentaclenet", "gradient_boosting"])
 def test_a_student_learns_from_what_an_earlier_ensemble_says(scheme):
     taught = {"distill": 0.5}

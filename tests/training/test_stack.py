@@ -78,6 +78,7 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "sharing", "extra"), ROWS, ids=map(str, range(len(ROWS))))
 def test_stacked_is_looped_in_float64(scheme, sharing, extra, float64):
     p, images = plan(scheme, sharing, members=3, subset=0.1, **extra)
@@ -93,6 +94,7 @@ def test_stacked_is_looped_in_float64(scheme, sharing, extra, float64):
                 assert apart <= 1e-9 * value.double().abs().max() + noise, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "sharing", "extra"),
     [

@@ -124,6 +124,7 @@ def test_same_bits_over_1_2_and_4_processes_with_and_without_replay(scheme, shar
         assert losses == alone[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "sharing", "extra"), SHARDED)
 def test_same_bits_over_members_times_shards(scheme, sharing, extra):
     recipe = {"shards": 2, **extra.get("recipe", {})}

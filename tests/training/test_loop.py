@@ -96,7 +96,8 @@ def test_replay_gives_the_same_bits_and_draws_no_second_number(backbone, stochas
         trainer = Trainer(start, DATA, device="cpu", replay=replay)
         calls: list[int] = []
         stage = next(trainer.step.units[0].network.body.children())
-        stage.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        block = stage[0] if isinstance(stage, torch.nn.Sequential) else stage
+        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         trainer.epoch([])
         states.append(trainer.state())
         counts.append(len(calls))

@@ -11,8 +11,9 @@ of all training. What is chosen is chosen on validation images; a trained file s
 once.
 
 Everything is written when it is done, training goes on from its last epoch, and what the JSON file
-holds is not done again: it can be stopped and started at any time. Each process trains the
-configurations of one network and seed, which share what they start from.
+holds is not done again: it can be stopped and started at any time (ended, not halted by SIGSTOP:
+Ray gives up a worker that does not answer). Each process trains the configurations of one network
+and seed, which share what they start from.
 
 Intervals are 95 %: of a difference, from what differs image by image (averaged over seeds) and from
 the spread over seeds where both have several.

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 from benchmarks.rows import machine
-from benchmarks.training import dataset, job, peak_bytes, peers_network, stepper
+from benchmarks.training import dataset, in_stacks, job, peak_bytes, peers_network, stepper
 from bnncore import data
 from bnncore.data import Dataset
 from bnncore.params import DataParams
@@ -94,10 +94,10 @@ class Day:
         stacks = sorted({1, len(of.ids)})
         for stack in stacks:
             name = "looped" if stack == 1 else "stacked"
-            yield name, replace(of, recipe=replace(of.recipe, stack=stack))
+            yield name, in_stacks(of, stack)
         for stack in stacks[-compiled:] if self.compiling else []:
             name = "looped, compiled" if stack == 1 else "stacked, compiled"
-            yield name, replace(of, recipe=replace(of.recipe, stack=stack, compile="always"))
+            yield name, in_stacks(of, stack, compile="always")
 
 
 # ---- parts -------------------------------------------------------------------------------------

@@ -85,12 +85,14 @@ def job(
 ) -> Job:  # fmt: skip
     """A joint job at the paper's width: fusion, or a TentacleNet."""
     tentacles = sharing == "tentaclenet"
+    model = ModelSpec(backbone, image, CLASSES, recipe.pop("width", None), 0.0, Binarizer())
+    kind = "features" if plans.has_features(model) else "logits"
     spec = EnsembleSpec(
-        ModelSpec(backbone, image, CLASSES, recipe.pop("width", None), 0.0, Binarizer()),
+        model,
         members,
         SHARING[sharing],
         "sum" if tentacles else "mean",
-        ("features" if backbone.startswith("resnet") else "logits") if tentacles else None,
+        kind if tentacles else None,
     )
     settings = Recipe(**{"epochs": 1, "batch_size": 128, **recipe})
     start = Ensemble(spec, seed=0).state()
@@ -330,19 +332,23 @@ def stacked(bench: Bench, quick: bool) -> None:
     bnn = plans.first_job(p, digits, fp32).start
     for section in p.ensembles.train[-1:] if quick else p.ensembles.train:
         plan = plans.plan(p, section, digits, fp32, bnn)
-        looped = replace(plan, recipe=replace(plan.recipe, stack=1))
         if section.members > 1:
             bench.compare(
                 f"two epochs of {section.name} of params.yaml on digits, in one process",
                 1,
                 partial(schemes.train, plan.over(1), partial(train_many, data=digits)),
-                {"looped": partial(schemes.train, looped, partial(train_many, data=digits))},
+                {
+                    "looped": partial(
+                        schemes.train, in_stacks(plan, 1), partial(train_many, data=digits)
+                    )
+                },
                 1 if quick else 5,
             )
 
 
-def in_stacks(of: Job, size: int) -> Job:
-    return replace(of, recipe=replace(of.recipe, stack=size))
+def in_stacks(of: Any, size: int, **recipe: Any) -> Any:
+    """A job, or a plan, with another recipe."""
+    return replace(of, recipe=replace(of.recipe, stack=size, **recipe))
 
 
 # ---- over actors ------------------------------------------------------------------------------

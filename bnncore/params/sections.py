@@ -356,7 +356,7 @@ class RayParams:
         cpus_per_actor: what one actor takes, and how many threads it runs.
         gpus_per_actor: fractions are allowed; None for 1 where the cluster has GPUs, else 0.
         wait_s: how long to wait for resources that are asked for and not there.
-        replay: keep one member's activations at a time instead of all members', at 1.5 to 1.7 times
+        replay: keep one member's activations at a time instead of all members', at about 1.7 times
             the time and with the same results; None for where they would not fit otherwise.
     """
 

@@ -67,7 +67,7 @@ class Trainer:
         exchange: how to add up with the processes that hold the others.
         device: where to train.
         replay: forward once without gradients, then forward and backward member by member (stack
-            by stack): memory no longer grows with M, at 1.5 to 1.7 times the time. None: where the
+            by stack): memory no longer grows with M, at about 1.7 times the time. None: where the
             estimate (`memory.saved_bytes`) exceeds this process's share of the memory, or a first
             step runs out of it; members are not stacked then.
         shards: which of the ``recipe.shards`` parts of each batch this process takes; all by

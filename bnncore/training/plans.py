@@ -98,12 +98,10 @@ def ensemble_spec(
     model = model_spec(params, image, classes, binary=True)
     classifier = None
     if ensemble.scheme == "tentaclenet":
-        classifier = ensemble.classifier
-        with torch.device("meta"):
-            no_dense = not hasattr(build(model).head, "dense")
+        classifier, features = ensemble.classifier, has_features(model)
         if classifier == "auto":
-            classifier = "logits" if no_dense else "features"
-        elif classifier == "features" and no_dense:
+            classifier = "features" if features else "logits"
+        elif classifier == "features" and not features:
             raise ParamsError(
                 f"{where}.classifier: {params.model.backbone} has no dense layer whose features "
                 "could be concatenated; expected 'logits' or 'auto'"
@@ -112,6 +110,12 @@ def ensemble_spec(
     if how == "vote":
         how = f"{ensemble.vote or scheme.options['vote']}_vote"
     return EnsembleSpec(model, ensemble.members, sharing, how, classifier)
+
+
+def has_features(model: ModelSpec) -> bool:
+    """Whether a network ends in a dense layer, whose inputs a TentacleNet can concatenate."""
+    with torch.device("meta"):
+        return hasattr(build(model).head, "dense")
 
 
 def _check_teacher(ensemble: EnsembleParams, distill: float, where: str) -> None:

@@ -214,8 +214,12 @@ def test_it_refuses_before_anything_is_written(kind, project):
 
 
 def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return python(folder, "-m", f"pipeline.{name}", *arguments)
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "none"}
-    command = [sys.executable, "-m", f"pipeline.{name}", *arguments]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
 
 
@@ -241,9 +245,7 @@ def test_help_does_not_run_a_stage(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "usage: python -m pipeline.inputs" in done.stdout
     others = [s.replace("-", "_") for s in ALL]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "none"}
-    done = subprocess.run([sys.executable, "-c", HELP, *others], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
+    done = python(tmp_path, "-c", HELP, *others)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == others
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,6 @@ import torch
 from bnncore.cluster.group import actors_of_use, blocks
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.training import loop, schemes, stack
-from bnncore.training.jobs import Job
 from bnncore.training.loop import Trainer
 from tests.small import GRID, differences, plan
 from tests.training.test_step import HALVES, MEMBERS, Group, trained
@@ -198,19 +197,11 @@ def test_how_many_make_a_stack(wanted, device, expected):
 def test_each_actor_has_a_stack(scheme, recipe, device, actors, expected):
     recipe = dict(recipe)
     large = recipe.pop("large", False)
-    p, _ = plan(scheme, "no_shared", members=10, subset=0.05, recipe=recipe)
+    p, images = plan(scheme, "no_shared", members=10, subset=0.05, recipe=recipe)
     if large:
         model = replace(p.spec.model, image=(17, 16, 1))
         p = replace(p, spec=replace(p.spec, model=model))
-    p = replace(p, device=device).over(actors)
-    jobs: list[Job] = []
-
-    def looked_at(made: list[Job]) -> list:
-        jobs.extend(made)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        schemes.train(p, looked_at)
+    jobs = jobs_of(replace(p, device=device).over(actors), images)
     if scheme == "fusion":
         (job,) = jobs
         size = stack.size(job.recipe, job.spec.model, device)

@@ -330,20 +330,15 @@ def stacked(bench: Bench, quick: bool) -> None:
     digits = D.load(p.data, ROOT)
     fp32 = plans.first_job(p, digits, None).start  # time does not depend on weights
     bnn = plans.first_job(p, digits, fp32).start
+    run = partial(train_many, data=digits)
     for section in p.ensembles.train[-1:] if quick else p.ensembles.train:
-        plan = plans.plan(p, section, digits, fp32, bnn)
         if section.members > 1:
-            bench.compare(
-                f"two epochs of {section.name} of params.yaml on digits, in one process",
-                1,
-                partial(schemes.train, plan.over(1), partial(train_many, data=digits)),
-                {
-                    "looped": partial(
-                        schemes.train, in_stacks(plan, 1), partial(train_many, data=digits)
-                    )
-                },
-                1 if quick else 5,
+            plan = plans.plan(p, section, digits, fp32, bnn)
+            ours, looped = (
+                partial(schemes.train, one, run) for one in (plan.over(1), in_stacks(plan, 1))
             )
+            name = f"two epochs of {section.name} of params.yaml on digits, in one process"
+            bench.compare(name, 1, ours, {"looped": looped}, 1 if quick else 5)
 
 
 def in_stacks(of: Any, size: int, **recipe: Any) -> Any:

@@ -171,13 +171,12 @@ class _Planner:
         return run
 
     def elementwise(self, group: Group, epilogue: _Epilogue) -> Run:
-        zeros = np.zeros(tiles.LANES, np.float32)
         places = [self.room(number) for number in group.outputs]
 
         def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
             x = values[0]
             outs = [place.array(room, len(x)) for place, room in zip(places, rooms, strict=True)]
-            tiles.finish(x, zeros, *epilogue.arguments(member, values, outs))
+            tiles.finish(x, *epilogue.arguments(member, values, outs))
             return outs
 
         return run
@@ -292,12 +291,15 @@ class _Planner:
         products = kh * kw * channels
         if (window.classes > 1 and channels % 2) or products > _MOST_SLICED:
             return None  # `slicing.sums` says why; and sums are two bytes
+        if len(slicing.Taps.of(channels, kw).channel) > slicing.MOST_TRIPLES:
+            return None
         wanted = (
             self.tile == "sliced" if self.tile else slicing.wins(tensor.shape, stride, out, plain)
         )
         if not wanted:
             return None
         whole = rounded(filters)
+        order = slicing.Order.of((kh, kw), channels)
 
         def prepare(member: int) -> slicing.Weights:
             bits = unpack_bits(_copy(tensor, member))
@@ -309,12 +311,16 @@ class _Planner:
             if found:
                 first, up = found
                 negated = layouts.to_words(np.pad(up, (0, whole - filters)))
-                return slicing.Weights(slicing.picks(bits), planes, True, first, zeros, negated, {})
+                return slicing.Weights(
+                    slicing.picks(bits, order), planes, True, first, zeros, negated, {}
+                )
             first, most = slicing.sums(constants)
             planes = max(7, int(first.max() + products).bit_length())
             zeros[:filters] = most
             none = np.zeros(whole // lanes_of(filters), layouts.word_of(filters))
-            return slicing.Weights(slicing.picks(bits), planes, False, first, zeros, none, {})
+            return slicing.Weights(
+                slicing.picks(bits, order), planes, False, first, zeros, none, {}
+            )
 
         prepared = each_member(prepare, [tensor, *epilogue.tensors])
         lays: dict[int, slicing.Lay] = {}
@@ -331,8 +337,9 @@ class _Planner:
             parts, params, flips, *rest = epilogue.arguments(member, values, outs)
             slices.convolve(
                 x, np.array([images, *inputs, *out, kh, stride, pad], np.int64),
-                lay.lay, lay.columns, lay.taps, mine.picks, *mine.starts[lay.key], mine.planes,
-                mine.as_bits, mine.constants, parts, params, flips, flips ^ mine.negated, *rest,
+                lay.lay, lay.columns, lay.taps, order.rows, order.spans, mine.picks,
+                *mine.starts[lay.key], mine.planes, mine.as_bits, mine.constants, parts, params,
+                flips, flips ^ mine.negated, *rest,
             )  # fmt: skip
             return outs
 

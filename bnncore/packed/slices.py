@@ -22,7 +22,7 @@ Legend: `L` lanes of a vector, `C` channels, `O` filters, `P` planes of a count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,16 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from bnncore.packed.tiles import ROWS, _Emit, _epilogue, features
+from bnncore.packed.tiles import ROWS, _Emit, _finish_pixels, features
 
 Array = np.ndarray
 
 PIXELS = 32  # of a lane
-UNIT = 16  # triples that are added up at a time
+HALF = 8  # triples of one table that are added up at a time, with as many of another
+STEP = 8  # bytes; what an address can be a multiple of for nothing
 KINDS = 10  # vectors of a triple's table: eight carries, the sum, its complement
 
-_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
 _WIDE = "avx512f" in features()
 LANES = 16 if _WIDE else 8
@@ -61,45 +62,45 @@ def _add(emit: _Emit, a: ir.Value, b: ir.Value, c: ir.Value) -> tuple[ir.Value, 
     return build.xor(one, c), build.or_(build.and_(a, b), build.and_(one, c))
 
 
+def _bytes_of(emit: _Emit, value: ir.Value, count: int) -> list[ir.Value]:
+    """The first bytes of `count` elements, then their second bytes, and so on."""
+    size = value.type.count * value.type.element.width // 8
+    value = emit.b.bitcast(value, ir.VectorType(_I8, size))
+    return [
+        emit.b.shuffle_vector(
+            value,
+            value,
+            ir.Constant(ir.VectorType(_I32, count), list(range(k, size, size // count))),
+        )
+        for k in range(size // count)
+    ]
+
+
+def _bits_of(emit: _Emit, values: list[ir.Value]) -> Iterator[tuple[int, ir.Value]]:
+    """Of vectors of n bytes, bit k of each, as an integer of n bits; with k, over all vectors.
+
+    The sign is what processors gather from bytes, so that a bit is an addition and a gathering.
+    """
+    for first, value in enumerate(values):
+        none = ir.Constant(value.type, None)
+        for k in range(7, -1, -1):
+            mask = emit.b.icmp_signed("<", value, none)
+            yield 8 * first + k, emit.b.bitcast(mask, ir.IntType(value.type.count))
+            value = emit.b.add(value, value)
+
+
 @intrinsic
 def _slice(typing: Any, words: Any, pixels: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """Words of 32 pixels at `pixels`, of the type of `words`: a word a channel, a vector apart."""
-    bits = words.dtype.bitwidth
-    kind = ir.VectorType(ir.IntType(bits), PIXELS)
+    kind = ir.VectorType(ir.IntType(words.dtype.bitwidth), PIXELS)
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         emit = _Emit(builder)
-        value = emit.load(kind, args[1])
-        for c in range(bits):
-            picked = builder.and_(value, ir.Constant(kind, [1 << c] * PIXELS))
-            mask = builder.icmp_unsigned("!=", picked, ir.Constant(kind, None))
-            emit.store(builder.bitcast(mask, _I32), emit.at(args[2], c * VECTOR))
+        for c, word in _bits_of(emit, _bytes_of(emit, emit.load(kind, args[1]), PIXELS)):
+            emit.store(word, emit.at(args[2], c * VECTOR))
         return context.get_dummy_value()
 
     return types.void(words, types.int64, types.int64), body
-
-
-@intrinsic
-def _join(
-    typing: Any, words: Any, planes: Any, flip: Any, to: Any
-) -> tuple[Any, Callable[..., ir.Value]]:
-    """The inverse of `_slice`, with a word of bits to negate."""
-    bits = words.dtype.bitwidth
-    kind = ir.VectorType(ir.IntType(bits), PIXELS)
-
-    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, planes, flip, to = args
-        emit = _Emit(builder)
-        total = emit.splat(builder.trunc(flip, ir.IntType(bits)), PIXELS)
-        for f in range(bits):
-            word = emit.load(_I32, emit.at(planes, f * VECTOR))
-            mask = builder.bitcast(word, ir.VectorType(_I1, PIXELS))
-            one = ir.Constant(kind, [1 << f] * PIXELS)
-            total = builder.xor(total, builder.select(mask, one, ir.Constant(kind, None)))
-        emit.store(total, to)
-        return context.get_dummy_value()
-
-    return types.void(words, *[types.int64] * 3), body
 
 
 @intrinsic
@@ -138,17 +139,18 @@ def _tabulate(typing: Any, planes: Any, taps: Any, to: Any) -> tuple[Any, Callab
 
 @intrinsic
 def _count(
-    typing: Any, table: Any, picks: Any, units: Any, start: Any, planes: Any, to: Any
+    typing: Any, tables: Any, picks: Any, units: Any, start: Any, planes: Any, to: Any
 ) -> tuple[Any, Callable[..., ir.Value]]:
     """Add up a filter's triples.
 
-    Addresses: ``table``; ``picks`` of pairs of uint32, where in the table a triple's sum and carry
-    lie; ``start`` of `planes` planes to begin with; ``to`` of the resulting
-    planes. ``units``: of `UNIT` triples; ``planes``: at least 7.
+    Addresses: ``tables`` of the addresses of tables, one for each `HALF` of the triples; ``picks``
+    of pairs of uint16, where in its table a triple's sum and carry lie, in `STEP` bytes; ``start``
+    of `planes` planes to begin with; ``to`` of the resulting planes, which may be the same.
+    ``units``: of two halves; ``planes``: at least 7.
     """
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        table, picks, units, start, planes, to = args
+        tables, picks, units, start, planes, to = args
         emit = _Emit(builder)
         above = builder.sub(planes, _I64(6))  # planes that are held in memory
 
@@ -162,7 +164,8 @@ def _count(
 
         def unit(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
             sums = list(held)
-            at = emit.at(picks, index, 8 * UNIT)
+            at = emit.at(picks, index, 8 * HALF)
+            halves = [emit.load(_I64, emit.at(emit.at(tables, index, 16), 8 * n)) for n in range(2)]
 
             def add(plane: int, a: ir.Value, b: ir.Value) -> ir.Value:
                 sums[plane], carry = _add(emit, sums[plane], a, b)
@@ -173,8 +176,9 @@ def _count(
                 words = []
                 for k in range(t, t + 4):
                     for n in range(2):
-                        offset = builder.zext(emit.load(_I32, emit.at(at, 8 * k + 4 * n)), _I64)
-                        words.append(emit.load(_VECTOR, builder.add(table, offset)))
+                        pick = emit.load(_I16, emit.at(at, 4 * k + 2 * n), 2)
+                        where = emit.at(halves[k // HALF], builder.zext(pick, _I64), STEP)
+                        words.append(emit.load(_VECTOR, where))
                 p = add(0, words[0], words[2])
                 x = add(1, words[1], words[3])
                 q = add(0, words[4], words[6])
@@ -215,84 +219,105 @@ def _count(
     return types.void(*[types.int64] * 6), body
 
 
-_GALOIS = {"avx512f", "avx512vbmi", "gfni"} <= features()
-
-
-def _interleave(emit: _Emit, rows: list[ir.Value]) -> list[ir.Value]:
-    """Rows of n elements (n of them) transposed, in blocks of n where they are longer."""
-    n = len(rows)
-    size = rows[0].type.count
+def _across(emit: _Emit, planes: ir.Value, apart: ir.Value) -> list[ir.Value]:
+    """Words of 16 filters, `apart` bytes, as bytes of all of them together: 16 vectors, of which
+    vector p has in its block b of 16 bytes the filters' bytes ``16 * b + p``."""
+    kind = ir.VectorType(_I8, VECTOR)
+    rows = [emit.load(kind, emit.b.add(planes, emit.b.mul(apart, _I64(f)))) for f in range(16)]
     picks = [
-        [
-            first + n // 2 * half + k // 2 + size * (k % 2)
-            for first in range(0, size, n)
-            for k in range(n)
-        ]
+        [first + 8 * half + k // 2 + VECTOR * (k % 2)
+         for first in range(0, VECTOR, 16) for k in range(16)]
         for half in range(2)
-    ]
-    for _ in range(n.bit_length() - 1):
+    ]  # fmt: skip
+    for _ in range(4):
         rows = [
             emit.b.shuffle_vector(
-                rows[k], rows[k + n // 2], ir.Constant(ir.VectorType(_I32, size), half)
+                rows[k], rows[k + 8], ir.Constant(ir.VectorType(_I32, VECTOR), half)
             )
-            for k in range(n // 2)
+            for k in range(8)
             for half in picks
         ]
     return rows
 
 
 @intrinsic
-def _to_bytes(typing: Any, planes: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Eight planes of a filter as bytes: of every 64 pixels, 1024 bytes apart."""
+def _join(
+    typing: Any, words: Any, planes: Any, apart: Any, flip: Any, to: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """The inverse of `_slice`, for all lanes one after another; planes are `apart` bytes; with a
+    word of bits to negate."""
+    bits = words.dtype.bitwidth
+    word, size = ir.IntType(bits), bits // 8
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, planes, apart, flip, to = args
+        emit = _Emit(builder)
+        flip = builder.trunc(flip, word)
+        sets = [
+            _across(emit, builder.add(planes, builder.mul(apart, _I64(first))), apart)
+            for first in range(0, bits, 16)
+        ]
+        for p in range(16):
+            for block in range(VECTOR // 16):
+                parts = [emit.half(rows[p], 16 * block, 16) for rows in sets]
+                both = ir.Constant(ir.VectorType(_I32, bits), list(range(bits)))
+                value = builder.shuffle_vector(parts[0], parts[-1], both)
+                at = emit.at(to, 8 * (16 * block + p) * size)
+                for k, one in _bits_of(emit, [value]):
+                    emit.store(builder.xor(one, flip), emit.at(at, k * size), size)
+        return context.get_dummy_value()
+
+    return types.void(words, *[types.int64] * 4), body
+
+
+@intrinsic
+def _spread(typing: Any, planes: Any, apart: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """`_across`, into memory."""
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        planes, apart, to = args
+        emit = _Emit(builder)
+        for p, row in enumerate(_across(emit, planes, apart)):
+            emit.store(row, emit.at(to, p * VECTOR))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), body
+
+
+@intrinsic
+def _sum(typing: Any, planes: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Eight planes that `_spread` made as sums: bytes of 16 filters together.
+
+    Of pixel n those are 16 bytes at ``n % 128 * VECTOR + n // 128 * 16``.
+    """
+    kind = ir.VectorType(_I64, VECTOR // 8)
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         planes, to = args
         emit = _Emit(builder)
-        if _GALOIS:
-            # Bytes of a qword are planes of 8 pixels; a product with 1, 2, 4 .. turns its bits.
-            quads = ir.VectorType(_I64, 8)
-            rows = [emit.load(quads, emit.at(planes, k * VECTOR)) for k in range(8)]
-            order = [8 * (7 - m) + j for j in range(8) for m in range(8)]
-            order = ir.Constant(ir.VectorType(_I32, 64), order)
-            ones = ir.Constant(_BYTES, [1 << k for k in range(8)] * 8)
-            results = []
-            for row in _interleave(emit, rows):
-                row = builder.bitcast(row, _BYTES)
-                row = builder.shuffle_vector(row, row, order)
-                name = "llvm.x86.vgf2p8affineqb.512"
-                results.append(emit.call(name, _BYTES, ones, row, _I8(0)))
-        else:
-            results = []
-            for chunk in range(LANES // 2):
-                total = ir.Constant(_BYTES, None)
+
+        def one(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            at = emit.at(planes, index, VECTOR)
+            rows = [emit.load(kind, emit.at(at, 16 * k * VECTOR)) for k in range(8)]
+            # Bit i of byte k of eight becomes bit k of byte i.
+            for by, mask in ((1, 0x55), (2, 0x33), (4, 0x0F)):
+                far = ir.Constant(kind, [by] * kind.count)
+                kept = ir.Constant(kind, [mask * 0x0101010101010101] * kind.count)
                 for k in range(8):
-                    word = emit.load(_I64, emit.at(planes, k * VECTOR + 8 * chunk), 4)
-                    mask = builder.bitcast(word, ir.VectorType(_I1, 64))
-                    more = builder.add(total, ir.Constant(_BYTES, [1 << k] * 64))
-                    total = builder.select(mask, more, total)
-                results.append(total)
-        for chunk, result in enumerate(results):
-            emit.store(result, emit.at(to, 1024 * chunk))
+                    if not k & by:
+                        low, high = rows[k], rows[k + by]
+                        change = builder.and_(builder.xor(builder.lshr(low, far), high), kept)
+                        rows[k] = builder.xor(low, builder.shl(change, far))
+                        rows[k + by] = builder.xor(high, change)
+            at = emit.at(to, index, 8 * VECTOR)
+            for k, row in enumerate(rows):
+                emit.store(row, emit.at(at, k * VECTOR))
+            return []
+
+        emit.loop(_I64(16), [], one, unroll=False)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), body
-
-
-@intrinsic
-def _turn(typing: Any, bytes_: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Bytes of 16 filters for 64 pixels, 64 of a filter together: in place, 16 of a pixel together.
-
-    Pixel p is then in row ``p % 16``, quarter ``p // 16``.
-    """
-
-    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emit = _Emit(builder)
-        rows = [emit.load(_BYTES, emit.at(args[0], 64 * f)) for f in range(16)]
-        for p, row in enumerate(_interleave(emit, rows)):
-            emit.store(row, emit.at(args[0], 64 * p))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), body
 
 
 @intrinsic
@@ -302,22 +327,19 @@ def _finish(
 ) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
     """`tiles._finish` for `count` pixels, one after another.
 
-    Addresses: ``constant`` of the filters', ``sums`` of the first pixel among those that `_turn`
+    Addresses: ``constant`` of the filters', ``sums`` of the first pixel among those that `_sum`
     made, of a byte or two by ``bytes_``. ``blocks`` of filters, of which this is one.
     """
     lanes = flips.dtype.bitwidth
     vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
     quarter = ir.VectorType(_I8, 16)
-    area = LANES // 2 * 1024  # bytes of 16 filters
+    area = 128 * VECTOR  # bytes of 16 filters
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, constant, sums, bytes_, parts, params, flip, residual, numbers, bits, count, blocks = (
             args
         )
         emit, b = _Emit(builder), builder
-        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
-        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
-        pixels = _epilogue(emit, lanes, parts, flip, rows.__getitem__)
         start = emit.load(whole, constant)
         two = b.icmp_signed("==", bytes_, _I64(2))
 
@@ -328,15 +350,8 @@ def _finish(
                 value = b.shuffle_vector(value, emit.load(quarter, emit.at(at, area)), both)
             return b.zext(value, whole)
 
-        last = b.sub(count, _I64(1))
-
-        def four(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
-            where, places = [], []
-            for k in range(4):  # beyond the end the last pixel is done again, which changes nothing
-                one = b.add(b.mul(index, _I64(4)), _I64(k))
-                one = b.select(b.icmp_signed("<", one, last), one, last)
-                where.append(emit.at(sums, one, 64))
-                places.append(b.mul(one, blocks))
+        def values(numbers: list[ir.Value]) -> list[ir.Value]:
+            where = [emit.at(sums, number, VECTOR) for number in numbers]
 
             def widen(totals: list[ir.Value]) -> list[ir.Value]:
                 eight = ir.Constant(whole, [8] * lanes)
@@ -344,30 +359,13 @@ def _finish(
                 return [b.or_(t, b.shl(h, eight)) for t, h in zip(totals, high, strict=True)]
 
             totals = emit.when(two, [read(at) for at in where], widen)
-            pixels(
-                [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals],
-                [emit.at(residual, place, 4 * lanes) for place in places],
-                [emit.at(numbers, place, 4 * lanes) for place in places],
-                [emit.at(bits, place, lanes // 8) for place in places],
-            )
-            return []
+            return [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals]
 
-        emit.loop(b.lshr(b.add(count, _I64(3)), _I64(2)), [], four, unroll=False)
+        places = residual, numbers, bits
+        _finish_pixels(emit, lanes, parts, flip, params, values, places, count, blocks)
         return context.get_dummy_value()
 
     return types.void(flips, *[types.int64] * 11), body
-
-
-@intrinsic
-def _move(typing: Any, source: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """A vector, from one address to another."""
-
-    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        emit = _Emit(builder)
-        emit.store(emit.load(_VECTOR, args[0]), args[1])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), body
 
 
 @intrinsic
@@ -389,9 +387,10 @@ def _fill(typing: Any, to: Any, count: Any) -> tuple[Any, Callable[..., ir.Value
 
 @njit(cache=True, nogil=True)
 def convolve(
-    x: Array, shape: Array, lay: Array, columns: Array, taps: Array, picks: Array, start: Array,
-    start_of: Array, planes: int, as_bits: bool, constants: Array, parts: int, params: Array,
-    flips: Array, negated: Array, residual: Array, numbers: Array, bits: Array,
+    x: Array, shape: Array, lay: Array, columns: Array, taps: Array, rows: Array, spans: Array,
+    picks: Array, start: Array, start_of: Array, planes: int, as_bits: bool, constants: Array,
+    parts: int, params: Array, flips: Array, negated: Array, residual: Array, numbers: Array,
+    bits: Array,
 ) -> None:  # fmt: skip
     """A binary convolution with its epilogue.
 
@@ -402,8 +401,10 @@ def convolve(
             columns and rows of a part.
         columns: int64 (parts,): the first input column of a part, in strides.
         taps: int64 (triples, 3, 4), see `_tabulate`; planes are (strides, channels + 1, L).
-        picks: uint32 (kernel rows, O, units * UNIT, 2), see `_count`; by the place in the ring of
-            tables where the last row of windows lies.
+        picks: uint16 (O, halves * HALF, 2), see `_count`.
+        rows: int64 (halves,): of which row of the window a half's triples are; spans: int64
+            (chunks,): how many units are added up for all filters before the next ones, so that
+            what they need of the tables stays in the first cache.
         start: uint32 (kinds, O, planes, L), see `_count`; start_of: int64 (rows of a part,).
         planes: of a count.
         as_bits: whether the topmost plane is the result, else it is sums.
@@ -415,56 +416,76 @@ def convolve(
     side, apart, pieces, wide, high = lay
     words, unit = x.shape[3], x.itemsize
     channels = words * unit * 8
-    triples = len(taps)
-    filters = picks.shape[1]
-    units = picks.shape[2] // UNIT
+    triples, halves, filters = len(taps), len(rows), len(picks)
     blocks = len(params)
     lanes = flips.itemsize * 8
     size = lanes // 8  # bytes of a word of the result
     per = LANES // pieces  # sides of images of a vector
     tiles = (Wo + wide - 1) // wide
-    vectors = stride * (channels + 1) + kernel * triples * KINDS + 1
-    vectors += lanes * (max(planes, 16) + 1 + PIXELS // 2)
-    room = np.empty(vectors * VECTOR + 64, np.uint8)
+    bytes_ = 1 if planes <= 8 else 2  # of a sum
+    step = 8 * bytes_ * VECTOR
+    table = (triples * KINDS + 1) * VECTOR  # and a vector of 0
+    area = 128 * VECTOR  # of 16 filters' sums
+    room = np.empty(
+        stride * (channels + 1) * VECTOR
+        + kernel * table
+        + lanes * step
+        + (bytes_ * lanes // 16 + 1) * area
+        + 64,
+        np.uint8,
+    )
     planes_at = (room.ctypes.data + 63) // 64 * 64
     table_at = planes_at + stride * (channels + 1) * VECTOR
-    zero_at = table_at + kernel * triples * KINDS * VECTOR
-    counts_at = zero_at + VECTOR
-    step = max(planes, 16) * VECTOR
-    tops_at = counts_at + lanes * step
-    sums_at = tops_at + lanes * VECTOR
-    bytes_ = 1 if planes <= 8 else 2  # of a sum
+    counts_at = table_at + kernel * table
+    spread_at = counts_at + lanes * step
+    sums_at = spread_at + area
     for k in range(stride):
         _fill(planes_at + (k * (channels + 1) + channels) * VECTOR, 1)  # type: ignore[call-arg]
-    _fill(zero_at, (sums_at - zero_at) // VECTOR)  # type: ignore[call-arg]
+    for k in range(kernel):
+        _fill(table_at + (k + 1) * table - VECTOR, 1)  # type: ignore[call-arg]
+    _fill(counts_at, (spread_at - counts_at) // VECTOR)  # type: ignore[call-arg]
+    # By the place in the ring of tables where the last row of windows lies.
+    tables = np.empty((kernel, halves), np.int64)
+    for last in range(kernel):
+        for half in range(halves):
+            tables[last, half] = table_at + (last + 1 + rows[half]) % kernel * table
     pixels = np.zeros(PIXELS, x.dtype)
-    out = np.zeros(PIXELS, bits.dtype)
+    out = np.zeros(PIXELS * LANES, bits.dtype)
     pixels_at, out_at = pixels.ctypes.data, out.ctypes.data
     from_, to_ = x.reshape(-1), bits.reshape(-1)
-    x_at, start_at, picks_at, taps_at = (
-        x.ctypes.data,
-        start.ctypes.data,
-        picks.ctypes.data,
-        taps.ctypes.data,
-    )
+    x_at, start_at, picks_at = x.ctypes.data, start.ctypes.data, picks.ctypes.data
+    taps_at, tables_at = taps.ctypes.data, tables.ctypes.data
+    tops_at = counts_at + (planes - 1) * VECTOR
     params_at, constants_at = params.ctypes.data, constants.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
+    # Of each lane: its first image in a block and first row and column of the result; and which
+    # columns of the input it has, from the first that it could have.
+    image_of, row_of, column_of, left_of, begins = np.empty((5, LANES), np.int64)
+    ends = np.empty((stride, LANES), np.int64)
+    for lane in range(LANES):
+        piece = lane % pieces
+        image_of[lane] = lane // pieces * side
+        row_of[lane], column_of[lane] = piece // tiles * high, piece % tiles * wide
+        left_of[lane] = columns[piece]
+        begins[lane] = max(0, -columns[piece])
+        for parity in range(stride):
+            last = (W - parity + stride - 1) // stride
+            ends[parity, lane] = min(apart, last - columns[piece])
     span = (high - 1) * stride + kernel
     for block in range(((B + side - 1) // side + per - 1) // per):
+        origin_image = block * per * side
         for r in range(span):
             for lane in range(LANES):
-                piece = lane % pieces
-                first = (block * per + lane // pieces) * side
-                y = piece // tiles * high * stride - pad + r
-                left = columns[piece]
+                first = origin_image + image_of[lane]
+                y = row_of[lane] * stride - pad + r
                 many = min(side, B - first) if 0 <= y < H else 0
+                begin = begins[lane]
                 for parity in range(stride):
-                    begin = max(0, -left)
-                    end = min(apart, (W - parity + stride - 1) // stride - left)
+                    end = ends[parity, lane]
                     for w in range(words):
                         at = planes_at + 4 * lane
                         at += (parity * (channels + 1) + w * unit * 8) * VECTOR
-                        source = ((first * H + y) * W + left * stride + parity) * words + w
+                        source = ((first * H + y) * W + left_of[lane] * stride + parity) * words + w
                         if many > 0 and stride * words == 1 and end - begin == PIXELS:
                             _slice(x, x_at + source * unit, at)
                             continue
@@ -482,72 +503,66 @@ def convolve(
                                     pixels[s * apart + k] = 0
                         _slice(x, pixels_at, at)
             slot = r % kernel
-            table = table_at + slot * triples * KINDS * VECTOR
+            to = table_at + slot * table
             for t in range(triples):
-                _tabulate(planes_at, taps_at + t * 96, table + t * KINDS * VECTOR)
+                _tabulate(planes_at, taps_at + t * 96, to + t * KINDS * VECTOR)
             row = r - kernel + 1
             if row < 0 or row % stride:
                 continue
             row //= stride
             for group in range(blocks):
                 many = min(lanes, filters - group * lanes)
-                begin = picks_at + (slot * filters + group * lanes) * units * UNIT * 8
                 origin = start_at + (start_of[row] * filters + group * lanes) * planes * VECTOR
+                half = 0
+                for units in spans:
+                    begin = picks_at + (group * lanes * halves + half) * HALF * 4
+                    for f in range(many):
+                        counts = counts_at + f * step
+                        first = counts if half else origin + f * planes * VECTOR
+                        _count(
+                            tables_at + (slot * halves + half) * 8,
+                            begin + f * halves * HALF * 4, units, first, planes, counts,
+                        )  # fmt: skip
+                    half += 2 * units
                 if as_bits:
-                    for f in range(many):
-                        _count(
-                            table_at, begin + f * units * UNIT * 8, units,
-                            origin + f * planes * VECTOR, planes, counts_at,
-                        )  # fmt: skip
-                        _move(counts_at + (planes - 1) * VECTOR, tops_at + f * VECTOR)
                     for f in range(many, lanes):
-                        _fill(tops_at + f * VECTOR, 1)
+                        _fill(tops_at + f * step, 1)
+                    _join(flips, tops_at, step, np.int64(negated[group]), out_at)
                 else:
-                    for f in range(many):
-                        _count(
-                            table_at, begin + f * units * UNIT * 8, units,
-                            origin + f * planes * VECTOR, planes, counts_at + f * step,
-                        )  # fmt: skip
-                    for byte in range(bytes_):
-                        for f in range(many):
-                            to = sums_at + (byte * lanes // 16 + f // 16) * LANES * 512
-                            _to_bytes(counts_at + f * step + byte * 8 * VECTOR, to + f % 16 * 64)
-                    for part in range(bytes_ * lanes // 16 * LANES // 2):
-                        _turn(sums_at + part * 1024)
+                    for part in range(lanes // 16):
+                        for byte in range(bytes_):
+                            first = counts_at + part * 16 * step + 8 * byte * VECTOR
+                            for k in range(8):
+                                to = spread_at + k * 16 * VECTOR
+                                if 8 * byte + k < planes:
+                                    _spread(first + k * VECTOR, step, to)
+                                else:
+                                    _fill(to, 16)  # type: ignore[call-arg]
+                            _sum(spread_at, sums_at + (byte * lanes // 16 + part) * area)
                 for lane in range(LANES):
-                    piece = lane % pieces
-                    first = (block * per + lane // pieces) * side
-                    y = piece // tiles * high + row
-                    left = piece % tiles * wide
+                    first, y = origin_image + image_of[lane], row_of[lane] + row
+                    left = column_of[lane]
                     if y >= Ho or first >= B:
                         continue
                     count = min(wide, Wo - left)
                     place = ((first * Ho + y) * Wo + left) * blocks + group
-                    if as_bits and blocks == 1 and count == PIXELS:
-                        _join(
-                            flips, tops_at + 4 * lane, np.int64(negated[0]), bits_at + place * size
-                        )
-                        continue
-                    if as_bits:
-                        _join(flips, tops_at + 4 * lane, np.int64(negated[group]), out_at)
                     for s in range(min(side, B - first)):
-                        if as_bits:
+                        number = lane * PIXELS + s * apart
+                        if as_bits and blocks == 1:
                             for k in range(count):
-                                to_[place + k * blocks] = out[s * apart + k]
+                                to_[place + k] = out[number + k]
+                        elif as_bits:
+                            for k in range(count):
+                                to_[place + k * blocks] = out[number + k]
                         else:
-                            k = 0
-                            while k < count:  # a quarter of 64 pixels at a time
-                                number = lane * PIXELS + s * apart + k
-                                more = min(16 - number % 16, count - k)
-                                at = number // 64 * 1024 + number % 16 * 64 + number // 16 % 4 * 16
-                                to = place + k * blocks
-                                _finish(
-                                    flips, constants_at + group * lanes * 4, sums_at + at, bytes_,
-                                    parts, params_at + group * ROWS * lanes * 4,
-                                    np.int64(flips[group]), residual_at + to * lanes * 4,
-                                    numbers_at + to * lanes * 4, bits_at + to * size, more, blocks,
-                                )  # fmt: skip
-                                k += more
+                            sums = sums_at + (number & 127) * VECTOR + (number >> 7) * 16
+                            _finish(
+                                flips, constants_at + group * lanes * 4, sums, bytes_, parts,
+                                params_at + group * ROWS * lanes * 4, np.int64(flips[group]),
+                                residual_at + place * lanes * 4, numbers_at + place * lanes * 4,
+                                bits_at + place * size, count, blocks,
+                            )  # fmt: skip
                         place += Ho * Wo * blocks
     pixels[0] = 0  # numba would free them after their last use, and addresses are none
     out[0] = room[0] = 0
+    tables[0, 0] = 0

@@ -42,6 +42,13 @@ def worth(out: tuple[int, ...], images: int) -> bool:
     return -(-images // side) * (out[0] // 2) * 2 >= slices.LANES
 
 
+# Triples that are added up for all filters before the next ones: their tables fit a first cache of
+# 32 KiB where vectors have 32 bytes.
+CHUNK = 96
+# What a table can have, as picks are two bytes.
+MOST_TRIPLES = ((1 << 16) - 1) * slices.STEP // (slices.KINDS * slices.VECTOR)
+
+
 class Taps(NamedTuple):
     """The taps of a row of the window: channels times columns, by threes.
 
@@ -138,26 +145,53 @@ class Weights(NamedTuple):
     starts: dict[int, tuple[Array, Array]]
 
 
-def picks(weights: Array) -> Array:
-    """Weights (O,kh,kw,C), 1 for +1, as `slices.convolve` wants them: uint32 (kh, O, n, 2)."""
+class Order(NamedTuple):
+    """In which order triples are added up; see `slices.convolve`.
+
+    Attributes:
+        place: where a triple of a row of the window comes, int64 (kh, triples).
+        rows, spans: as there.
+    """
+
+    place: Array
+    rows: Array
+    spans: Array
+
+    @classmethod
+    def of(cls, kernel: tuple[int, ...], channels: int) -> Order:
+        """Triples of the same channels together, in halves of one row each."""
+        count = len(Taps.of(channels, kernel[1]).channel)
+        place = np.zeros((kernel[0], count), np.int64)
+        rows: list[int] = []
+        spans = []
+        chunk = max(1, CHUNK // kernel[0] // slices.HALF) * slices.HALF
+        for first in range(0, count, chunk):
+            many = min(chunk, count - first)
+            halves = -(-many // slices.HALF)
+            for i in range(kernel[0]):
+                place[i, first : first + many] = slices.HALF * len(rows) + np.arange(many)
+                rows += [i] * halves
+            rows += [0] * (len(rows) % 2)
+            spans.append(len(rows) // 2 - sum(spans))
+        return cls(place, np.array(rows, np.int64), np.array(spans, np.int64))
+
+
+def picks(weights: Array, order: Order) -> Array:
+    """Weights (O,kh,kw,C), 1 for +1, as `slices.convolve` wants them: uint16."""
     filters, kh, kw, channels = weights.shape
     taps = Taps.of(channels, kw)
     triples = len(taps.channel)
-    room = np.zeros((filters, kh, kw, channels + 1), np.int64)
+    room = np.zeros((filters, kh, kw, channels + 1), np.uint8)
     room[..., :channels] = weights
     three = room[:, :, taps.column, taps.channel]  # (O,kh,triples,3)
-    pattern = (three * (1, 2, 4)).sum(3)
-    parity = three.sum(3) & 1
-    units = -(-kh * triples // slices.UNIT)
-    zero = kh * triples * slices.KINDS * slices.VECTOR
-    found = np.full((kh, filters, units * slices.UNIT, 2), zero, np.uint32)
-    for last in range(kh):  # the place of the last row of windows in the ring of tables
-        slot = (last - (kh - 1) + np.arange(kh)) % kh
-        first = (slot[:, None] * triples + np.arange(triples)) * slices.KINDS
-        for k, kind in enumerate((8 + parity, pattern)):
-            found[last, :, : kh * triples, k] = ((first + kind) * slices.VECTOR).reshape(
-                filters, -1
-            )
+    pattern = three[..., 0] | three[..., 1] << 1 | three[..., 2] << 2
+    parity = three[..., 0] ^ three[..., 1] ^ three[..., 2]
+    step = slices.VECTOR // slices.STEP
+    none = triples * slices.KINDS * step
+    found = np.full((filters, len(order.rows) * slices.HALF, 2), none, np.uint16)
+    first = (np.arange(triples) * slices.KINDS * step).astype(np.uint16)
+    for k, kind in enumerate((8 + parity, pattern)):
+        found[:, order.place, k] = first + kind.astype(np.uint16) * np.uint16(step)
     return found
 
 

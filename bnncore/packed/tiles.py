@@ -480,41 +480,118 @@ def _epilogue(
     return pixels
 
 
+def _at_once(lanes: int) -> int:
+    """Pixels whose values stay in registers in the epilogue."""
+    return 4 if "avx512f" in features() else LANES // lanes
+
+
+def _finish_pixels(
+    emit: _Emit, lanes: int, parts: ir.Value, flip: ir.Value, params: ir.Value,
+    values: Callable[[list[ir.Value]], list[ir.Value]], places: tuple[ir.Value, ...],
+    count: ir.Value, blocks: ir.Value,
+) -> None:  # fmt: skip
+    """The epilogue of `count` pixels for one of `blocks` of filters.
+
+    Args:
+        values: those of some pixels by their numbers.
+        places: addresses of the first one's residual, numbers and bits.
+        parts, flip, params: see `_finish`.
+    """
+    b, n = emit.b, _at_once(lanes)
+    vector = ir.VectorType(_F32, lanes)
+    # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
+    rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
+    pixels = _epilogue(emit, lanes, parts, flip, rows.__getitem__)
+    last = b.sub(count, _I64(1))
+
+    def some(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+        numbers = []
+        for k in range(n):  # beyond the end the last one is done again, which changes nothing
+            one = b.add(b.mul(index, _I64(n)), _I64(k))
+            numbers.append(b.select(b.icmp_signed("<", one, last), one, last))
+        sizes = (4 * lanes, 4 * lanes, lanes // 8)
+        at = [[emit.at(place, b.mul(one, blocks), size) for one in numbers]
+              for place, size in zip(places, sizes, strict=True)]  # fmt: skip
+        pixels(values(numbers), *at)
+        return []
+
+    emit.loop(b.udiv(b.add(count, _I64(n - 1)), _I64(n)), [], some, unroll=False)
+
+
 @intrinsic
 def _finish(
-    typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, total: Any, parts: Any,
-    params: Any, flip: Any, residual: Any, numbers: Any, bits: Any,
+    typing: Any, weights: Any, constants: Any, flips: Any, constant: Any, kinds: Any, sums: Any,
+    parts: Any, params: Any, flip: Any, places: Any, residual: Any, numbers: Any, bits: Any,
+    blocks: Any,
 ) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
-    """The epilogue for 32 filters of one pixel, or 16: as many as an element of `flips` has bits.
+    """The epilogue of a tile, for 32 filters or 16: as many as an element of `flips` has bits.
 
     The types of the arrays ``weights`` and ``constants`` say what the sums are: popcounts (``x =
-    constant - 2 * total``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
-    (``x = constant + total``). Addresses, for so many filters: ``constant``, ``total``,
-    ``params`` of `ROWS` rows, ``residual``, ``numbers``; ``bits`` of a word.
-    ``parts``: which parts to do; ``flip``: a word of bits to negate.
+    constant - 2 * sum``), as uint16 from the weights of `_Nibbles`, else as int32; or floats
+    (``x = constant + sum``). Addresses: ``constant`` of the border classes' constants, ``sums``
+    of the tile's, ``params`` of `ROWS` rows; ``kinds`` and ``places`` of an int64 a pixel, its
+    class and, in words of filters, where it lies in ``residual``, ``numbers`` and ``bits``.
+    ``parts``: which parts to do; ``flip``: a word of bits to negate; ``blocks`` of filters.
     """
+    kind = np.dtype(str(weights.dtype))
     lanes = flips.dtype.bitwidth
     vector, whole = ir.VectorType(_F32, lanes), ir.VectorType(_I32, lanes)
+    P, n = tile_pixels(kind, lanes), _at_once(lanes)
+    wide = 2 if kind == np.uint8 else 4  # bytes of a sum
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, _, _, constant, total, parts, params, flip, residual, numbers, bits = args
+        (_, _, _, constant, kinds, sums, parts, params, flip, places, residual, numbers, bits,
+         blocks) = args  # fmt: skip
         emit, b = _Emit(builder), builder
         pixels = _epilogue(
             emit, lanes, parts, flip, lambda k: emit.load(vector, emit.at(params, 4 * lanes * k))
         )
-        if constants.dtype == types.int32:
-            start = emit.load(whole, constant)
-            if weights.dtype == types.uint8:
-                minus = b.zext(emit.load(ir.VectorType(_I16, lanes), total), whole)
-            else:
-                minus = emit.load(whole, total)
-            x = b.sitofp(b.sub(start, b.add(minus, minus)), vector)
-        else:
-            x = b.fadd(emit.load(vector, constant), emit.load(vector, total))
-        pixels([x], [residual], [numbers], [bits])
+
+        def value(j: int) -> ir.Value:
+            mine = b.mul(emit.load(_I64, emit.at(kinds, 8 * j)), blocks)
+            start, total = emit.at(constant, mine, 4 * lanes), emit.at(sums, j * lanes * wide)
+            if constants.dtype != types.int32:
+                return b.fadd(emit.load(vector, start), emit.load(vector, total))
+            minus = emit.load(ir.VectorType(ir.IntType(8 * wide), lanes), total)
+            minus = b.zext(minus, whole) if wide < 4 else minus
+            return b.sitofp(b.sub(emit.load(whole, start), b.add(minus, minus)), vector)
+
+        for first in range(0, P, n):
+            these = range(first, min(first + n, P))
+            where = [emit.load(_I64, emit.at(places, 8 * j)) for j in these]
+            at = [[emit.at(place, one, size) for one in where]
+                  for place, size in ((residual, 4 * lanes), (numbers, 4 * lanes),
+                                      (bits, lanes // 8))]  # fmt: skip
+            pixels([value(j) for j in these], *at)
         return context.get_dummy_value()
 
-    return types.void(weights, constants, flips, *[types.int64] * 8), body
+    return types.void(weights, constants, flips, *[types.int64] * 11), body
+
+
+@intrinsic
+def _finish_alone(
+    typing: Any, flips: Any, x: Any, parts: Any, params: Any, flip: Any, residual: Any,
+    numbers: Any, bits: Any, count: Any, blocks: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
+    """The same for `count` pixels of stored numbers, at the address ``x``."""
+    lanes = flips.dtype.bitwidth
+    vector = ir.VectorType(_F32, lanes)
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, x, parts, params, flip, residual, numbers, bits, count, blocks = args
+        emit = _Emit(builder)
+
+        def values(numbers: list[ir.Value]) -> list[ir.Value]:
+            # A sum with 0, as behind a convolution: -0 becomes 0.
+            zero = ir.Constant(vector, None)
+            at = [emit.at(x, builder.mul(one, blocks), 4 * lanes) for one in numbers]
+            return [builder.fadd(zero, emit.load(vector, one)) for one in at]
+
+        places = residual, numbers, bits
+        _finish_pixels(emit, lanes, parts, flip, params, values, places, count, blocks)
+        return context.get_dummy_value()
+
+    return types.void(flips, *[types.int64] * 9), body
 
 
 # ---- kernels ----------------------------------------------------------------------------------
@@ -555,7 +632,6 @@ def convolve(
     sums_at = (sums.ctypes.data + 63) // 64 * 64
     x_at, table_at, runs_at = x.ctypes.data, table.ctypes.data, runs.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
-    wide = 2 if weights.itemsize == 1 else 4  # bytes of a sum
     total = images * positions
     outer = (images + P - 1) // P if by_image else 1
     inner = positions if by_image else (total + P - 1) // P
@@ -593,48 +669,28 @@ def convolve(
                 _tile(
                     x, part, flips, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at
                 )  # type: ignore[call-arg]
-                for j in range(P):
-                    _finish(
-                        weights,
-                        constants,
-                        flips,
-                        constants_at + kinds[j] * blocks * lanes * 4,
-                        sums_at + j * lanes * wide,
-                        parts,
-                        params_at,
-                        flip,
-                        residual_at + places[j] * lanes * 4,
-                        numbers_at + places[j] * lanes * 4,
-                        bits_at + places[j] * lanes // 8,
-                    )
+                _finish(  # type: ignore[call-arg]
+                    weights, constants, flips, constants_at, kinds.ctypes.data, sums_at, parts,
+                    params_at, flip, places.ctypes.data, residual_at, numbers_at, bits_at, blocks,
+                )  # fmt: skip
     sums[0] = 0  # numba would free it after its last use, and sums_at is none
 
 
 @njit(cache=True, nogil=True)
 def finish(
-    x: Array, zeros: Array, parts: int, params: Array, flips: Array, residual: Array,
+    x: Array, parts: int, params: Array, flips: Array, residual: Array,
     numbers: Array, bits: Array,
 ) -> None:  # fmt: skip
     """The epilogue alone, on stored numbers: x float32 (B, positions, lanes * blocks)."""
     blocks = len(params)
     lanes = flips.itemsize * 8
-    x_at, zeros_at = x.ctypes.data, zeros.ctypes.data
-    residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
-    for place in range(x.size // lanes):
-        block = place % blocks
-        _finish(  # type: ignore[call-arg]
-            zeros,
-            zeros,
-            flips,
-            zeros_at,
-            x_at + place * lanes * 4,
-            parts,
-            params.ctypes.data + block * ROWS * lanes * 4,
-            np.int64(flips[block]),
-            residual_at + place * lanes * 4,
-            numbers_at + place * lanes * 4,
-            bits_at + place * lanes // 8,
-        )
+    for block in range(blocks):
+        _finish_alone(  # type: ignore[call-arg]
+            flips, x.ctypes.data + block * lanes * 4, parts,
+            params.ctypes.data + block * ROWS * lanes * 4, np.int64(flips[block]),
+            residual.ctypes.data + block * lanes * 4, numbers.ctypes.data + block * lanes * 4,
+            bits.ctypes.data + block * lanes // 8, x.size // (lanes * blocks), blocks,
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)

@@ -25,15 +25,22 @@ def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bo
         out: (Ho,Wo).
         as_bits: whether sums become bits at once.
     """
-    have, (_, kh, kw, channels), pixels = features(), weight, out[0] * out[1]
-    if stride > 1 or kh * kw < 9 or "avx2" not in have:
+    have, (filters, kh, kw, channels), pixels = features(), weight, out[0] * out[1]
+    if stride > 1 or "avx2" not in have:
         return False
+    taps = kh * kw
     # channels up to so many, on maps of at least so many pixels
+    found: tuple[tuple[int, int], ...]
     if "avx512f" in have:
         found = ((32, 1024), (16, 64)) if as_bits else ((16, 64),)
+    # The others compute for whole words of channels and whole tiles of filters.
+    elif 4 * filters * channels < 3 * rounded(filters) * rounded(channels):
+        found = ((64, 64),) if as_bits else ((32, 256),)
     else:
-        found = ((32, 256), (16, 64)) if as_bits else ((16, 1024), (8, 256))
-    return any(channels <= most and pixels >= least for most, least in found)
+        found = ((64, 1024), (32, 256)) if as_bits else ((16, 1024),)
+        if as_bits and taps < 9 and pixels >= 1024:
+            return channels <= 64
+    return taps == 9 and any(channels <= most and pixels >= least for most, least in found)
 
 
 def worth(out: tuple[int, ...], images: int) -> bool:

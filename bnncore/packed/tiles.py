@@ -39,6 +39,7 @@ Array = np.ndarray
 
 LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
+PLACES = 64  # pixels that `finish` does for one block of filters before the next
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue. The bit of a row asks for the affine or PReLU whose parameters begin there.
@@ -684,13 +685,19 @@ def finish(
     """The epilogue alone, on stored numbers: x float32 (B, positions, lanes * blocks)."""
     blocks = len(params)
     lanes = flips.itemsize * 8
-    for block in range(blocks):
-        _finish_alone(  # type: ignore[call-arg]
-            flips, x.ctypes.data + block * lanes * 4, parts,
-            params.ctypes.data + block * ROWS * lanes * 4, np.int64(flips[block]),
-            residual.ctypes.data + block * lanes * 4, numbers.ctypes.data + block * lanes * 4,
-            bits.ctypes.data + block * lanes // 8, x.size // (lanes * blocks), blocks,
-        )  # fmt: skip
+    places = x.size // (lanes * blocks)
+    x_at, params_at = x.ctypes.data, params.ctypes.data
+    residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
+    many = places if blocks == 1 else PLACES
+    for first in range(0, places, many):
+        for block in range(blocks):
+            place = first * blocks + block
+            _finish_alone(  # type: ignore[call-arg]
+                flips, x_at + place * lanes * 4, parts, params_at + block * ROWS * lanes * 4,
+                np.int64(flips[block]), residual_at + place * lanes * 4,
+                numbers_at + place * lanes * 4, bits_at + place * lanes // 8,
+                min(many, places - first), blocks,
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -234,17 +235,17 @@ def resnet18(bench: Bench, quick: bool) -> None:
 
 
 def layers(bench: Bench, quick: bool = False) -> None:
-    """Single layers; the share of the peak is that of what a tile does on data in registers.
+    """Single layers, and their shares of what their tiles do on data in the first cache.
 
     Args:
         quick: the narrow ones.
     """
     import torch
 
-    from bnncore.packed import slicing
+    from bnncore.packed import peaks
 
     torch.set_num_threads(1)
-    peak = popcount_peak(bench.clock)
+    peak = functools.cache(partial(peaks.products, clock=bench.clock))
     shares = []
     for channels, filters, size, side in LAYERS[-2:] if quick else LAYERS:
         name = f"{channels}->{filters} {size}x{size}, {side}x{side}"
@@ -262,25 +263,31 @@ def layers(bench: Bench, quick: bool = False) -> None:
         if BF16:
             half = (t.bfloat16() for t in layouts[1])
             peers["torch bf16"] = partial(torch.nn.functional.conv2d, *half, padding=pad)
-        numbers, bits = layer(channels, filters, size, side)
+        numbers, bits, tile = layer(channels, filters, size, side)
         bench.compare(f"{name}, numbers to numbers", 1, numbers, peers)
         ours = bench.compare(f"{name}, bits to bits", 1, bits, peers)
         inside = sum(
             1 for axis in range(side) for tap in range(size) if 0 <= axis + tap - pad < side
         )
-        words = BATCH * inside**2 * filters * channels / 64
-        sliced = slicing.wins((filters, size, size, channels), 1, (side, side), as_bits=True)
-        shares.append((name, "bit slices" if sliced else "counts", words / ours / peak))
-    lines = ["| bits to bits | tile | words a second, of the peak |", "| --- | --- | ---: |"]
-    lines += [f"| {name} | {tile} | {100 * share:.0f} % |" for name, tile, share in shares]
+        products = BATCH * inside**2 * filters * channels
+        shares.append((name, tile, products / ours, peak(tile)))
+    lines = [
+        "| bits to bits | tile | products a ns | of the tile's peak |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    lines += [
+        f"| {name} | {tile} | {rate / 1e9:.0f} | {100 * rate / most:.0f} % |"
+        for name, tile, rate, most in shares
+    ]
+    found = {tile: most for _, tile, _, most in shares}
     lines += [
         "",
-        f"The peak: {peak / 1e9:.2f} billion 64-bit words a second, XORed, counted and added on "
-        "data in registers; bit slices do without that, and may be above it. With few channels, "
-        "and in 1x1 layers, a tile has too few products to hide what begins and ends it; 16 "
-        "filters also share what is read of the input less well than 32. From numbers to numbers a "
-        "layer also reads and writes 4 bytes a value, 33 MB "
-        "for 64 channels of 32x32: that is memory's pace, not the kernel's.",
+        "The peaks: "
+        + ", ".join(f"{tile} {most / 1e9:.0f}" for tile, most in found.items())
+        + " products of two signs a ns, counted and added up on data in the first cache. With few "
+        "channels, and in 1x1 layers, a tile has too few products to hide what begins and ends it. "
+        "From numbers to numbers a layer also reads and writes 4 bytes a value, 33 MB for 64 "
+        "channels of 32x32: that is memory's pace, not the kernel's.",
     ]
     bench.note("\n".join(lines))
 
@@ -292,8 +299,9 @@ def once(work: Callable[[], object], clock: Callable[[], float] = time.process_t
     return clock() - start
 
 
-def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, Callable]:
-    """One binary layer, by the steps of a plan: from numbers to numbers, and from bits to bits."""
+def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, Callable, str]:
+    """One binary layer, by the steps of a plan: from numbers to numbers, and from bits to bits;
+    and the tile of the second."""
     from bnncore.packed import compiled_kernels
     from bnncore.packed.arena import empty
     from bnncore.packed.program import Node, Program, Tensor, pack_bits
@@ -357,34 +365,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
                 steps[4].run([bits], 0, rooms[4])
 
         works.append(partial(work, form, steps, parts, rooms))
-    return works[0], works[1]
-
-
-def popcount_peak(clock: Callable[[], float]) -> float:
-    """Words of 64 bits that one tile XORs, counts and adds a second, on data in the cache."""
-    from bnncore.packed import layouts, tiles
-
-    dtype = tiles.binary_tile()
-    pixels = tiles.tile_pixels(dtype)
-    steps, repeats = 60, 50
-    runs = np.array([[0, 0, steps, 1]] * repeats, np.int64)
-    count = 256 * pixels
-    x = np.random.default_rng(0).integers(0, 1 << 32, (1, 1, 1, 64), dtype=np.uint32)
-    weights = layouts.aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
-    params, flips = np.zeros((1, tiles.ROWS, 32), np.float32), np.zeros(1, np.uint32)
-    constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
-    starts = np.zeros(count, np.int64)
-
-    def work() -> None:
-        tiles.convolve(
-            x, 0, 1, weights, len(weights), layouts.nibble_table(), runs,
-            np.array([[0, repeats]], np.int64), starts, starts, constants, False, pixels, 0, params,
-            flips, none, none, none.astype(np.uint32),
-        )  # fmt: skip
-
-    best = min(once(work, clock) for _ in range(15))
-    bits = 8 if dtype == np.uint8 else 32
-    return count * steps * repeats * 32 * bits / 64 / best
+    return works[0], works[1], steps[4].tile(CHUNK)
 
 
 def ensembles(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -257,7 +258,10 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
-    """Print the compiled kernels' steps for one member: time, tile, binary products a second."""
+    """Print the compiled kernels' steps for one member: time, tile, binary products a second, and
+    which part that is of what the tile does on data at hand."""
+    from bnncore.packed import peaks
+
     model = execute.Model(program)
     model.layers(images)
     runs = [model.layers(images) for _ in range(repeats)]
@@ -266,15 +270,18 @@ def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
     medians = [
         statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)
     ]
-    rows = [("step", "tile", "ms", "share", "binary MAC/ns")]
+    rows = [("step", "tile", "ms", "share", "binary MAC/ns", "of the tile's peak")]
+    peak = functools.cache(peaks.products)
     for (step, _), seconds in zip(runs[0], medians, strict=True):
-        done = products[step.about.rpartition(": ")[0]] * len(images)
+        rate = products[step.about.rpartition(": ")[0]] * len(images) / seconds
+        tile = step.tile(len(images)) if step.tile else ""
         rows.append((
             printable(step.about),
-            step.tile(len(images)) if step.tile else "",
+            tile,
             f"{1e3 * seconds:.3f}",
             f"{seconds / sum(medians):.1%}",
-            f"{done / seconds / 1e9:.0f}" if done else "",
+            f"{rate / 1e9:.0f}" if rate else "",
+            f"{rate / peak(tile):.0%}" if rate else "",
         ))  # fmt: skip
     print("\none thread, one member:")
     print(*columns(rows, "<<>"), sep="\n")

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from bnncore.packed import layouts, numpy_kernels, slices, slicing, tiles
-from bnncore.packed.arena import Kernel
+from bnncore.packed.arena import Bind, Kernel, Rooms, Values, at_once
 from bnncore.packed.borders import Window, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
 from bnncore.packed.layouts import Room, lanes_of, rounded
@@ -25,7 +26,7 @@ from bnncore.packed.program import Node, Program, Tensor, unpack_bits
 from bnncore.packed.rules import MAX_TAPS, validate
 
 Array = np.ndarray
-Run = Callable[[Sequence[Array], int, Sequence[Array]], Sequence[Array]]
+Bound = tuple[Callable[[], object], Values]
 
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
 _MOST_SLICED = 1 << 15  # products
@@ -77,19 +78,28 @@ class _Planner:
         scratch: tuple[int, ...] = ()
         tile: Callable[[int], str] | None = None
         if not group.fits:
-            run = self.plain(group)
+            bind = self.plain(group)
         else:
             epilogue = _Epilogue(self.program, group, self.shapes[group.value].dims[-1])
             if group.node.op in SUMS:
-                run, scratch, tile = self.sums(group, epilogue)
+                bind, scratch, tile = self.sums(group, epilogue)
             else:
-                run = self.elementwise(group, epilogue)
+                bind = self.elementwise(group, epilogue)
         if group.outputs == (self.last,):
-            run = self.result(run)
+            bind = self.result(bind)
         rooms = tuple(self.room(number).bytes for number in group.outputs)
         nodes = [group.node, *group.rows.values(), *([group.level] if group.level else [])]
         about = f"{nodes[0].name}: {', '.join(dict.fromkeys(node.op for node in nodes))}"
-        return Kernel(group.inputs, group.outputs, group.own, run, rooms + scratch, about, tile)
+        return Kernel(
+            group.inputs,
+            group.outputs,
+            group.own,
+            at_once(bind),
+            rooms + scratch,
+            about,
+            tile,
+            bind,
+        )
 
     def room(self, number: int) -> Room:
         return layouts.room_of(self.shapes[number], self.stride(number))
@@ -103,12 +113,17 @@ class _Planner:
         dims = self.shapes[number].dims
         return dims if len(dims) == 3 else (1, 1, *dims)
 
-    def result(self, run: Run) -> Run:
-        """Of the last step: numbers (B, classes) in memory of their own."""
+    def result(self, bind: Bind) -> Bind:
+        """Of the last step: numbers (B, classes)."""
         classes = len(self.program.classes)
-        return lambda v, m, rooms: [run(v, m, rooms)[0][:, 0, 0, :classes].copy()]
 
-    def plain(self, group: Group) -> Run:
+        def cut(values: Values, member: int, rooms: Rooms) -> Bound:
+            call, (output,) = bind(values, member, rooms)
+            return call, [output[:, 0, 0, :classes]]
+
+        return cut
+
+    def plain(self, group: Group) -> Bind:
         """A node that no epilogue does."""
         node, place = group.node, self.room(group.value)
         words = not any(self.shapes[number].dims[-1] % tiles.LANES for number in node.inputs)
@@ -118,36 +133,34 @@ class _Planner:
             return self.normalize(group)
         if node.op == "concat" and words and group.value != self.last:
 
-            def join(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+            def join(values: Values, member: int, rooms: Rooms) -> Bound:
                 out = place.array(rooms[0], len(values[0]))
-                return [np.concatenate(values, axis=3, out=out)]
+                return partial(np.concatenate, values, axis=3, out=out), [out]
 
             return join
         shapes = [self.shapes[number] for number in node.inputs]
         slow = numpy_kernels.operator(self.program, node, shapes, self.shapes[group.value])
 
-        def through_numpy(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list:
+        def through_numpy(values: Values, member: int, rooms: Rooms) -> Bound:
             plain = [layouts.to_plain(v, s) for v, s in zip(values, shapes, strict=True)]
             out = place.array(rooms[0], len(values[0]))
-            layouts.from_plain(slow(plain, member), out)
-            return [out]
+            return lambda: layouts.from_plain(slow(plain, member), out), [out]
 
         return through_numpy
 
-    def normalize(self, group: Group) -> Run:
+    def normalize(self, group: Group) -> Bind:
         place = self.room(group.value)
         slots = [self.program.tensors[group.node.tensors[slot]] for slot in ("scale", "shift")]
         prepared = each_member(lambda m: [numpy_kernels.plain(slot, m) for slot in slots], slots)
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             out = place.array(rooms[0], len(values[0]))
             scale, shift = prepared(member)
-            tiles.normalize(values[0], scale, shift, out)
-            return [out]
+            return partial(tiles.normalize, values[0], scale, shift, out), [out]
 
-        return run
+        return bind
 
-    def pool(self, group: Group) -> Run:
+    def pool(self, group: Group) -> Bind:
         attrs = group.node.attrs
         size, out = self.dims(group.inputs[0])[:2], self.dims(group.value)[:2]
         taps = int(attrs.get("kernel", 0))  # 0: all of the map
@@ -162,28 +175,27 @@ class _Planner:
         kernel, maximum = taps or max(size), group.node.op == "maxpool"
         place = self.room(group.value)
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
-            room = place.array(rooms[0], len(x))
-            tiles.pool(x, kernel, stride, pad, divisor, factor, maximum, room)
-            return [room]
+            out = place.array(rooms[0], len(x))
+            size = (kernel, stride, pad)
+            return partial(tiles.pool, x, *size, divisor, factor, maximum, out), [out]
 
-        return run
+        return bind
 
-    def elementwise(self, group: Group, epilogue: _Epilogue) -> Run:
+    def elementwise(self, group: Group, epilogue: _Epilogue) -> Bind:
         places = [self.room(number) for number in group.outputs]
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
             outs = [place.array(room, len(x)) for place, room in zip(places, rooms, strict=True)]
-            tiles.finish(x, *epilogue.arguments(member, values, outs))
-            return outs
+            return partial(tiles.finish, x, *epilogue.arguments(member, values, outs)), outs
 
-        return run
+        return bind
 
     def sums(
         self, group: Group, epilogue: _Epilogue
-    ) -> tuple[Run, tuple[int, ...], Callable[[int], str]]:
+    ) -> tuple[Bind, tuple[int, ...], Callable[[int], str]]:
         """A convolution, or a dense layer as a convolution of a map of one pixel: how it runs, with
         how much room, and on which tile for so many images."""
         node, program = group.node, self.program
@@ -249,7 +261,7 @@ class _Planner:
             lambda m: numpy_kernels.plain(slots["zero"], m) if bytes_ else 0, slots.values()
         )
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> Sequence[Array]:
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
             images = len(x)
             if sliced and tile(images) == "sliced":
@@ -258,26 +270,28 @@ class _Planner:
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             # Tiles of images leave out padding, but the last ones may be half empty.
             skip = inner is not None and -(-images // pixels) * pixels * share < images
-            if bytes_ or (pad and not skip):
-                x = layouts.pad(x, pad, padded.array(rooms[-1], images), zeros(member))
             lay = inner if skip else around
             assert lay is not None
+            before = None
+            if bytes_ or (pad and not skip):
+                room = padded.array(rooms[-1], images)
+                before, x = partial(layouts.pad, x, pad, room, zeros(member)), room
             strip = x.shape[1] * x.shape[2] * steps * unit
             if dtype == np.uint8:
                 x = x.view(np.uint8)  # read by the byte, whatever its words
-            tiles.convolve(
-                x, strip, images, weights.reshape(-1),
+            convolve = partial(
+                tiles.convolve, x, strip, images, weights.reshape(-1),
                 weights.shape[1], table, lay.runs, lay.spans, lay.starts, lay.classes,
                 inside if skip else whole, skip, pixels,
                 *epilogue.arguments(member, values, outs),
             )  # fmt: skip
-            return outs
+            return partial(_both, before, convolve) if before else convolve, outs
 
-        return run, (padded.bytes,) if pad or bytes_ else (), tile
+        return bind, (padded.bytes,) if pad or bytes_ else (), tile
 
     def sliced(
         self, group: Group, epilogue: _Epilogue, window: Window, places: Sequence[Room]
-    ) -> Run | None:
+    ) -> Bind | None:
         """A binary convolution by `slices`, where it can and should be."""
         tensor = self.program.tensors[group.node.tensors["weight"]]
         filters, kh, kw, channels = tensor.shape
@@ -325,7 +339,7 @@ class _Planner:
         prepared = each_member(prepare, [tensor, *epilogue.tensors])
         lays: dict[int, slicing.Lay] = {}
 
-        def run(values: Sequence[Array], member: int, rooms: Sequence[Array]) -> list[Array]:
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
             images = len(x)
             if images not in lays:
@@ -335,15 +349,20 @@ class _Planner:
                 mine.starts[lay.key] = slicing.start(window, lay, out, mine.first, mine.planes)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             parts, params, flips, *rest = epilogue.arguments(member, values, outs)
-            slices.convolve(
-                x, np.array([images, *inputs, *out, kh, stride, pad], np.int64),
+            call = partial(
+                slices.convolve, x, np.array([images, *inputs, *out, kh, stride, pad], np.int64),
                 lay.lay, lay.columns, lay.taps, order.rows, order.spans, mine.picks,
                 *mine.starts[lay.key], mine.planes, mine.as_bits, mine.constants, parts, params,
                 flips, flips ^ mine.negated, *rest,
             )  # fmt: skip
-            return outs
+            return call, outs
 
-        return run
+        return bind
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 def _words(tensor: Tensor, member: int) -> Array:

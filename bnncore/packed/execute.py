@@ -145,7 +145,7 @@ class Model:
                 seconds[time] += perf_counter() - began
                 return outputs
 
-            return replace(step, run=run)
+            return replace(step, run=run, bind=None)
 
         self._steps = [timed(time, step) for time, step in enumerate(steps)]
         try:
@@ -191,27 +191,16 @@ class Model:
                     list(pool.map(take, parts))
 
     def _run_shared(self, images: np.ndarray, arena: Arena) -> dict[int, Any]:
-        values: dict[int, Any] = {0: np.ascontiguousarray(images)}
-        self._run(range(self._shared), values, 0, len(images), arena)
+        values = arena.begin(images)
+        arena.run(self._steps[: self._shared], 0, values, 0, len(images))
         return values
 
     def _run_member(self, shared: dict[int, Any], member: int, arena: Arena) -> np.ndarray:
         """Its outputs, which the next member's may overwrite."""
         values = dict(shared)
         images = len(next(iter(values.values())))
-        self._run(range(self._shared, len(self._steps)), values, member, images, arena)
+        arena.run(self._steps[self._shared :], self._shared, values, member, images)
         return values[self._last]
-
-    def _run(
-        self, times: range, values: dict[int, Any], member: int, images: int, arena: Arena
-    ) -> None:
-        for time in times:
-            step = self._steps[time]
-            inputs = [values[number] for number in step.inputs]
-            outputs = step.run(inputs, member, arena.rooms(time, images))
-            values.update(zip(step.outputs, outputs, strict=True))
-            for number in self._layout.dead[time]:
-                del values[number]
 
 
 def every_value(steps: Sequence[Kernel], images: np.ndarray, member: int = 0) -> dict[int, Any]:

@@ -537,7 +537,7 @@ def convolve(
                                 if 8 * byte + k < planes:
                                     _spread(first + k * VECTOR, step, to)
                                 else:
-                                    _fill(to, 16)  # type: ignore[call-arg]
+                                    _fill(to, 16)
                             _sum(spread_at, sums_at + (byte * lanes // 16 + part) * area)
                 for lane in range(LANES):
                     first, y = origin_image + image_of[lane], row_of[lane] + row

@@ -170,7 +170,7 @@ class Order(NamedTuple):
         count = len(Taps.of(channels, kernel[1]).channel)
         place = np.zeros((kernel[0], count), np.int64)
         rows: list[int] = []
-        spans = []
+        spans: list[int] = []
         chunk = max(1, CHUNK // kernel[0] // slices.HALF) * slices.HALF
         for first in range(0, count, chunk):
             many = min(chunk, count - first)

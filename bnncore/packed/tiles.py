@@ -670,7 +670,7 @@ def convolve(
                 _tile(
                     x, part, flips, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at
                 )  # type: ignore[call-arg]
-                _finish(  # type: ignore[call-arg]
+                _finish(
                     weights, constants, flips, constants_at, kinds.ctypes.data, sums_at, parts,
                     params_at, flip, places.ctypes.data, residual_at, numbers_at, bits_at, blocks,
                 )  # fmt: skip

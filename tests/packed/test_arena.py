@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -57,6 +58,30 @@ def test_what_memory_held_before_changes_nothing(threads: int) -> None:
         labels, _ = model.anytime(images, 0.01, batch=5)
         np.testing.assert_array_equal(labels, execute.Model(program).anytime(images, 0.01)[0])
         assert len(model._arenas) <= threads
+
+
+def test_steps_are_bound_once_for_a_number_of_images() -> None:
+    """And again where the block has grown, or where there were two other numbers since."""
+    program = random_program(4, steps=12)
+    model = execute.Model(program)
+    bound: list[int] = []
+
+    def counted(step: arena.Kernel) -> arena.Kernel:
+        def bind(*arguments):
+            bound.append(1)
+            return step.bind(*arguments)
+
+        return dataclasses.replace(step, bind=bind)
+
+    model._steps = [counted(step) for step in model._steps]
+    shared = sum(not step.own for step in model._steps)
+    each = shared + program.members * (len(model._steps) - shared)
+    for count, binds in ((3, 1), (3, 0), (2, 1), (3, 0), (5, 1), (5, 0), (2, 1), (5, 0), (3, 1)):
+        bound.clear()
+        images = random_images(program, count, len(bound))
+        want = execute.Model(program).outputs(images)
+        np.testing.assert_array_equal(model.outputs(images), want)
+        assert len(bound) == binds * each, count
 
 
 def test_one_model_serves_many_callers() -> None:

@@ -1,0 +1,78 @@
+"""What each binary tile could do at best here: its innermost loop, on data in the first cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numba import njit
+
+from bnncore.packed import layouts, slices, tiles
+from bnncore.packed.compiled_kernels import TILES
+
+Array = np.ndarray
+
+_TRIES = 15
+_REPEATS = 50
+
+
+def products(tile: str, clock: Callable[[], float] = time.process_time) -> float:
+    """Products of two signs a second, counted and added up.
+
+    Args:
+        tile: a key of `compiled_kernels.TILES`.
+        clock: seconds.
+    """
+    dtype = TILES[tile]
+    work, count = _slices() if dtype is None else _counts(dtype)
+    work()
+    best = float("inf")
+    for _ in range(_TRIES):
+        began = clock()
+        work()
+        best = min(best, clock() - began)
+    return count / best
+
+
+def _counts(dtype: np.dtype) -> tuple[Callable[[], None], int]:
+    """Of `tiles`, whose weights are of this type: one tile of many steps, and its products."""
+    steps, count = 60, 256 * tiles.tile_pixels(dtype)
+    runs = np.array([[0, 0, steps, 1]] * _REPEATS, np.int64)
+    x = np.random.default_rng(0).integers(0, 1 << 32, (1, 1, 1, 64), dtype=np.uint32)
+    weights = layouts.aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
+    params, flips = np.zeros((1, tiles.ROWS, 32), np.float32), np.zeros(1, np.uint32)
+    constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
+    starts = np.zeros(count, np.int64)
+
+    def work() -> None:
+        tiles.convolve(
+            x, 0, 1, weights, len(weights), layouts.nibble_table(), runs,
+            np.array([[0, _REPEATS]], np.int64), starts, starts, constants, False,
+            tiles.tile_pixels(dtype), 0, params, flips, none, none, none.astype(np.uint32),
+        )  # fmt: skip
+
+    return work, count * steps * _REPEATS * 32 * (8 if dtype == np.uint8 else 32)
+
+
+def _slices() -> tuple[Callable[[], None], int]:
+    """Of `slices`: triples of one table, added up for one filter."""
+    units = 64
+    memory = layouts.aligned(np.zeros(32 * slices.VECTOR, np.uint8))
+    picks = np.zeros(units * 2 * slices.HALF * 2, np.uint16)
+    tables = np.full(2 * units, memory.ctypes.data)
+
+    def work() -> None:
+        _add_up(tables, picks, units, memory, _REPEATS * 20)
+
+    triples = 2 * slices.HALF * units * _REPEATS * 20
+    return work, triples * 3 * slices.PIXELS * slices.LANES
+
+
+@njit(cache=True, nogil=True)
+def _add_up(tables: Array, picks: Array, units: int, memory: Array, repeats: int) -> None:
+    planes = memory.ctypes.data + slices.VECTOR * 16
+    for _ in range(repeats):
+        slices._count(  # type: ignore[call-arg]
+            tables.ctypes.data, picks.ctypes.data, units, planes, 8, planes
+        )

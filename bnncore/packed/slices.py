@@ -219,69 +219,68 @@ def _count(
     return types.void(*[types.int64] * 6), body
 
 
-def _across(emit: _Emit, planes: ir.Value, apart: ir.Value) -> list[ir.Value]:
+@intrinsic
+def _spread(typing: Any, planes: Any, apart: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """Words of 16 filters, `apart` bytes, as bytes of all of them together: 16 vectors, of which
     vector p has in its block b of 16 bytes the filters' bytes ``16 * b + p``."""
     kind = ir.VectorType(_I8, VECTOR)
-    rows = [emit.load(kind, emit.b.add(planes, emit.b.mul(apart, _I64(f)))) for f in range(16)]
     picks = [
         [first + 8 * half + k // 2 + VECTOR * (k % 2)
          for first in range(0, VECTOR, 16) for k in range(16)]
         for half in range(2)
     ]  # fmt: skip
-    for _ in range(4):
-        rows = [
-            emit.b.shuffle_vector(
-                rows[k], rows[k + 8], ir.Constant(ir.VectorType(_I32, VECTOR), half)
-            )
-            for k in range(8)
-            for half in picks
-        ]
-    return rows
-
-
-@intrinsic
-def _join(
-    typing: Any, words: Any, planes: Any, apart: Any, flip: Any, to: Any
-) -> tuple[Any, Callable[..., ir.Value]]:
-    """The inverse of `_slice`, for all lanes one after another; planes are `apart` bytes; with a
-    word of bits to negate."""
-    bits = words.dtype.bitwidth
-    word, size = ir.IntType(bits), bits // 8
-
-    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, planes, apart, flip, to = args
-        emit = _Emit(builder)
-        flip = builder.trunc(flip, word)
-        sets = [
-            _across(emit, builder.add(planes, builder.mul(apart, _I64(first))), apart)
-            for first in range(0, bits, 16)
-        ]
-        for p in range(16):
-            for block in range(VECTOR // 16):
-                parts = [emit.half(rows[p], 16 * block, 16) for rows in sets]
-                both = ir.Constant(ir.VectorType(_I32, bits), list(range(bits)))
-                value = builder.shuffle_vector(parts[0], parts[-1], both)
-                at = emit.at(to, 8 * (16 * block + p) * size)
-                for k, one in _bits_of(emit, [value]):
-                    emit.store(builder.xor(one, flip), emit.at(at, k * size), size)
-        return context.get_dummy_value()
-
-    return types.void(words, *[types.int64] * 4), body
-
-
-@intrinsic
-def _spread(typing: Any, planes: Any, apart: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """`_across`, into memory."""
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         planes, apart, to = args
         emit = _Emit(builder)
-        for p, row in enumerate(_across(emit, planes, apart)):
+        rows = [
+            emit.load(kind, builder.add(planes, builder.mul(apart, _I64(f)))) for f in range(16)
+        ]
+        for _ in range(4):
+            rows = [
+                builder.shuffle_vector(
+                    rows[k], rows[k + 8], ir.Constant(ir.VectorType(_I32, VECTOR), half)
+                )
+                for k in range(8)
+                for half in picks
+            ]
+        for p, row in enumerate(rows):
             emit.store(row, emit.at(to, p * VECTOR))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), body
+
+
+@intrinsic
+def _join(
+    typing: Any, words: Any, planes: Any, flip: Any, to: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """The inverse of `_slice`, for all lanes one after another, of what `_spread` made of one plane
+    of 16 filters, or of 16 and 16 more; with a word of bits to negate."""
+    bits = words.dtype.bitwidth
+    word, size = ir.IntType(bits), bits // 8
+    part = ir.VectorType(_I8, 16)
+    both = ir.Constant(ir.VectorType(_I32, bits), list(range(bits)))
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, planes, flip, to = args
+        emit = _Emit(builder)
+        flip = builder.trunc(flip, word)
+
+        def one(p: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            for block in range(VECTOR // 16):
+                at = emit.at(emit.at(planes, p, VECTOR), 16 * block)
+                low, high = (emit.load(part, emit.at(at, k)) for k in (0, bits // 32 * 16 * VECTOR))
+                value = builder.shuffle_vector(low, high, both)
+                place = emit.at(emit.at(to, p, 8 * size), 8 * 16 * block * size)
+                for k, found in _bits_of(emit, [value]):
+                    emit.store(builder.xor(found, flip), emit.at(place, k * size), size)
+            return []
+
+        emit.loop(_I64(16), [], one, unroll=False)
+        return context.get_dummy_value()
+
+    return types.void(words, *[types.int64] * 3), body
 
 
 @intrinsic
@@ -489,18 +488,11 @@ def convolve(
                         if many > 0 and stride * words == 1 and end - begin == PIXELS:
                             _slice(x, x_at + source * unit, at)
                             continue
-                        for s in range(side):
-                            if s < many:
-                                for k in range(begin):
-                                    pixels[s * apart + k] = 0
-                                for k in range(begin, end):
-                                    pixels[s * apart + k] = from_[source + k * stride * words]
-                                for k in range(end, apart):
-                                    pixels[s * apart + k] = 0
-                                source += H * W * words
-                            else:
-                                for k in range(apart):
-                                    pixels[s * apart + k] = 0
+                        _fill(pixels_at, PIXELS * unit // VECTOR)
+                        for s in range(many):
+                            for k in range(begin, end):
+                                pixels[s * apart + k] = from_[source + k * stride * words]
+                            source += H * W * words
                         _slice(x, pixels_at, at)
             slot = r % kernel
             to = table_at + slot * table
@@ -527,18 +519,21 @@ def convolve(
                 if as_bits:
                     for f in range(many, lanes):
                         _fill(tops_at + f * step, 1)
-                    _join(flips, tops_at, step, np.int64(negated[group]), out_at)
-                else:
-                    for part in range(lanes // 16):
-                        for byte in range(bytes_):
-                            first = counts_at + part * 16 * step + 8 * byte * VECTOR
-                            for k in range(8):
-                                to = spread_at + k * 16 * VECTOR
-                                if 8 * byte + k < planes:
-                                    _spread(first + k * VECTOR, step, to)
-                                else:
-                                    _fill(to, 16)
+                for part in range(lanes // 16):
+                    for byte in range(1 if as_bits else bytes_):
+                        source = counts_at + part * 16 * step + 8 * byte * VECTOR
+                        to = spread_at
+                        if as_bits:
+                            source, to = tops_at + part * 16 * step, to + part * 16 * VECTOR
+                        real = 1 if as_bits else min(8, planes - 8 * byte)
+                        for k in range(real):
+                            _spread(source + k * VECTOR, step, to + k * 16 * VECTOR)
+                        if not as_bits:
+                            for k in range(real, 8):
+                                _fill(to + k * 16 * VECTOR, 16)
                             _sum(spread_at, sums_at + (byte * lanes // 16 + part) * area)
+                if as_bits:
+                    _join(flips, spread_at, np.int64(negated[group]), out_at)
                 for lane in range(LANES):
                     first, y = origin_image + image_of[lane], row_of[lane] + row
                     left = column_of[lane]

@@ -548,22 +548,26 @@ def _finish(
             emit, lanes, parts, flip, lambda k: emit.load(vector, emit.at(params, 4 * lanes * k))
         )
 
-        def value(j: int) -> ir.Value:
-            mine = b.mul(emit.load(_I64, emit.at(kinds, 8 * j)), blocks)
-            start, total = emit.at(constant, mine, 4 * lanes), emit.at(sums, j * lanes * wide)
+        def value(j: ir.Value) -> ir.Value:
+            mine = b.mul(emit.load(_I64, emit.at(kinds, j, 8)), blocks)
+            start, total = emit.at(constant, mine, 4 * lanes), emit.at(sums, j, lanes * wide)
             if constants.dtype != types.int32:
                 return b.fadd(emit.load(vector, start), emit.load(vector, total))
             minus = emit.load(ir.VectorType(ir.IntType(8 * wide), lanes), total)
             minus = b.zext(minus, whole) if wide < 4 else minus
             return b.sitofp(b.sub(emit.load(whole, start), b.add(minus, minus)), vector)
 
-        for first in range(0, P, n):
-            these = range(first, min(first + n, P))
-            where = [emit.load(_I64, emit.at(places, 8 * j)) for j in these]
+        def some(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            these = [b.add(b.mul(index, _I64(n)), _I64(k)) for k in range(n)]
+            where = [emit.load(_I64, emit.at(places, j, 8)) for j in these]
             at = [[emit.at(place, one, size) for one in where]
                   for place, size in ((residual, 4 * lanes), (numbers, 4 * lanes),
                                       (bits, lanes // 8))]  # fmt: skip
             pixels([value(j) for j in these], *at)
+            return []
+
+        assert P % n == 0
+        emit.loop(_I64(P // n), [], some, unroll=False)
         return context.get_dummy_value()
 
     return types.void(weights, constants, flips, *[types.int64] * 11), body

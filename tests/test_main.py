@@ -111,5 +111,7 @@ def test_bench_shows_what_each_layer_takes(net, capsys):
     binary = [row.split() for row in rows if ": bconv" in row]
     assert binary
     assert all(set(compiled_kernels.TILES) & set(row) for row in binary)
-    shares = [float(word[:-1]) for row in rows for word in row.split() if word.endswith("%")]
-    assert sum(shares) == pytest.approx(100, abs=len(rows))
+    percent = [[float(w[:-1]) for w in row.split() if w.endswith("%")] for row in rows]
+    assert sum(shares[0] for shares in percent) == pytest.approx(100, abs=len(rows))
+    # of the peak of its tile, where there are products to count
+    assert [len(shares) == 2 for shares in percent] == [": bconv" in row for row in rows]

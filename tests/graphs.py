@@ -217,8 +217,11 @@ class Builder:
         if min(height, width) < 1:
             return None
         attrs = {"kernel": kernel, "stride": stride, "pad": pad, "ceil": ceil}
-        if largest or self.maybe():
-            return self.node("maxpool", [x], kind, (height, width, dims[2]), {}, attrs)
+        if largest or kind == "bits" or self.maybe():
+            slots = {}
+            if kind == "bits" and self.maybe():
+                slots["direction"] = self.tensor("binary", "direction", dims[2:])
+            return self.node("maxpool", [x], kind, (height, width, dims[2]), slots, attrs)
         attrs["include_pad"] = self.pick(0, 1)
         return self.node("avgpool", [x], "f32", (height, width, dims[2]), {}, attrs)
 
@@ -299,7 +302,7 @@ class Builder:
                 growers = [self.grow_bits] * 3 + [self.grow_whole] * 3 + [self.grow_maxpool]
                 growers += [self.grow_concat]
             elif kind == "bits":
-                growers = [self.grow_bconv] * 4 + [self.grow_join]
+                growers = [self.grow_bconv] * 4 + [self.grow_join, self.grow_maxpool]
             else:
                 growers = [self.grow_bits] * 5 + [self.grow_affine, self.grow_prelu]
                 growers += [self.grow_plain, self.grow_pool, self.grow_join]
@@ -450,6 +453,8 @@ def naive_node(node: Node, inputs: list[np.ndarray], slots: dict[str, np.ndarray
         return x + inputs[1]
     if node.op == "concat":
         return np.concatenate(inputs, axis=-1)
+    if node.op == "maxpool" and "direction" in slots:
+        return naive_pool(node, x * slots["direction"]) * slots["direction"]
     if node.op in ("maxpool", "avgpool", "sumpool"):
         return naive_pool(node, x)
     if node.op == "global_sum":

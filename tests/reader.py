@@ -157,7 +157,9 @@ def sumpool(x, **attrs):
     return pool(x, **attrs, whole=True)
 
 
-def pool(x, kernel, stride, pad, ceil, include_pad=None, whole=False):
+def pool(x, kernel, stride, pad, ceil, include_pad=None, whole=False, direction=None):
+    if direction is not None:
+        return pool(x * direction, kernel, stride, pad, ceil) * direction
     spans = []
     for size in x.shape[:2]:
         count = (size + 2 * pad - kernel + (stride - 1) * ceil) // stride + 1

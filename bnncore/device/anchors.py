@@ -215,7 +215,19 @@ def _pool(body: Body, node: Node, value: int, *extra: object) -> None:
 
 
 def _maxpool(body: Body, node: Node, value: int) -> None:
-    _pool(body, node, value)
+    source = node.inputs[0]
+    if body.kind(source) != "bits":
+        _pool(body, node, value)
+        return
+    kernel = int(node.attrs["kernel"])
+    g, width = body.window(node, (kernel, kernel), source), body.width(value)
+    turn = "0"
+    if "direction" in node.tensors:
+        turn = body.code.array(
+            node.tensors["direction"], "falling", "uint32_t",
+            lambda t, m: words(~one_copy(t, m)),
+        )  # fmt: skip
+    body.say("maxpool_bits", g, f"V{source}", *body.where, turn, width, body.pixel(value))
 
 
 def _avgpool(body: Body, node: Node, value: int) -> None:

@@ -137,6 +137,8 @@ def work(step: Step, writer: Writer) -> Counter[str]:
         _weighed(step, step.anchor, writer, pixels, found)
     elif step.anchor is not None:
         op, elements = step.anchor.op, pixels * writer.channels(step.start)
+        if writer.shapes[step.start].kind == "bits":
+            elements = pixels * writer.width(step.start)  # words
         if "kernel" in step.anchor.attrs:
             taps = int(step.anchor.attrs["kernel"]) ** 2
             found[op] = elements * (taps + 6 * (op == "avgpool"))  # a division takes so many

@@ -98,7 +98,8 @@ def _draw(model: ModelSpec, sharing: Sharing, combine: str, classifier: str | No
     def make(end: _End) -> P.Program:
         copies = _copies(drafts, shared)
         last = copies[drafts.index(output)]
-        fold.fold(copies, partial(_folded, most=end == "most"))
+        most = end == "most"
+        fold.fold(copies, partial(_folded, most=most), partial(_turned, most=most))
         return assemble(copies, last, _tensor, spec, 1, combined, classes, {})
 
     return Drawing(make)
@@ -188,6 +189,17 @@ def _folded(source: Draft, chain: list[Draft], most: bool) -> fold.Folded | None
         slot = "inside" if op == "interval" else "direction"
         tensors[slot] = ("direction", "binary", [_zeros((count,))])
     return op, tensors
+
+
+def _turned(chain: list[Draft], most: bool) -> dict[str, Arrays] | None:
+    """What `fold.directions` may give."""
+    slopes = any(link.op == "prelu" for link in chain)
+    count = fold.channels(chain)
+    if not most or not (slopes or any("scale" in link.tensors for link in chain)):
+        return {}
+    if slopes or count is None:
+        return None
+    return {"direction": ("direction", "binary", [_zeros((count,))])}
 
 
 def _tensor(role: str, kind: str, arrays: list[np.ndarray], shared: bool) -> P.Tensor:

@@ -23,22 +23,28 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 LARGEST = 2.0**24  # of the values for which a chain must not give NaN
 
 Folded = tuple[str, dict[str, Arrays]]  # op and tensors
+Turned = Callable[[list[Draft]], dict[str, Arrays] | None]
 
 
-def fold(drafts: list[Draft], folded: Callable[[Draft, list[Draft]], Folded | None]) -> None:
+def fold(
+    drafts: list[Draft],
+    folded: Callable[[Draft, list[Draft]], Folded | None],
+    turned: Turned,
+) -> None:
     """Turn each sign, with the chain of per-channel functions in front of it, into a threshold.
 
     Args:
         folded: what becomes of a source and the chain behind it, or None where it stays.
+        turned: the slots of a max pooling of bits that takes the place of one in front of a chain,
+            or None where it stays.
     """
+    for draft in list(drafts):
+        if draft.op == "sign":
+            _before_pool(drafts, draft, turned)
     for draft in list(drafts):
         if draft.op != "sign":
             continue
-        chain: list[Draft] = []
-        source = draft.inputs[0]
-        while source.modules is not None and source.uses == 1:
-            chain.insert(0, source)
-            source = source.inputs[0]
+        chain, source = _chain(draft)
         found = folded(source, chain) if chain else None
         if found is None:
             continue
@@ -47,6 +53,60 @@ def fold(drafts: list[Draft], folded: Callable[[Draft, list[Draft]], Folded | No
         draft.shared = not _own(chain)
         for link in chain:
             drafts.remove(link)
+
+
+def _before_pool(drafts: list[Draft], sign: Draft, turned: Turned) -> None:
+    """Take a sign, and the functions of each channel in front of it, in front of the max pooling
+    that they stand behind.
+
+    Where they rise, the largest of some values gives 1 where any of them does; where they fall,
+    where all of them do. Rounding keeps the order, so that this is exact. Bits are pooled instead
+    of numbers: a thirty-second of the memory, and what comes before the pooling can fold.
+    """
+    chain, pool = _chain(sign)
+    if pool.op != "maxpool" or pool.uses > 1 or pool.inputs[0].uses > 1:
+        return
+    directions = turned(chain)
+    if directions is None:
+        return
+    before = pool.inputs[0]
+    # What uses the sign has to find bits of the pooled size there, so that the two change places.
+    for name in ("op", "name", "attrs"):
+        mine, other = getattr(sign, name), getattr(pool, name)
+        setattr(sign, name, other)
+        setattr(pool, name, mine)
+    pool.shared, sign.shared = sign.shared, not _own(chain)
+    sign.tensors = directions
+    drafts.remove(pool)
+    drafts.insert(drafts.index(sign), pool)
+    if chain:
+        chain[0].inputs = [before]
+    pool.inputs, sign.inputs = [chain[-1] if chain else before], [pool]
+    _before_pool(drafts, pool, turned)
+
+
+def _chain(sign: Draft) -> tuple[list[Draft], Draft]:
+    """The functions of each channel in front of a sign, and what they work on."""
+    chain: list[Draft] = []
+    source = sign.inputs[0]
+    while source.modules is not None and source.uses == 1:
+        chain.insert(0, source)
+        source = source.inputs[0]
+    return chain, source
+
+
+def directions(members: int, chain: list[Draft]) -> dict[str, Arrays] | None:
+    """The slots of a max pooling of the bits of a chain, of each member where one of its links is
+    own; None where a link neither rises nor falls."""
+    found = []
+    for m in range(members if _own(chain) else 1):
+        rising = _rising(chain, m)
+        if rising is None:
+            return None
+        found.append(rising)
+    if all(rising.all() for rising in found):
+        return {}
+    return {"direction": ("direction", "binary", [np.ascontiguousarray(r) for r in found])}
 
 
 def _own(chain: list[Draft]) -> bool:

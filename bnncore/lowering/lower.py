@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from bnncore.data import normalization
 from bnncore.lowering.draft import IMAGE, Arrays, Draft, LowerError, assemble
-from bnncore.lowering.fold import fold, thresholds
+from bnncore.lowering.fold import directions, fold, thresholds
 from bnncore.networks.binarize import BinaryActivation, BinaryConv2d, Shift
 from bnncore.networks.ensemble import Ensemble
 from bnncore.networks.operations import Operation, OperationError, read
@@ -54,7 +54,7 @@ def lower(
     many = len(ensemble.ids)
     with torch.no_grad():
         drafts, output = Walk(ensemble, mean, std).run()
-        fold(drafts, partial(thresholds, many))
+        fold(drafts, partial(thresholds, many), partial(directions, many))
     made = assemble(drafts, output, _tensor, ensemble.spec, many, combined, classes, info or {})
     try:
         rules.validate(made)

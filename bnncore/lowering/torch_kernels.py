@@ -157,8 +157,17 @@ def _sumpool(
     return torch.round(average * multiple).float()
 
 
-def _maxpool(x: torch.Tensor, kernel: int, stride: int, pad: int, ceil: int) -> torch.Tensor:
-    return F.max_pool2d(x, kernel, stride, pad, ceil_mode=bool(ceil))
+def _maxpool(
+    x: torch.Tensor,
+    kernel: int,
+    stride: int,
+    pad: int,
+    ceil: int,
+    direction: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if direction is None:
+        return F.max_pool2d(x, kernel, stride, pad, ceil_mode=bool(ceil))
+    return _maxpool(x * direction, kernel, stride, pad, ceil) * direction
 
 
 def _avgpool(

@@ -174,14 +174,26 @@ class _Planner:
             divisor = factor
         kernel, maximum = taps or max(size), group.node.op == "maxpool"
         place = self.room(group.value)
+        turn = self.turn(group) if self.shapes[group.value].kind == "bits" else None
 
         def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
             out = place.array(rooms[0], len(x))
             size = (kernel, stride, pad)
+            if turn:
+                return partial(tiles.pool_bits, x, *size, turn(member), out), [out]
             return partial(tiles.pool, x, *size, divisor, factor, maximum, out), [out]
 
         return bind
+
+    def turn(self, group: Group) -> Callable[[int], Array]:
+        """Of a member, words of the bits of which the smallest is wanted."""
+        name, channels = group.node.tensors.get("direction"), self.shapes[group.value].dims[-1]
+        if name is None:
+            none = layouts.to_words(np.zeros(channels, bool))
+            return lambda member: none
+        slot = self.program.tensors[name]
+        return each_member(lambda m: layouts.to_words(~unpack_bits(_copy(slot, m))), [slot])
 
     def elementwise(self, group: Group, epilogue: _Epilogue) -> Bind:
         places = [self.room(number) for number in group.outputs]

@@ -432,6 +432,9 @@ class _Converter:
         source = node.inputs[0]
         if node.op == "concat":
             return self.emit("concat", node, [self.bits[n] for n in node.inputs])
+        if node.op == "maxpool":
+            kept: dict[str, Tensor | str] = {**node.tensors}
+            return self.emit("maxpool", node, [self.bits[source]], kept, dict(node.attrs))
         real = self.reals[source]
         if not real.linear or real.value == 0:
             real = self.stored(source)

@@ -388,14 +388,20 @@ def _maxpool(bound: _Bound) -> Run:
     kernel, stride, pad = (bound.attr(name) for name in ("kernel", "stride", "pad"))
     out = (bound.out.dims[0], bound.out.dims[1])
 
-    def run(values: Sequence[Array], member: int) -> Array:
-        x = values[0]
-        least = -np.inf if x.dtype == np.float32 else np.iinfo(np.int32).min
+    falling = bound.per(lambda up: None if up is None or up.all() else _pack(~up), "direction")
+
+    def largest(x: Array) -> Array:
+        larger = np.bitwise_or if x.dtype == np.uint8 else np.maximum  # of eight bits at once
+        least = {"f": -np.inf, "i": np.iinfo(np.int32).min, "u": 0}[x.dtype.kind]
         views = _taps(_padded(x, pad, kernel, stride, out, least), (kernel, kernel), stride, out)
         best = views[0].copy()
         for view in views[1:]:
-            np.maximum(best, view, out=best)
+            larger(best, view, out=best)
         return best
+
+    def run(values: Sequence[Array], member: int) -> Array:
+        turn = falling(member)
+        return largest(values[0]) if turn is None else largest(values[0] ^ turn) ^ turn
 
     return run
 

@@ -33,7 +33,8 @@ interval    f32|i32 -> bits      low[C], high[C], inside?[C] binary: ``low <= x 
                                  where inside is 0
 add         f32|i32, f32|i32 -> f32
 concat      n values -> same     along channels (all bits, or all numbers)
-maxpool     f32|i32 -> same      [kernel, stride, pad, ceil]; padded taps never win
+maxpool     any but u8 -> same   direction?[C] binary, of bits alone: where it is 0 the smallest;
+                                 [kernel, stride, pad, ceil]; padded taps never win
 avgpool     f32|i32 -> f32       [kernel, stride, pad, ceil, include_pad]
 global_avg  f32|i32 -> f32 (B,C) mean over H and W
 flatten     f32 -> f32 (B,F)     in C, H, W order, torch's

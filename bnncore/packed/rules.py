@@ -115,13 +115,15 @@ def window(size: int, kernel: int, stride: int, pad: int, ceil: int = 0) -> int:
 def version(program: Program, shapes: list[Shape]) -> str:
     """The first version of the format that can hold a valid Program with these values."""
     for node in program.nodes:
-        on_floats = node.op in ("conv", "dense", "flatten")
-        if node.op in _SECOND or (on_floats and shapes[node.inputs[0]].kind != "f32"):
+        kinds = _FIRST.get(node.op)
+        if node.op in _SECOND or (kinds and shapes[node.inputs[0]].kind not in kinds):
             return "2"
     return "1"
 
 
 _SECOND = ("rescale", "sumpool", "global_sum", "fixed")
+# What else takes only these in version 1.
+_FIRST = {"maxpool": ("f32", "i32"), **dict.fromkeys(("conv", "dense", "flatten"), ("f32",))}
 
 
 def largest_sum(weight: Tensor) -> int:
@@ -433,13 +435,16 @@ def _concat(look: _Look) -> tuple[str, tuple[int, ...]]:
 
 
 def _pool(look: _Look) -> tuple[str, tuple[int, ...]]:
-    (x,) = look.inputs(1, ("i32",) if look.node.op == "sumpool" else _NUMBERS)
+    kinds = {"sumpool": ("i32",), "maxpool": ("bits", *_NUMBERS)}.get(look.node.op, _NUMBERS)
+    (x,) = look.inputs(1, kinds)
     kernel = look.attr("kernel", 1, MAX_WINDOW)
     stride = look.attr("stride", 1, MAX_WINDOW)
     pad = look.attr("pad", 0, kernel // 2)
     ceil = look.attr("ceil", 0, 1)
     reach = 0 if look.node.op == "maxpool" else pad * look.attr("include_pad", 0, 1)
     height, width = (window(size, kernel, stride, pad, ceil) for size in x.dims[:2])
+    if x.kind == "bits":
+        look.maybe("direction", ("binary",), x.dims[2])
     require(min(height, width) > 0, look.where, f"a map of at least {kernel}x{kernel}", x.dims)
     if look.node.op == "sumpool":
         counts = divisors(x.dims[:2], (height, width), (kernel, kernel), stride, pad, reach)

@@ -751,3 +751,24 @@ def pool(
                 if not maximum:
                     for c in range(channels):
                         room[c] = room[c] / divisor[i, j] * factor[i, j]
+
+
+@njit(cache=True, nogil=True)
+def pool_bits(x: Array, kernel: int, stride: int, pad: int, turn: Array, out: Array) -> None:
+    """Max pooling of words of bits (B,H,W,words), or where `turn` (words,) is 1 min pooling."""
+    images, high, wide, words = out.shape
+    for n in range(images):
+        for i in range(high):
+            for j in range(wide):
+                room = out[n, i, j]
+                room[:] = 0
+                for y in range(
+                    max(0, i * stride - pad), min(x.shape[1], i * stride - pad + kernel)
+                ):
+                    for z in range(
+                        max(0, j * stride - pad), min(x.shape[2], j * stride - pad + kernel)
+                    ):
+                        for w in range(words):
+                            room[w] |= x[n, y, z, w] ^ turn[w]
+                for w in range(words):
+                    room[w] ^= turn[w]

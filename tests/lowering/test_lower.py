@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from bnncore.lowering.draft import IMAGE, Draft
+from bnncore.lowering.fold import directions, fold
 from bnncore.lowering.lower import LowerError, lower
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
@@ -120,6 +124,58 @@ def test_packed_equals_torch_for_every_binarizer(backbone, binarizer):
         assert program.tensors[stem.tensors["weight"]].kind == "binary"
     if binarizer.weight == "sign" and backbone == "resnet8":
         assert not any(t.role == "scale" and "conv1" in n for n, t in program.tensors.items())
+
+
+@pytest.mark.parametrize("binarizer", [Binarizer(), Binarizer(shift=True, act="rprelu")], ids=str)
+@pytest.mark.parametrize("sharing", ["shared_conv", "no_shared"])
+@pytest.mark.parametrize("backbone", ["nin", "fernet"])
+def test_bits_are_pooled_not_numbers(backbone, sharing, binarizer):
+    program, _ = compare(scrambled(backbone, sharing, binarizer=binarizer))
+    shapes = validate(program)
+    pools = [node for node in program.nodes if node.op == "maxpool"]
+    assert len(pools) == {"nin": 1, "fernet": 2}[backbone]
+    for node in pools:
+        assert shapes[node.inputs[0]].kind == "bits"
+        assert program.tensors[node.tensors["direction"]].own  # a fifth of all scales is below 0
+
+
+PLAIN = [nn.Identity()]
+
+
+@pytest.mark.parametrize(
+    ("between", "users", "expected"),
+    [
+        ("", 1, "conv sign maxpool"),
+        ("shift", 1, "conv shift sign maxpool"),
+        ("shift scale", 1, "conv shift scale sign maxpool"),
+        ("maxpool", 1, "conv sign maxpool maxpool"),
+        ("scale maxpool shift", 1, "conv scale shift sign maxpool maxpool"),
+        ("slope", 1, "conv slope sign maxpool"),
+        ("bent", 1, "conv maxpool bent sign"),  # neither rises nor falls
+        ("avgpool", 1, "conv maxpool avgpool sign"),
+        ("", 2, "conv maxpool sign"),  # its numbers are wanted, too
+    ],
+)
+def test_where_a_sign_goes_in_front_of_a_pool(between, users, expected):
+    drafts = [Draft("conv", "conv", [IMAGE]), Draft("maxpool", "maxpool", [], attrs={"kernel": 2})]
+    values = {"scale": [1.0, -1.0], "shift": [1.0, 2.0], "slope": [0.0, 0.5], "bent": [-1.0, 1.0]}
+    for name in between.split():
+        op = {"scale": "affine", "shift": "affine", "slope": "prelu", "bent": "prelu"}.get(name)
+        slot = "slope" if op == "prelu" else name
+        slots = {slot: (slot, "float32", [np.array(values[name])])} if op else {}
+        drafts.append(Draft(op or name, name, [], slots, {}, PLAIN if op else None))
+    drafts.append(Draft("sign", "sign", []))
+    for before, after in itertools.pairwise(drafts):
+        after.inputs, before.uses = [before], 1
+    drafts[1].uses = users
+    last = drafts[-1]
+    fold(drafts, lambda source, chain: None, partial(directions, 1))
+    assert " ".join(draft.name for draft in drafts) == expected
+    assert [d.op == "maxpool" for d in drafts] == [d.name == "maxpool" for d in drafts]
+    assert drafts[-1] is last  # what follows has it as its input
+    assert all(after.inputs == [before] for before, after in itertools.pairwise(drafts))
+    turned = [d.tensors["direction"][2][0].tolist() for d in drafts if "direction" in d.tensors]
+    assert turned == [[True, False]] * ("scale" in between)
 
 
 def thirds(weight, scale):

@@ -361,7 +361,10 @@ def _finish(
             return [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals]
 
         places = residual, numbers, bits
-        _finish_pixels(emit, lanes, parts, flip, params, values, places, count, blocks)
+        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
+        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
+        row = rows.__getitem__
+        _finish_pixels(emit, lanes, parts, flip, row, values, places, count, blocks)
         return context.get_dummy_value()
 
     return types.void(flips, *[types.int64] * 11), body

@@ -39,7 +39,6 @@ Array = np.ndarray
 
 LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
-PLACES = 64  # pixels that `finish` does for one block of filters before the next
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue. The bit of a row asks for the affine or PReLU whose parameters begin there.
@@ -481,13 +480,22 @@ def _epilogue(
     return pixels
 
 
+# Values that the epilogue has in registers at once.
+_TOGETHER = 4 * LANES if "avx512f" in features() else LANES
+
+
 def _at_once(lanes: int) -> int:
-    """Pixels whose values stay in registers in the epilogue."""
-    return 4 if "avx512f" in features() else LANES // lanes
+    """Pixels that the epilogue does together."""
+    return min(4, _TOGETHER // lanes)
+
+
+def _row(emit: _Emit, lanes: int, params: ir.Value) -> Callable[[int], ir.Value]:
+    """Rows of parameters, each loaded where it is used."""
+    return lambda k: emit.load(ir.VectorType(_F32, lanes), emit.at(params, 4 * lanes * k))
 
 
 def _finish_pixels(
-    emit: _Emit, lanes: int, parts: ir.Value, flip: ir.Value, params: ir.Value,
+    emit: _Emit, lanes: int, parts: ir.Value, flip: ir.Value, row: Callable[[int], ir.Value],
     values: Callable[[list[ir.Value]], list[ir.Value]], places: tuple[ir.Value, ...],
     count: ir.Value, blocks: ir.Value,
 ) -> None:  # fmt: skip
@@ -496,13 +504,10 @@ def _finish_pixels(
     Args:
         values: those of some pixels by their numbers.
         places: addresses of the first one's residual, numbers and bits.
-        parts, flip, params: see `_finish`.
+        parts, flip: see `_finish`; row: see `_epilogue`.
     """
     b, n = emit.b, _at_once(lanes)
-    vector = ir.VectorType(_F32, lanes)
-    # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
-    rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
-    pixels = _epilogue(emit, lanes, parts, flip, rows.__getitem__)
+    pixels = _epilogue(emit, lanes, parts, flip, row)
     last = b.sub(count, _I64(1))
 
     def some(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
@@ -544,9 +549,7 @@ def _finish(
         (_, _, _, constant, kinds, sums, parts, params, flip, places, residual, numbers, bits,
          blocks) = args  # fmt: skip
         emit, b = _Emit(builder), builder
-        pixels = _epilogue(
-            emit, lanes, parts, flip, lambda k: emit.load(vector, emit.at(params, 4 * lanes * k))
-        )
+        pixels = _epilogue(emit, lanes, parts, flip, _row(emit, lanes, params))
 
         def value(j: ir.Value) -> ir.Value:
             mine = b.mul(emit.load(_I64, emit.at(kinds, j, 8)), blocks)
@@ -593,7 +596,8 @@ def _finish_alone(
             return [builder.fadd(zero, emit.load(vector, one)) for one in at]
 
         places = residual, numbers, bits
-        _finish_pixels(emit, lanes, parts, flip, params, values, places, count, blocks)
+        row = _row(emit, lanes, params)
+        _finish_pixels(emit, lanes, parts, flip, row, values, places, count, blocks)
         return context.get_dummy_value()
 
     return types.void(flips, *[types.int64] * 9), body
@@ -692,7 +696,8 @@ def finish(
     places = x.size // (lanes * blocks)
     x_at, params_at = x.ctypes.data, params.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
-    many = places if blocks == 1 else PLACES
+    # Blocks of filters by turns, so that maps are read and written from one end to the other.
+    many = places if blocks == 1 else _TOGETHER // lanes
     for first in range(0, places, many):
         for block in range(blocks):
             place = first * blocks + block

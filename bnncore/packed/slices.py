@@ -381,10 +381,53 @@ def _fill(typing: Any, to: Any, count: Any) -> tuple[Any, Callable[..., ir.Value
             emit.store(ir.Constant(_VECTOR, None), emit.at(args[0], index, VECTOR))
             return []
 
-        emit.loop(args[1], [], one)
+        emit.loop(args[1], [], one, unroll=False)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), body
+
+
+@intrinsic
+def _copy(
+    typing: Any, words: Any, source: Any, step: Any, to: Any, apart: Any, count: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """So many words of the type of `words`, from and to every `step` and `apart` bytes."""
+    bits = words.dtype.bitwidth
+    word, size = ir.IntType(bits), _I64(bits // 8)
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, source, step, to, apart, count = args
+        emit = _Emit(builder)
+
+        def one(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            value = emit.load(word, builder.add(source, builder.mul(index, step)), bits // 8)
+            emit.store(value, builder.add(to, builder.mul(index, apart)), bits // 8)
+            return []
+
+        def each(none: list[ir.Value]) -> list[ir.Value]:
+            return emit.loop(count, [], one, unroll=False)
+
+        def whole(none: list[ir.Value]) -> list[ir.Value]:
+            kind = ir.PointerType()
+            places = [builder.inttoptr(at, kind) for at in (to, source)]
+            move = ir.FunctionType(ir.VoidType(), [kind, kind, _I64, _I1])
+            name = "llvm.memcpy.p0.p0.i64"
+            known = builder.module.globals.get(name)
+            builder.call(
+                known or ir.Function(builder.module, move, name),
+                [*places, builder.mul(count, size), _I1(0)],
+            )
+            return []
+
+        together = builder.and_(
+            builder.icmp_signed("==", step, size), builder.icmp_signed("==", apart, size)
+        )
+        some = builder.icmp_signed(">", count, _I64(0))
+        emit.when(builder.and_(some, together), [], whole)
+        emit.when(builder.and_(some, builder.not_(together)), [], each)
+        return context.get_dummy_value()
+
+    return types.void(words, *[types.int64] * 5), body
 
 
 @njit(cache=True, nogil=True)
@@ -454,7 +497,6 @@ def convolve(
     pixels = np.zeros(PIXELS, x.dtype)
     out = np.zeros(PIXELS * LANES, bits.dtype)
     pixels_at, out_at = pixels.ctypes.data, out.ctypes.data
-    from_, to_ = x.reshape(-1), bits.reshape(-1)
     x_at, start_at, picks_at = x.ctypes.data, start.ctypes.data, picks.ctypes.data
     taps_at, tables_at = taps.ctypes.data, tables.ctypes.data
     tops_at = counts_at + (planes - 1) * VECTOR
@@ -488,15 +530,18 @@ def convolve(
                         at = planes_at + 4 * lane
                         at += (parity * (channels + 1) + w * unit * 8) * VECTOR
                         source = ((first * H + y) * W + left_of[lane] * stride + parity) * words + w
-                        if many > 0 and stride * words == 1 and end - begin == PIXELS:
-                            _slice(x, x_at + source * unit, at)
-                            continue
-                        _fill(pixels_at, PIXELS * unit // VECTOR)
-                        for s in range(many):
-                            for k in range(begin, end):
-                                pixels[s * apart + k] = from_[source + k * stride * words]
-                            source += H * W * words
-                        _slice(x, pixels_at, at)
+                        here = x_at + source * unit
+                        if many <= 0 or stride * words > 1 or end - begin < PIXELS:
+                            _fill(pixels_at, PIXELS * unit // VECTOR)
+                            here += begin * stride * words * unit
+                            for s in range(many):
+                                _copy(
+                                    x, here, stride * words * unit,
+                                    pixels_at + (s * apart + begin) * unit, unit, end - begin,
+                                )  # fmt: skip
+                                here += H * W * words * unit
+                            here = pixels_at
+                        _slice(x, here, at)
             slot = r % kernel
             to = table_at + slot * table
             for t in range(triples):
@@ -546,12 +591,11 @@ def convolve(
                     place = ((first * Ho + y) * Wo + left) * blocks + group
                     for s in range(min(side, B - first)):
                         number = lane * PIXELS + s * apart
-                        if as_bits and blocks == 1:
-                            for k in range(count):
-                                to_[place + k] = out[number + k]
-                        elif as_bits:
-                            for k in range(count):
-                                to_[place + k * blocks] = out[number + k]
+                        if as_bits:
+                            _copy(
+                                flips, out_at + number * size, size, bits_at + place * size,
+                                size * blocks, count,
+                            )  # fmt: skip
                         else:
                             sums = sums_at + (number & 127) * VECTOR + (number >> 7) * 16
                             _finish(

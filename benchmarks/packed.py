@@ -353,18 +353,21 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
         rooms = {number: [empty(size * CHUNK) for size in step.rooms]
                  for number, step in steps.items()}  # fmt: skip
         images = random.integers(0, 256, (BATCH, side, side, channels), dtype=np.uint8)
-        parts = []
+        calls = []
         for start in range(0, BATCH, CHUNK):
             (numbers,) = steps[1].alone([images[start : start + CHUNK]])
-            parts.append((numbers, *steps[2].alone([numbers])))
+            signs, (bits,) = steps[2].bind([numbers], 0, rooms[2])
+            if form == "numbers":
+                calls.append(signs)
+            else:
+                (bits,) = steps[2].alone([numbers])
+            calls.append(steps[4].bind([bits], 0, rooms[4])[0])
 
-        def work(form: str, steps: dict, parts: list, rooms: dict) -> None:
-            for numbers, bits in parts:
-                if form == "numbers":
-                    (bits,) = steps[2].run([numbers], 0, rooms[2])
-                steps[4].run([bits], 0, rooms[4])
+        def work(calls: list[Callable[[], object]]) -> None:
+            for call in calls:
+                call()
 
-        works.append(partial(work, form, steps, parts, rooms))
+        works.append(partial(work, calls))
     return works[0], works[1], steps[4].tile(CHUNK)
 
 

@@ -356,8 +356,8 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
         calls = []
         for start in range(0, BATCH, CHUNK):
             (numbers,) = steps[1].alone([images[start : start + CHUNK]])
-            signs, (bits,) = steps[2].bind([numbers], 0, rooms[2])
             if form == "numbers":
+                signs, (bits,) = steps[2].bind([numbers], 0, rooms[2])
                 calls.append(signs)
             else:
                 (bits,) = steps[2].alone([numbers])

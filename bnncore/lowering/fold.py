@@ -66,8 +66,8 @@ def _before_pool(drafts: list[Draft], sign: Draft, turned: Turned) -> None:
     chain, pool = _chain(sign)
     if pool.op != "maxpool" or pool.uses > 1 or pool.inputs[0].uses > 1:
         return
-    directions = turned(chain)
-    if directions is None:
+    slots = turned(chain)
+    if slots is None:
         return
     before = pool.inputs[0]
     # What uses the sign has to find bits of the pooled size there, so that the two change places.
@@ -76,7 +76,7 @@ def _before_pool(drafts: list[Draft], sign: Draft, turned: Turned) -> None:
         setattr(sign, name, other)
         setattr(pool, name, mine)
     pool.shared, sign.shared = sign.shared, not _own(chain)
-    sign.tensors = directions
+    sign.tensors = slots
     drafts.remove(pool)
     drafts.insert(drafts.index(sign), pool)
     if chain:

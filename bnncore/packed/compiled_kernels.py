@@ -331,22 +331,19 @@ class _Planner:
             bits = unpack_bits(_copy(tensor, member))
             constants = window.constants(bits.sum(3, dtype=np.int32), channels)
             zeros, found = np.zeros(whole, np.int32), None
+            picks = slicing.picks(bits, order)
             if plain:
                 planes = max(7, products.bit_length() + 1)
                 found = slicing.limits(constants, *epilogue.limits(member), planes)
             if found:
                 first, up = found
                 negated = layouts.to_words(np.pad(up, (0, whole - filters)))
-                return slicing.Weights(
-                    slicing.picks(bits, order), planes, True, first, zeros, negated, {}
-                )
+                return slicing.Weights(picks, planes, True, first, zeros, negated, {})
             first, most = slicing.sums(constants)
             planes = max(7, int(first.max() + products).bit_length())
             zeros[:filters] = most
             none = np.zeros(whole // lanes_of(filters), layouts.word_of(filters))
-            return slicing.Weights(
-                slicing.picks(bits, order), planes, False, first, zeros, none, {}
-            )
+            return slicing.Weights(picks, planes, False, first, zeros, none, {})
 
         prepared = each_member(prepare, [tensor, *epilogue.tensors])
         lays: dict[int, slicing.Lay] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numba import njit
@@ -43,29 +44,23 @@ def _counts(dtype: np.dtype) -> tuple[Callable[[], None], int]:
     weights = layouts.aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
     params, flips = np.zeros((1, tiles.ROWS, 32), np.float32), np.zeros(1, np.uint32)
     constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
-    starts = np.zeros(count, np.int64)
-
-    def work() -> None:
-        tiles.convolve(
-            x, 0, 1, weights, len(weights), layouts.nibble_table(), runs,
-            np.array([[0, _REPEATS]], np.int64), starts, starts, constants, False,
-            tiles.tile_pixels(dtype), 0, params, flips, none, none, none.astype(np.uint32),
-        )  # fmt: skip
-
+    starts, spans = np.zeros(count, np.int64), np.array([[0, _REPEATS]], np.int64)
+    work = partial(
+        tiles.convolve, x, 0, 1, weights, len(weights), layouts.nibble_table(), runs, spans,
+        starts, starts, constants, False, tiles.tile_pixels(dtype), 0, params, flips, none, none,
+        none.astype(np.uint32),
+    )  # fmt: skip
     return work, count * steps * _REPEATS * 32 * (8 if dtype == np.uint8 else 32)
 
 
 def _slices() -> tuple[Callable[[], None], int]:
     """Of `slices`: triples of one table, added up for one filter."""
-    units = 64
+    units, repeats = 64, 20 * _REPEATS
     memory = layouts.aligned(np.zeros(32 * slices.VECTOR, np.uint8))
     picks = np.zeros(units * 2 * slices.HALF * 2, np.uint16)
     tables = np.full(2 * units, memory.ctypes.data)
-
-    def work() -> None:
-        _add_up(tables, picks, units, memory, _REPEATS * 20)
-
-    triples = 2 * slices.HALF * units * _REPEATS * 20
+    work = partial(_add_up, tables, picks, units, memory, repeats)
+    triples = 2 * slices.HALF * units * repeats
     return work, triples * 3 * slices.PIXELS * slices.LANES
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/zoo.py digits-fusion4 --file packed/fusion-4.bnn --params params.yaml \\
         --results reports/results.json --model fusion-4 --command "make repro"
-    python benchmarks/zoo.py NAME --file checkpoints/front16/pieces/X.bnn --params .../X.yaml \\
-        --results benchmarks/front16.json --model "X/0" --command "python benchmarks/front.py"
+    python benchmarks/zoo.py NAME --file "checkpoints/front16/pieces/X seed 0.bnn" \\
+        --params "checkpoints/front16/pieces/X seed 0.yaml" \\
+        --results docs/reproduction/front16.json --model X/0 --command "python benchmarks/front.py"
 
 Accuracies are those of the results; the scores that its test compares are computed here.
 """
@@ -21,14 +22,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bnncore import params, zoo
 from bnncore.packed import execute, packfile
+from bnncore.packed.program import Program
 
 
-def about(info: dict) -> str:
-    """A network in words, from the facts in its file."""
+def about(program: Program) -> str:
+    """A network in words, from its file."""
+    info = program.info
     network = f"{info['backbone']} {info['width']}"
-    if info["kind"] != "ensemble":
-        return f"{network}, {info['kind']}"
-    return f"{network}, {info['scheme']} of {info['members']}, {info['sharing']}"
+    if info["kind"] == "fp32":
+        whole = any(tensor.kind == "int8" for tensor in program.tensors.values())
+        return f"{network}, FP32 network{' in int8' if whole else ''}"
+    if program.members == 1:
+        return f"{network}, one BNN"
+    return f"{network}, {info['scheme']} of {program.members}, {info['sharing']}"
 
 
 def main() -> None:
@@ -46,7 +52,7 @@ def main() -> None:
     program = packfile.load(args.file)
     entry = zoo.Entry(
         args.name, "CIFAR-10 (JPEG copy)" if p.data.name == "cifar10" else p.data.name,
-        about(program.info | {"members": program.members}),
+        about(program),
         round(row["val_top1"], 2), round(row["test_top1"], 2), args.command,
         execute.Model(program, "numpy")(zoo.images(program.image)).astype(float).round(4).tolist(),
     )  # fmt: skip

@@ -49,6 +49,21 @@ def factors(divisor: Array) -> Array:
     return (multiple // divisor.astype(np.int64)).astype(np.float32)
 
 
+def between(constants: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """Which counts c have ``low <= constant - 2 * c <= high``: the least and the most of them,
+    int64 (classes,O); none where the least is more.
+
+    Args:
+        constants: int32 (classes,O), see above.
+        low, high: float32 (O,), infinite where there is no such end; NaN for none at all.
+    """
+    far = float(1 << 30)  # beyond all sums
+    low = np.clip(np.ceil(np.nan_to_num(low.astype(np.float64), nan=far)), -far, far)
+    high = np.clip(np.floor(np.nan_to_num(high.astype(np.float64), nan=-far)), -far, far)
+    least, most = np.ceil((constants - high) / 2), np.floor((constants - low) / 2)
+    return least.astype(np.int64), most.astype(np.int64)
+
+
 class Window(NamedTuple):
     """Size, stride and padding of a convolution, and its border classes."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from bnncore.packed import layouts, numpy_kernels, slices, slicing, tiles
 from bnncore.packed.arena import Bind, Kernel, Rooms, Values, at_once
-from bnncore.packed.borders import Window, divisors, factors
+from bnncore.packed.borders import Window, between, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
 from bnncore.packed.layouts import Room, lanes_of, rounded
 from bnncore.packed.numpy_kernels import each_member
@@ -261,7 +261,27 @@ class _Planner:
             whole[:, :filters] = window.constants(ones, inputs[2])
             return layouts.lay_out(words.reshape(filters, -1), dtype), inside, whole
 
+        alone = binary and epilogue.parts == tiles.BITS
+
+        def limits(constants: Array, member: int) -> Array:
+            """See `tiles.convolve`."""
+            kind = np.dtype("u2" if dtype == np.uint8 else "u4")
+            if not alone:
+                return np.empty((0, 0, 0, 0), kind)
+            least, most = between(constants, *epilogue.limits(member))
+            top = np.iinfo(kind).max  # which no count reaches
+            least, most = np.maximum(least, 0), np.minimum(most, top)
+            never = least > most
+            rows = np.stack([np.where(never, top, least), np.where(never, 0, most - least)], 1)
+            return layouts.aligned(
+                rows.astype(kind).reshape(len(rows), 2, -1, lanes).transpose(0, 2, 1, 3)
+            )
+
         prepared = each_member(lay_out, slots.values())
+        bounds = each_member(
+            lambda m: [limits(constants, m) for constants in prepared(m)[1:]],
+            [*slots.values(), *epilogue.tensors],
+        )
         sliced = self.sliced(group, epilogue, window, places) if binary else None
 
         def tile(images: int) -> str:
@@ -279,6 +299,7 @@ class _Planner:
             if sliced and tile(images) == "sliced":
                 return sliced(values, member, rooms)
             weights, inside, whole = prepared(member)
+            inside_limits, whole_limits = bounds(member)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
             # Tiles of images leave out padding, but the last ones may be half empty.
             skip = inner is not None and -(-images // pixels) * pixels * share < images
@@ -294,7 +315,7 @@ class _Planner:
             convolve = partial(
                 tiles.convolve, x, strip, images, weights.reshape(-1),
                 weights.shape[1], table, lay.runs, lay.spans, lay.starts, lay.classes,
-                inside if skip else whole, skip, pixels,
+                inside if skip else whole, inside_limits if skip else whole_limits, skip, pixels,
                 *epilogue.arguments(member, values, outs),
             )  # fmt: skip
             return partial(_both, before, convolve) if before else convolve, outs
@@ -334,7 +355,8 @@ class _Planner:
             picks = slicing.picks(bits, order)
             if plain:
                 planes = max(7, products.bit_length() + 1)
-                found = slicing.limits(constants, *epilogue.limits(member), planes)
+                low, high = (ends[:filters] for ends in epilogue.limits(member))
+                found = slicing.limits(constants, low, high, planes)
             if found:
                 first, up = found
                 negated = layouts.to_words(np.pad(up, (0, whole - filters)))
@@ -479,9 +501,9 @@ class _Epilogue:
         return layouts.aligned(params), layouts.to_words(flips)
 
     def limits(self, member: int) -> tuple[Array, Array]:
-        """Between which values a bit is 1, or where it is negated 0; each (channels,)."""
-        params = self.prepare(member)[0].transpose(1, 0, 2).reshape(tiles.ROWS, -1)
-        return params[tiles.LOW, : self.channels], params[tiles.HIGH, : self.channels]
+        """Between which values a bit is 1, or where it is negated 0; each of whole tiles."""
+        params = self.params(member)[0].transpose(1, 0, 2).reshape(tiles.ROWS, -1)
+        return params[tiles.LOW], params[tiles.HIGH]
 
     def arguments(self, member: int, values: Sequence[Array], outs: Sequence[Array]) -> tuple:
         """parts, params, flips, residual, numbers, bits."""

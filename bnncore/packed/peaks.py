@@ -44,11 +44,12 @@ def _counts(dtype: np.dtype) -> tuple[Callable[[], None], int]:
     weights = layouts.aligned(np.zeros(steps * (64 if dtype == np.uint8 else 32), dtype))
     params, flips = np.zeros((1, tiles.ROWS, 32), np.float32), np.zeros(1, np.uint32)
     constants, none = np.zeros((1, 32), np.int32), np.zeros((0, 0, 0, 0), np.float32)
+    limits = none.astype(np.uint16 if dtype == np.uint8 else np.uint32)
     starts, spans = np.zeros(count, np.int64), np.array([[0, _REPEATS]], np.int64)
     work = partial(
         tiles.convolve, x, 0, 1, weights, len(weights), layouts.nibble_table(), runs, spans,
-        starts, starts, constants, False, tiles.tile_pixels(dtype), 0, params, flips, none, none,
-        none.astype(np.uint32),
+        starts, starts, constants, limits, False, tiles.tile_pixels(dtype), 0, params, flips, none,
+        none, none.astype(np.uint32),
     )  # fmt: skip
     return work, count * steps * _REPEATS * 32 * (8 if dtype == np.uint8 else 32)
 

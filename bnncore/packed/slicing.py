@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bnncore.packed import slices
-from bnncore.packed.borders import Window
+from bnncore.packed.borders import Window, between
 from bnncore.packed.layouts import aligned, rounded
 from bnncore.packed.tiles import features
 
@@ -248,11 +248,9 @@ def limits(constants: Array, low: Array, high: Array, planes: int) -> tuple[Arra
     up = np.isposinf(high)
     if not (up | np.isneginf(low)).all():
         return None
-    far = 1 << 30
-    low, high = np.clip(np.ceil(low), -far, far), np.clip(np.floor(high), -far, far)
-    most = np.where(up, np.floor((constants - low) / 2), np.ceil((constants - high) / 2) - 1)
+    least, most = between(constants, low, high)
     top = 1 << (planes - 1)
-    return np.clip(top - 1 - most, 0, top).astype(np.int64), up
+    return np.clip(top - 1 - np.where(up, most, least - 1), 0, top), up
 
 
 def sums(constants: Array) -> tuple[Array, Array]:

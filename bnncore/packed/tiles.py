@@ -17,7 +17,7 @@ window, over all its channels). Three tiles exist, told apart by the type of the
 PReLU, affine, each rounded as in float32 arithmetic one at a time, then a store of the numbers, or
 of ``(low <= x <= high) ^ flip`` as a word of bits, or both. In Programs of integers one or two
 rescalings stand for all of that, in 32 bits; what is stored is floats all the same, which hold
-these integers.
+these integers. Where bits are all that is wanted of counts, these are compared as they are.
 
 The loops are written in LLVM's own language, as functions that numba calls (`intrinsic`): its
 vectoriser, given plain loops, makes code that is two to three times slower. LLVM lowers them to
@@ -577,6 +577,39 @@ def _finish(
 
 
 @intrinsic
+def _compare(
+    typing: Any, weights: Any, constants: Any, flips: Any, limits: Any, kinds: Any, sums: Any,
+    flip: Any, places: Any, bits: Any, blocks: Any,
+) -> tuple[Any, Callable[..., ir.Value]]:  # fmt: skip
+    """`_finish` where bits are all that is wanted: of the popcounts as they are, which takes half
+    of the vectors or less. Addresses: ``limits`` of those of the classes, see
+    `convolve`.
+    """
+    kind = np.dtype(str(weights.dtype))
+    lanes = flips.dtype.bitwidth
+    word = ir.IntType(lanes)
+    size = 2 if kind == np.uint8 else 4
+    vector = ir.VectorType(ir.IntType(8 * size), lanes)
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, _, _, limits, kinds, sums, flip, places, bits, blocks = args
+        emit, b = _Emit(builder), builder
+        if constants.dtype == types.int32:
+            for j in range(tile_pixels(kind, lanes)):
+                mine = b.mul(emit.load(_I64, emit.at(kinds, j, 8)), b.add(blocks, blocks))
+                at = emit.at(limits, mine, lanes * size)
+                least, reach = emit.load(vector, at), emit.load(vector, emit.at(at, lanes * size))
+                count = emit.load(vector, emit.at(sums, j, lanes * size))
+                within = b.bitcast(b.icmp_unsigned("<=", b.sub(count, least), reach), word)
+                place = emit.load(_I64, emit.at(places, j, 8))
+                at = emit.at(bits, place, lanes // 8)
+                emit.store(b.xor(within, b.trunc(flip, word)), at, lanes // 8)
+        return context.get_dummy_value()
+
+    return types.void(weights, constants, flips, *[types.int64] * 7), body
+
+
+@intrinsic
 def _finish_alone(
     typing: Any, flips: Any, x: Any, parts: Any, params: Any, flip: Any, residual: Any,
     numbers: Any, bits: Any, count: Any, blocks: Any,
@@ -609,8 +642,8 @@ def _finish_alone(
 @njit(cache=True, nogil=True)
 def convolve(
     x: Array, strip: int, images: int, weights: Array, stretch: int, table: Array, runs: Array,
-    spans: Array, starts: Array, classes: Array, constants: Array, by_image: bool, P: int,
-    parts: int, params: Array, flips: Array, residual: Array, numbers: Array, bits: Array,
+    spans: Array, starts: Array, classes: Array, constants: Array, limits: Array, by_image: bool,
+    P: int, parts: int, params: Array, flips: Array, residual: Array, numbers: Array, bits: Array,
 ) -> None:  # fmt: skip
     """A convolution, of bits or of floats, with its epilogue.
 
@@ -625,6 +658,8 @@ def convolve(
         starts: int64 (positions,): where the window of an output starts in an image of x, in bytes.
         classes: int64 (positions,): its border class.
         constants: (classes, filters), see `_finish`.
+        limits: unsigned (classes, blocks, 2, lanes), of the type of a sum: where bits are all that
+            is wanted, which popcounts become a bit of 1: from the first so many more. Else empty.
         by_image: whether a tile is one position of P images, or P positions as they come.
         parts, params, flips: the epilogue's; params (blocks, `ROWS`, lanes), flips (blocks,).
         residual, numbers: float32 (B, positions, lanes * blocks); bits: (B, positions, blocks).
@@ -641,6 +676,7 @@ def convolve(
     sums_at = (sums.ctypes.data + 63) // 64 * 64
     x_at, table_at, runs_at = x.ctypes.data, table.ctypes.data, runs.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
+    counted = limits.size > 0
     total = images * positions
     outer = (images + P - 1) // P if by_image else 1
     inner = positions if by_image else (total + P - 1) // P
@@ -648,6 +684,7 @@ def convolve(
         part = weights[block * stretch :]
         constants_at = constants.ctypes.data + block * lanes * 4
         params_at = params.ctypes.data + block * ROWS * lanes * 4
+        limits_at = limits.ctypes.data + block * 2 * lanes * limits.itemsize
         flip = np.int64(flips[block])
         image, position, place = 0, 0, 0
         for i in range(outer):
@@ -678,10 +715,17 @@ def convolve(
                 _tile(
                     x, part, flips, pixels.ctypes.data, table_at, begin, spans[kinds[0], 1], sums_at
                 )  # type: ignore[call-arg]
-                _finish(
-                    weights, constants, flips, constants_at, kinds.ctypes.data, sums_at, parts,
-                    params_at, flip, places.ctypes.data, residual_at, numbers_at, bits_at, blocks,
-                )  # fmt: skip
+                if counted:
+                    _compare(
+                        weights, constants, flips, limits_at, kinds.ctypes.data, sums_at, flip,
+                        places.ctypes.data, bits_at, blocks,
+                    )  # fmt: skip
+                else:
+                    _finish(
+                        weights, constants, flips, constants_at, kinds.ctypes.data, sums_at, parts,
+                        params_at, flip, places.ctypes.data, residual_at, numbers_at, bits_at,
+                        blocks,
+                    )  # fmt: skip
     sums[0] = 0  # numba would free it after its last use, and sums_at is none
 
 

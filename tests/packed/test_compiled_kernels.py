@@ -20,6 +20,7 @@ from bnncore.networks import backbones, ensemble
 from bnncore.networks.sharing import SHARING
 from bnncore.packed import (
     arena,
+    borders,
     compiled_kernels,
     execute,
     layouts,
@@ -276,6 +277,20 @@ def test_integer_levels_beyond_all_sums() -> None:
     low = rng.choice([-(1 << 31), -(1 << 24) - 1, 0, (1 << 24) + 1, (1 << 31) - 1], 40)
     program.tensors["3.low"] = tensor("int32", "threshold", low)
     check(program, random_images(program, 3), "words")
+
+
+def test_limits_of_sums_as_limits_of_counts() -> None:
+    ends = np.array(
+        [-np.inf, np.inf, np.nan, -1e30, 1e30, -1e-30, 1e-30, -0.0, *np.arange(-7, 8, 0.5)],
+        np.float32,
+    )
+    low, high = (each.reshape(-1) for each in np.meshgrid(ends, ends))
+    constants = np.repeat(np.array([[-3], [0], [5]], np.int32), len(low), axis=1)
+    least, most = borders.between(constants, low, high)
+    for count in range(-20, 21):
+        sums = (constants - 2 * count).astype(np.float32)
+        want = (low <= sums) & (sums <= high)
+        np.testing.assert_array_equal((least <= count) & (count <= most), want)
 
 
 def test_work_is_fused() -> None:

@@ -1,8 +1,8 @@
 """Compose a preset of conf/preset into params.yaml: ``python -m pipeline.preset NAME``.
 
 The same composition as ``dvc exp run -S preset=NAME``, for plain ``dvc repro``; what stands in
-params.yaml is replaced. `--epochs-scale` and `--subset` make a preset shorter, any other value is
-overridden as ``section.key=value`` (Hydra's grammar).
+params.yaml is replaced. `--epochs-scale` and `--subset` set `scale`, any other value is overridden
+as ``section.key=value`` (Hydra's grammar).
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def compose(
     """The parameters of a preset, as plain data, checked.
 
     Args:
-        epochs_scale: factor on the epochs of every recipe; at least one epoch is left.
-        subset: fraction of the training images.
+        epochs_scale, subset: `params.Scale`.
         overrides: in Hydra's grammar.
 
     Raises:

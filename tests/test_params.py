@@ -96,7 +96,7 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "replay": {"null", "true"},
     },
     "MlflowParams": {"uri": PATH, "experiment": TEXT},
-    "Scale": {"epochs": {"10**5", "10**9", *NUMBER}, "subset": {"1", "0.25"}},
+    "Scale": {"epochs": NUMBER, "subset": {"1", "0.25"}},
     "SpaceParams": {
         "backbone": set(), "width": set(), "fill": set(), "scheme": set(), "sharing": set(),
         "members": set(), "start": set(),
@@ -192,6 +192,23 @@ def test_bad_values_are_refused_by_their_key_at_once(section, field):
                  for k in named):  # fmt: skip
             wrong[name] = f"says it twice: {said}"
     assert not wrong
+
+
+def test_scale_multiplies_every_recipe_once():
+    train = [{"name": "x", "recipe": {"epochs": 10, "warmup": 4}}]
+    recipes = {
+        "pretrain": {"epochs": 0},
+        "binarize": {"epochs": 100, "two_step": True, "schedule": "cosine"},
+        "ensembles": {"recipe": {"epochs": 40, "patience": 3}, "train": train},
+    }
+    p = P.parse({"scale": {"epochs": 0.1, "subset": 0.5}, "data": {"subset": 0.5}, **recipes})
+    assert (p.pretrain.epochs, p.binarize.epochs, p.data.subset) == (0, 10, 0.25)
+    assert (p.ensembles.recipe.epochs, p.ensembles.recipe.patience) == (4, 1)
+    recipe = p.recipe(p.ensembles.train[0])
+    assert (recipe.epochs, recipe.warmup, recipe.patience) == (1, 0, 1)
+    assert P.parse(P.plain(p)) == p
+    p = P.parse({"scale": {"epochs": 1e-9}, **recipes})
+    assert (p.pretrain.epochs, p.binarize.epochs) == (0, 2)  # two steps need two
 
 
 X = "ensembles.train.x."

@@ -61,8 +61,8 @@ def collect(folders: Iterable[Path]) -> list[Run]:
     """The finished runs below `folders`: every ``results.json``.
 
     What a row does not say itself (``dataset``, ``backbone``, ``width``, ``subset``, ``epochs``,
-    ``seed``) is taken from the resolved parameters of the run: ``params.yaml`` or
-    ``packed/params.yaml`` beside the results or in the folder above.
+    ``seed``) is taken from the resolved parameters of the run: ``packed/params.yaml`` or
+    ``params.yaml`` beside the results or in the folder above.
 
     Raises:
         FiguresError: a folder without results, or results that cannot be read; names it.
@@ -96,7 +96,8 @@ def _read(file: Path) -> list[Run]:
 
 def _parameters(file: Path) -> dict[str, Any]:
     for folder in (file.parent, file.parent.parent):
-        for path in (folder / "params.yaml", folder / "packed" / "params.yaml"):
+        # First what is resolved: in the other one `scale` may not have been worked in.
+        for path in (folder / "packed" / "params.yaml", folder / "params.yaml"):
             if path.exists():
                 return read_yaml(path)
     return {}

@@ -44,7 +44,7 @@ __all__ = [
 
 
 def parse(values: Any) -> Params:
-    """`Params` from plain data.
+    """`Params` from plain data, `scale` worked in.
 
     Raises:
         ParamsError: names every key that is wrong, its value and what is allowed.
@@ -54,7 +54,7 @@ def parse(values: Any) -> Params:
     params = validated(Params, values)
     for ensemble in params.ensembles.train:
         params.recipe(ensemble)
-    return params
+    return params.scaled()
 
 
 def load(path: str | Path = "params.yaml") -> Params:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -389,12 +390,12 @@ class MlflowParams:
 
 @dataclass(frozen=True, config=SECTION)
 class Scale:
-    """By how much a preset was shortened when it was composed: a record, for the recipes and
-    ``data.subset`` hold the result.
+    """Factors that make a run shorter, or longer, without editing what they multiply.
 
     Attributes:
-        epochs: factor on the epochs of every recipe.
-        subset: fraction of the training images.
+        epochs: on every recipe's ``epochs``, ``warmup`` and ``patience``; at least one is left of
+            epochs and patience.
+        subset: on ``data.subset``.
     """
 
     epochs: Positive = 1.0
@@ -429,6 +430,41 @@ class Params:
                     f"pretrain.{name}: expected only for binary networks, got "
                     f"{getattr(self.pretrain, name)}"
                 )
+
+    def scaled(self) -> Params:
+        """The same without `scale`, which has multiplied what it says."""
+        factor = self.scale.epochs
+
+        def times(given: Mapping[str, Any]) -> dict[str, Any]:
+            least = {"epochs": 1 + bool(given.get("two_step")), "patience": 1, "warmup": 0}
+            made = {
+                key: max(few, round(given[key] * factor)) for key, few in least.items()
+                if given.get(key)
+            }  # fmt: skip
+            if (most := max(made.values(), default=0)) > MANY:
+                raise ParamsError(
+                    f"scale.epochs: expected a factor that makes at most {MANY:,} epochs, "
+                    f"got {factor:g}, which makes {most:,}"
+                )
+            return made
+
+        def recipe(one: Recipe) -> Recipe:
+            return dataclasses.replace(one, **times(vars(one)))
+
+        train = tuple(
+            dataclasses.replace(e, recipe={**e.recipe, **times(e.recipe)})
+            for e in self.ensembles.train
+        )
+        return dataclasses.replace(
+            self,
+            scale=Scale(),
+            data=dataclasses.replace(self.data, subset=self.data.subset * self.scale.subset),
+            pretrain=recipe(self.pretrain),
+            binarize=recipe(self.binarize),
+            ensembles=dataclasses.replace(
+                self.ensembles, recipe=recipe(self.ensembles.recipe), train=train
+            ),
+        )
 
     def recipe(self, ensemble: EnsembleParams) -> Recipe:
         """The recipe of one ensemble: the section's, with the ensemble's own fields."""

@@ -22,10 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("reports/paper"), metavar="DIR")
     parser.add_argument("--expected", type=Path, default=figures.FIGURES, metavar="FILE",
                         help="the published figures (default: the package's own)")  # fmt: skip
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FILE",
+                        help="Markdown that follows, with the plot of its name: "
+                             "tables of benchmarks/front.py")  # fmt: skip
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        for path in report.write(options.results, options.out, options.expected):
+        for path in report.write(options.results, options.out, options.expected, options.beside):
             print(printable(str(path)))
 
     return command("paper", work)

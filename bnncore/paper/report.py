@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from bnncore.paper import plots, sizes
-from bnncore.paper.figures import FIGURES, published
+from bnncore.paper.figures import FIGURES, FiguresError, published
 from bnncore.paper.runs import Line, collect, lines
 
 INTRODUCTION = """\
@@ -22,14 +24,20 @@ Sizes are counted from the models as the papers count.
 HEAD = ["", "published", "ours", "difference", "epochs", "seeds", "setting", "file, bytes"]
 
 
-def write(folders: Sequence[Path], out: Path, expected: Path = FIGURES) -> list[Path]:
+def write(
+    folders: Sequence[Path], out: Path, expected: Path = FIGURES, beside: Sequence[Path] = ()
+) -> list[Path]:
     """Write the papers' tables and plots from the finished runs in `folders`.
+
+    Args:
+        beside: Markdown files that follow on the page, such as what `benchmarks/front.py` writes of
+            rivals in one budget; a plot of the same name (.png) with each.
 
     Returns:
         The files written: ``paper.md``, ``paper.csv`` and the plots.
 
     Raises:
-        FiguresError: the published figures or the results of a run cannot be read.
+        FiguresError: the published figures, the results of a run or a file beside cannot be read.
     """
     figures = published(expected)
     found = lines(collect(folders), figures.series)
@@ -47,9 +55,22 @@ def write(folders: Sequence[Path], out: Path, expected: Path = FIGURES) -> list[
             text.append(f"![{title}]({image.name})\n")
         head, *body = ("| " + " | ".join(row) + " |" for row in rows)
         text += [head, "| --- |" + " ---: |" * (len(rows[0]) - 1), *body, ""]
+    text += [_section(file, out) for file in beside]
     (out / "paper.md").write_text("\n".join(text), encoding="utf-8")
     _csv(found, out / "paper.csv")
     return [out / "paper.md", out / "paper.csv", *drawn]
+
+
+def _section(file: Path, out: Path) -> str:
+    """A file as a section of the page in `out`."""
+    try:
+        title, _, rest = file.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FiguresError(f"{file}: expected a text to stand beside: {error}") from None
+    plot = file.with_suffix(".png").resolve()
+    image = f"![{title.lstrip('# ')}]({os.path.relpath(plot, out.resolve())})\n\n"
+    lower = re.sub(r"^#", "##", f"{title}\n\n{image * plot.exists()}{rest.lstrip()}", flags=re.M)
+    return f"{lower.rstrip()}\n"
 
 
 def _cells(line: Line) -> list[str]:

@@ -160,6 +160,22 @@ def test_unreadable_results_are_named(content, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_tables_of_rivals_follow_with_their_plot(tmp_path, capsys):
+    rivals = tmp_path / "front16.md"
+    rivals.write_text("# 16 KiB\n\n## Trained\n\n| what | % |\n| --- | ---: |\n| a # b | 1 |\n")
+    out = tmp_path / "out"
+    assert main(["--out", str(out), "--beside", str(rivals)]) == 0
+    wanted = "## 16 KiB\n\n### Trained\n\n| what | % |\n| --- | ---: |\n| a # b | 1 |\n"
+    assert (out / "paper.md").read_text().endswith(wanted)
+    rivals.with_suffix(".png").write_bytes(b"")
+    assert main(["--out", str(out), "--beside", str(rivals)]) == 0
+    assert (
+        "\n## 16 KiB\n\n![16 KiB](../front16.png)\n\n### Trained" in (out / "paper.md").read_text()
+    )
+    assert main(["--out", str(out), "--beside", str(tmp_path / "none.md")]) == 1
+    assert "none.md: expected a text" in capsys.readouterr().err
+
+
 def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert main([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "none: expected a finished run" in capsys.readouterr().err

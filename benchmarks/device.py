@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the layers alone")
     parser.add_argument("--write", action="store_true", help="benchmarks/device.md and .json")
     options = parser.parse_args()
+    if options.quick and options.write:
+        parser.error("--write: expected without --quick, which leaves out what is written")
     layers = [layer(*shape, *build) for shape in LAYERS for build in builds()]
     titles = {"layer": "layer", "core": "core", "compiler": "compiler",
               "instructions": "instructions",

@@ -430,6 +430,10 @@ def main() -> None:
     results = ROOT / "docs" / "reproduction" / f"{args.params.stem}.json"
     pieces = Pieces(args.json or results)
     scratch = ROOT / "checkpoints" / args.params.stem
+    asked = params.digest(params.read_yaml(args.params))
+    if pieces.known.setdefault("asked", asked) != asked:
+        parser.error(f"{pieces.path}: expected results of {args.params}, got those of others; name "
+                     "another file with --json")  # fmt: skip
 
     def report() -> None:
         rows = summary(pieces, args.seeds)

@@ -500,6 +500,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     options = parser.parse_args()
+    if options.quick and options.only not in (None, "resnet18", "layers"):
+        parser.error(f"--only {options.only}: expected resnet18 or layers with --quick")
     import torch
 
     began = time.perf_counter()

@@ -44,10 +44,13 @@ def main(
     """The command line: train each seed, write its rows at once; then table and plot."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
-    parser.add_argument("--json", type=Path, default=Path(script).with_suffix(".json"))
-    parser.add_argument("--params", type=Path, default=ROOT / "params.yaml")
+    parser.add_argument("--json", type=Path, help="results, those there are of the same parameters")
+    parser.add_argument("--params", type=Path, help="others than the project's, with --json")
     args = parser.parse_args()
-    p = params.load(args.params)
+    if args.params and not args.json:
+        parser.error("--params: expected --json with it, for results of other parameters")
+    args.json = args.json or Path(script).with_suffix(".json")
+    p = params.load(args.params or ROOT / "params.yaml")
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     for seed in args.seeds:
         if not any(r["seed"] == seed for r in rows):

@@ -17,6 +17,7 @@ from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
+from bnncore.networks.parts import Dropout
 from bnncore.networks.sharing import weight_layers
 from bnncore.packed.packfile import MAX_GRAPH
 from bnncore.packed.program import Program
@@ -49,6 +50,8 @@ def check(params: Params, image: tuple[int, int, int], classes: int | Sequence[s
                 f"ensembles.train.{ensemble.name}.members: expected at most {MAX_MEMBERS}, which "
                 f"a packed file can hold, got {ensemble.members}"
             )
+    if params.model.dropout:
+        _check_dropout(params, image, count)
     for binary in (False, True):
         spec = plans.single_spec(params, image, count, binary)
         _check_packed(spec, names, "model.backbone", ":" in params.model.backbone)
@@ -63,6 +66,16 @@ def _check_binarizer(params: Params) -> None:
             named(table, getattr(params.model.binarizer, key), where)
         except ValueError as error:
             raise ParamsError(_once(where, error)) from None
+
+
+def _check_dropout(params: Params, image: tuple[int, int, int], classes: int) -> None:
+    with torch.device("meta"):
+        network = build(plans.model_spec(params, image, classes, binary=True))
+    if not any(isinstance(module, Dropout) for module in network.modules()):
+        raise ParamsError(
+            f"model.dropout: expected 0 with {params.model.backbone}, which has no dense layer to "
+            f"put it in front of, got {params.model.dropout:g}"
+        )
 
 
 def _check_packed(
@@ -113,6 +126,11 @@ def _check_ensemble(
             raise ParamsError(
                 f"{where}.recipe.epochs: expected a multiple of members ({spec.members}), a "
                 f"cycle each, got {recipe.epochs}"
+            )
+        if recipe.warmup and recipe.warmup >= (cycle := recipe.epochs // spec.members):
+            raise ParamsError(
+                f"{where}.recipe.warmup: expected less than a cycle's epochs ({cycle}), got "
+                f"{recipe.warmup}"
             )
         if ensemble.recipe.get("schedule", "cosine") != "cosine":
             raise ParamsError(

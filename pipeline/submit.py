@@ -110,6 +110,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     """The cluster's job server."""
     if address:
         os.environ["RAY_ADDRESS"] = address  # which goes before Ray's own argument
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # and before that
     address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     if not address or not re.match(r"https?://", address):
         raise SubmitError(

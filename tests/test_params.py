@@ -58,7 +58,7 @@ OPTIONAL = {"null"}
 PATH = {"null", "'1'", "no-break", "long"}
 GOOD: dict[str, dict[str, set[str]]] = {
     "DataParams": {
-        "name": set(), "path": PATH, "download": FLAG, "val_fraction": {"0.25"},
+        "name": set(), "path": {"null"}, "download": FLAG, "val_fraction": {"0.25"},
         "test_fraction": {"0.25"}, "seed": {"0", *MANY, "10**9"}, "size": {"null", "1"},
         "channels": {"null", "1"}, "subset": {"1", "0.25"},
     },
@@ -67,14 +67,14 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "act": OPTIONAL, "stem": set(), "head": set(),
     },
     "ModelParams": {
-        "backbone": set(), "width": {"null"}, "dropout": {"0", "0.25"}, "binarizer": SECTION,
+        "backbone": set(), "width": {"null"}, "dropout": {"0"}, "binarizer": SECTION,
     },
     "Recipe": {
         "epochs": MANY, "batch_size": WHOLE, "lr": NUMBER, "optimizer": set(), "betas": set(),
-        "weight_decay": {"0", *NUMBER}, "warmup": {"0", *MANY}, "schedule": set(),
+        "weight_decay": {"0", *NUMBER}, "warmup": {"0", "1"}, "schedule": set(),
         "patience": MANY, "label_smoothing": {"0", "0.25"}, "distill": {"0", "1", "0.25"},
         "temperature": {"10**5", "10**9", *NUMBER}, "two_step": FLAG, "augment": set(),
-        "pad": WHOLE, "prefixes": FLAG, "shards": WHOLE, "compile": set(), "stack": MANY,
+        "pad": WHOLE, "prefixes": set(), "shards": WHOLE, "compile": set(), "stack": MANY,
         "deterministic": FLAG,
     },
     "CustomSharing": {"own": {"[]"}, "frozen": FLAG, "name": TEXT},
@@ -246,6 +246,36 @@ TOGETHER = [
     (
         {"model": {"backbone": "resnet8", "binarizer": {"head": "binary"}}},
         "model.binarizer.head: expected float with a backbone that ends in a dense layer",
+    ),
+    ({"data": {"path": "photos"}}, "data.path: expected none where name is digits"),
+    ({"binarize": {"epochs": 3, "warmup": 3}}, "binarize.warmup: expected less than epochs (3)"),
+    ({"pretrain": {"prefixes": True}}, "pretrain.prefixes: expected only for ensembles"),
+    *(
+        (
+            {"model": {"backbone": name, "dropout": 0.5}},
+            f"model.dropout: expected 0 with {name}, which has no dense layer",
+        )
+        for name in ("nin", "leanresnet8", "leanresnet20", "leanplain")
+    ),
+    *(
+        ({"ensembles": {"train": [{"name": "x", **row}]}}, f"{X}{said}")
+        for row, said in [
+            (
+                {"start": "hadamard"},
+                "start: expected bnn with sharing 'shared_conv', which freezes",
+            ),
+            ({"start": "random", "sharing": {"own": ["first_conv"]}}, "start: expected bnn with"),
+            ({"scheme": "snapshot", "recipe": {"warmup": 10}}, "recipe.warmup: expected less than"),
+            (
+                {"scheme": "gradient_boosting", "recipe": {"label_smoothing": 0.1}},
+                "recipe.label_smoothing: expected 0 with residual squared",
+            ),
+            (
+                {"scheme": "gradient_boosting", "recipe": {"schedule": "plateau"}},
+                "recipe.schedule: expected another one with scheme gradient_boosting",
+            ),
+            ({"scheme": "voting", "recipe": {"prefixes": True}}, "recipe.prefixes: expected only"),
+        ]
     ),
     ({"pretrain": {"distill": 0.5}}, "pretrain.distill: expected only for binary networks"),
     ({"pretrain": {"two_step": True}}, "pretrain.two_step: expected only for binary networks"),

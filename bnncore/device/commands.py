@@ -12,6 +12,7 @@ from bnncore.packed import packfile
 from bnncore.packed.program import Program
 
 CYCLES = 1.25  # an instruction: about what Cortex-M code of this kind takes from fast memory
+ESTIMATED = "cortex-m4"  # what `costs` is a model of
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,16 +27,19 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     text = "flash, RAM, stack and instructions an image on an emulated microcontroller"
     command = commands.add_parser("device", help=text, description=text)
     command.add_argument("file", type=Path, help="a packed file")
-    command.add_argument("--cpu", default="cortex-m4", help=", ".join(emulate.CORES))
+    command.add_argument("--cpu", help=f"{', '.join(emulate.CORES)} (default {ESTIMATED})")
     command.add_argument("--mhz", type=float, help="also milliseconds, at this clock")
     command.add_argument("--cycles", type=float, default=CYCLES,
                          help=f"an instruction, for --mhz (default {CYCLES})")  # fmt: skip
     command.add_argument("--members", type=int, help="up to so many (default all)")
     command.add_argument("--estimate", action="store_true",
-                         help="by a model of Cortex-M4 at -O2: nothing is compiled")  # fmt: skip
-    command.add_argument("--compiler", default="zig", choices=("zig", "gcc"),
-                         help=f"gcc is {compilers.GCC}, where it is installed")  # fmt: skip
-    command.add_argument("--optimize", default="-O2", help="the compiler's flags (default -O2)")
+                         help=f"by a model of {ESTIMATED} at -O2: nothing is compiled")  # fmt: skip
+    command.add_argument(
+        "--compiler",
+        choices=("zig", "gcc"),
+        help=f"default zig; gcc is {compilers.GCC}, where it is installed",
+    )
+    command.add_argument("--optimize", help="the compiler's flags (default -O2)")
     command.set_defaults(run=run_device)
 
 
@@ -79,25 +83,34 @@ def run_device(options: argparse.Namespace) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{option}: expected a number above 0, got {value}")
     if options.estimate:
+        for option, only in (("cpu", ESTIMATED), ("compiler", None), ("optimize", "-O2")):
+            if (asked := getattr(options, option)) not in (None, only):
+                raise UserError(
+                    f"--{option}: the estimate is for {ESTIMATED} at -O2 alone, got {asked}; "
+                    "expected it without --estimate"
+                )
         figures = costs.estimate(program)
-        print(f"{options.file}, estimated for cortex-m4")
+        print(f"{options.file}, estimated for {ESTIMATED}")
         print(f"flash  {figures.flash:,} bytes: code {figures.code:,}, "
               f"weights and tables {figures.constants:,}")  # fmt: skip
         print(f"RAM    {figures.ram:,} bytes, exactly, and a stack")
-        print(f"\n{'members':>7}  {'instructions an image':>21}")
-        for count, number in enumerate(figures.instructions[:members], 1):
-            print(f"{count:>7}  {number:>21,}")
+        _print_counts(dict(enumerate(figures.instructions[:members], 1)), options)
         return
-    device = emulate.Device(
-        export.generate(program, "model"), options.cpu, options.optimize, options.compiler
-    )
+    cpu, compiled = options.cpu or ESTIMATED, options.compiler or "zig"
+    optimize = options.optimize or "-O2"
+    device = emulate.Device(export.generate(program, "model"), cpu, optimize, compiled)
     counts = instructions(device, program, members)
     sizes = device.sizes
-    compiler = compilers.versions()[options.compiler]
-    print(f"{options.file} on {options.cpu} ({compiler}, {options.optimize})")
+    compiler = compilers.versions()[compiled]
+    print(f"{options.file} on {cpu} ({compiler}, {optimize})")
     print(f"flash  {sizes.code + sizes.constants:,} bytes: code {sizes.code:,}, "
           f"weights and tables {sizes.constants:,}")  # fmt: skip
     print(f"RAM    {sizes.ram:,} bytes, and a stack of {device.deepest:,}")
+    _print_counts(counts, options)
+
+
+def _print_counts(counts: dict[int, int], options: argparse.Namespace) -> None:
+    """Instructions by members, and what time they take at the clock that was asked for."""
     print()
     print(f"{'members':>7}  {'instructions an image':>21}" + (
         "" if options.mhz is None else f"  ms at {options.mhz:g} MHz"))  # fmt: skip

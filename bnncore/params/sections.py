@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -73,6 +72,11 @@ class DataParams:
     def __post_init__(self) -> None:
         if self.name == "folder" and self.path is None:
             raise ValueError("path: expected a path where name is folder, got None")
+        if self.name == "digits" and self.path is not None:
+            raise ValueError(
+                "path: expected none where name is digits, which come with scikit-learn, got "
+                f"{self.path!r}; name: folder reads one's own"
+            )
         if self.test_fraction >= 1 - self.val_fraction:
             raise ValueError(
                 f"test_fraction: expected less than 1 - val_fraction ({1 - self.val_fraction:g}), "
@@ -115,7 +119,7 @@ class ModelParams:
     Attributes:
         backbone: a row of `backbones.BACKBONES` or ``module:function``.
         width: channels of the first convolution; None for the paper's.
-        dropout: probability in front of the dense layer.
+        dropout: probability in front of the dense layer, of a backbone that has one.
         binarizer: how its BNN is binarized.
     """
 
@@ -154,7 +158,7 @@ class Recipe:
         augment: ``none``, ``crop`` (pad and random crop), ``crop_flip`` (and horizontal flip).
         pad: pixels that are padded for the crop.
         prefixes: train the mean loss over the first 1..M members instead of that of all M, so
-            that every prefix is a good ensemble.
+            that every prefix is a good ensemble; of members that are trained together.
         shards: cut each batch in so many parts that batch norm sees one by one (its running
             statistics are their mean); up to so many actors can then share a member.
         compile: ``torch.compile`` the members: ``always``, ``never``, or ``auto``: where the job
@@ -193,11 +197,25 @@ class Recipe:
             raise ValueError(
                 f"shards: expected at most batch_size ({self.batch_size}), got {self.shards}"
             )
+        if self.epochs and self.warmup >= self.epochs:
+            raise ValueError(
+                f"warmup: expected less than epochs ({self.epochs}), got {self.warmup}"
+            )
         if self.two_step and (self.epochs < 2 or self.schedule == "plateau"):
             raise ValueError(
                 "two_step: expected at least 2 epochs, and a schedule other than plateau, got "
                 f"{self.epochs} and {self.schedule}"
             )
+
+    def times(self, factor: float) -> Recipe:
+        """So many times as long: `epochs`, of which at least one is left (of two steps two), and
+        what is counted in them, `warmup` and `patience`."""
+        if not self.epochs:
+            return self
+        epochs = max(1 + self.two_step, round(factor * self.epochs))
+        warmup = min(round(factor * self.warmup), epochs - 1)
+        patience = min(max(1, round(factor * self.patience)), MANY)
+        return dataclasses.replace(self, epochs=epochs, warmup=warmup, patience=patience)
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -234,8 +252,9 @@ class EnsembleParams:
             (pseudo-Hadamard, a seed a member) or ``random``.
         classifier: what a TentacleNet's block concatenates: ``logits`` (Fig. 2a), ``features``
             (Fig. 2b) or ``auto``: as the backbone has a dense layer or not.
-        jitter: relative noise on the batch-norm parameters of members that start from one network.
-        fresh_classifier: members that own their classifier start with a new one.
+        jitter: relative noise on the batch-norm parameters of members that start from the BNN, and
+            not from one another (boosting that chains, snapshot, stochastic_rounding).
+        fresh_classifier: such members, where they own their classifier, start with a new one.
         recipe: fields of ``ensembles.recipe`` that differ here.
         teacher: who teaches where the recipe has ``distill``: ``fp32``; the name of an ensemble
             earlier in the list; or ``ensemble``: the members themselves, together, each of them
@@ -430,39 +449,38 @@ class Params:
                     f"pretrain.{name}: expected only for binary networks, got "
                     f"{getattr(self.pretrain, name)}"
                 )
+        for name in ("pretrain", "binarize"):
+            if getattr(self, name).prefixes:
+                raise ValueError(f"{name}.prefixes: expected only for ensembles, got True")
 
     def scaled(self) -> Params:
         """The same without `scale`, which has multiplied what it says."""
-        factor = self.scale.epochs
+        if self.scale == Scale():
+            return self
+        factor, train = self.scale.epochs, self.ensembles.train
+        longest = max(r.epochs for r in (self.pretrain, self.binarize, *map(self.recipe, train)))
+        if factor * longest > MANY:
+            raise ParamsError(
+                f"scale.epochs: expected a factor that makes at most {MANY:,} epochs, got "
+                f"{factor:g} times {longest:,}"
+            )
+        recipe = self.ensembles.recipe.times(factor)
 
-        def times(given: Mapping[str, Any]) -> dict[str, Any]:
-            least = {"epochs": 1 + bool(given.get("two_step")), "patience": 1, "warmup": 0}
-            made = {
-                key: max(few, round(given[key] * factor)) for key, few in least.items()
-                if given.get(key)
-            }  # fmt: skip
-            if (most := max(made.values(), default=0)) > MANY:
-                raise ParamsError(
-                    f"scale.epochs: expected a factor that makes at most {MANY:,} epochs, "
-                    f"got {factor:g}, which makes {most:,}"
-                )
-            return made
+        def own(ensemble: EnsembleParams) -> dict[str, Any]:
+            """The fields in which it differs from the other ensembles, all worked in."""
+            mine = self.recipe(ensemble).times(factor)
+            timed = {k: getattr(mine, k) for k in ("epochs", "warmup", "patience")}
+            differs = {k: v for k, v in timed.items() if v != getattr(recipe, k)}
+            return {k: timed.get(k, v) for k, v in ensemble.recipe.items()} | differs
 
-        def recipe(one: Recipe) -> Recipe:
-            return dataclasses.replace(one, **times(vars(one)))
-
-        train = tuple(
-            dataclasses.replace(e, recipe={**e.recipe, **times(e.recipe)})
-            for e in self.ensembles.train
-        )
         return dataclasses.replace(
             self,
             scale=Scale(),
             data=dataclasses.replace(self.data, subset=self.data.subset * self.scale.subset),
-            pretrain=recipe(self.pretrain),
-            binarize=recipe(self.binarize),
-            ensembles=dataclasses.replace(
-                self.ensembles, recipe=recipe(self.ensembles.recipe), train=train
+            pretrain=self.pretrain.times(factor),
+            binarize=self.binarize.times(factor),
+            ensembles=EnsemblesParams(
+                recipe, tuple(dataclasses.replace(e, recipe=own(e)) for e in train)
             ),
         )
 

@@ -71,13 +71,19 @@ def preset(params: Params, config: Config) -> Params:
     changes: dict[str, Any] = {}
     if config["members"] == 1:  # nothing to differ from
         changes |= {"jitter": 0.0, "fresh_classifier": False}
-    epochs = params.ensembles.recipe.epochs
-    if config["scheme"] == "snapshot" and epochs % config["members"]:
-        # A cycle a member, all of the same length.
-        changes["recipe"] = {"epochs": -(-epochs // config["members"]) * config["members"]}
     keys = ("scheme", "sharing", "members", "start")
     ensemble = EnsembleParams("best", **{k: config[k] for k in keys}, **changes)
-    return replace(params, ensembles=replace(params.ensembles, train=(ensemble,)))
+    return _only(params, params.ensembles.recipe, ensemble)
+
+
+def _only(params: Params, recipe: P.Recipe, ensemble: EnsembleParams) -> Params:
+    """`params` with one ensemble, trained by `recipe`."""
+    own: dict[str, int] = {}
+    if ensemble.scheme == "snapshot" and recipe.epochs % ensemble.members:
+        # A cycle a member, all of the same length, and so of one epoch at least.
+        own = {"epochs": -(-recipe.epochs // ensemble.members) * ensemble.members}
+    only = P.EnsemblesParams(recipe, (replace(ensemble, recipe=own),))
+    return replace(params, ensembles=only)
 
 
 def packing_of(row: Row) -> PackParams | None:
@@ -98,7 +104,7 @@ def shortened(params: Params) -> Params:
     most = params.search.epochs or math.inf
 
     def cut(recipe: P.Recipe) -> P.Recipe:
-        return replace(recipe, epochs=int(max(min(recipe.epochs, most), 1 + recipe.two_step)))
+        return recipe.times(min(1.0, most / recipe.epochs)) if recipe.epochs else recipe
 
     ensembles = replace(params.ensembles, recipe=cut(params.ensembles.recipe))
     return replace(
@@ -111,14 +117,10 @@ def shortened(params: Params) -> Params:
 
 def at_rung(params: Params, fraction: float) -> Params:
     """`params` with that fraction of the epochs of what is trained last."""
-
-    def part(recipe: P.Recipe) -> P.Recipe:
-        return replace(recipe, epochs=max(1, round(fraction * recipe.epochs)))
-
     if not params.ensembles.train:
-        return replace(params, pretrain=part(params.pretrain))
-    ensembles = replace(params.ensembles, recipe=part(params.ensembles.recipe))
-    return replace(params, ensembles=ensembles)
+        return replace(params, pretrain=params.pretrain.times(fraction))
+    (ensemble,) = params.ensembles.train
+    return _only(params, params.ensembles.recipe.times(fraction), ensemble)
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,8 @@ class Space:
             config |= ONE_FP32
         elif config["members"] == 1:
             config |= ONE_BNN
+        elif _frozen(config["sharing"]) and "bnn" in self.values["start"]:
+            config["start"] = "bnn"
         fill = config.pop("fill", None)
         if fill and not self.problem(config):
             config["width"] = self.widest(config, fill) or self.narrowest
@@ -303,7 +307,7 @@ class Space:
         members = config["members"]
         # Widths and more than two members make no difference to that.
         few = members if config["scheme"] == "snapshot" else min(members, 2)
-        key = (config["backbone"], config["scheme"], config["sharing"], few)
+        key = (config["backbone"], config["scheme"], config["sharing"], config["start"], few)
         if key not in self._problems:
             try:
                 p = preset(self.params, config | {"width": self.narrowest, "members": few})
@@ -371,6 +375,11 @@ def _distribution(values: tuple) -> BaseDistribution:
         if len(steps) == 1 and (step := steps.pop()) > 0:
             return IntDistribution(values[0], values[-1], step=step)
     return CategoricalDistribution(values)
+
+
+def _frozen(sharing: str) -> bool:
+    """Whether members share what the BNN has learned, so that they have to start from it."""
+    return sharing in SHARING and SHARING[sharing].frozen
 
 
 def identity(config: Config) -> str:

@@ -129,7 +129,9 @@ def _trained(place: Place, data: Dataset, params: Params, given: Bases) -> Ensem
     states = {name: one.state for name, one in zip(bases(params), given, strict=True)}
     fp32, bnn = states.get("fp32", {}), states.get("bnn", {})
     plan = plans.plan(params, params.ensembles.train[0], data, fp32, bnn, device=place.device)
-    return schemes.train(plan.over(1), partial(loop.train_many, data=data, place=place))
+    return schemes.train(
+        plan.over(1), partial(loop.train_many, data=data, place=place, replay=params.ray.replay)
+    )
 
 
 def packed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bnncore import data, params, storage, zoo
@@ -28,6 +29,7 @@ def of_file(path: Path) -> int:
 def of_params(path: Path) -> int:
     """Print what everything that a parameter file asks for would take, without training."""
     from bnncore import check
+    from bnncore.lowering import packing
     from bnncore.storage import untrained
     from bnncore.training import plans
 
@@ -37,6 +39,7 @@ def of_params(path: Path) -> int:
         image, classes = untrained.SHAPES[p.data.name]
         if p.data.size:
             image = (p.data.size, p.data.size, image[2])
+        image = (*image[:2], p.data.channels or image[2])
     else:
         images = data.load(p.data, path.parent)
         image, names, classes = images.image, images.classes, len(images.classes)
@@ -46,7 +49,12 @@ def of_params(path: Path) -> int:
         "bnn": plans.single_spec(p, image, classes, binary=True),
         **{e.name: plans.ensemble_spec(p, e, image, classes) for e in p.ensembles.train},
     }
-    models = {name: untrained.count(spec, p.pack, names) for name, spec in specs.items()}
+    models = {}
+    for name, spec in specs.items():
+        # Of what may be chosen once it is trained: the table of the widest, the bytes of all.
+        each = [untrained.count(spec, pack, names) for pack in packing.packings(p.pack)]
+        widest = max(each, key=lambda count: count.file)
+        models[name] = replace(widest, file_least=min(count.file_least for count in each))
     for name, counts in models.items():
         print(f"== {printable(name)} ==", *storage.described(counts), "", sep="\n")
     print(*storage.summary(models), sep="\n")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from bnncore import params
 from bnncore.tracking.runs import folder_of
 from bnncore.tracking.sync import Store, sync
 from bnncore.tracking.ui import ui
@@ -25,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=5000, help="for --ui")
     args = parser.parse_args(argv)
     if args.ui:
-        ui(args.root, args.port)
+        file = args.root / "params.yaml"
+        ui(args.root, args.port, params.load(file).mlflow.uri if file.exists() else None)
         return 0
     if args.follow:
         return follow(args.root, Path(args.follow[0]), int(args.follow[1]))

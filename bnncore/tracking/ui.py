@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from bnncore.tracking.runs import project, resolve_uri
+from bnncore.tracking.runs import NOWHERE, project, resolve_uri
 from bnncore.tracking.sync import Store
 
 # In MLflow's view of model training (else it opens that of traces), the most accurate first.
@@ -47,14 +47,21 @@ def pages(root: Path | str, uri: str | None = None) -> tuple[str, str] | None:
     return _RUNS.format(place), compare
 
 
-def ui(root: Path, port: int) -> None:
-    """Becomes `mlflow ui` on loopback, with one worker (a third of the memory and time)."""
-    uri = resolve_uri(root)
+def ui(root: Path, port: int, uri: str | None = None) -> None:
+    """Becomes `mlflow ui` on loopback, with one worker (a third of the memory and time).
+
+    Args:
+        uri: the store, as ``mlflow.uri`` of the project's parameters names it.
+    """
+    if uri == NOWHERE:
+        print(f"mlflow.uri: {NOWHERE}: nothing is logged")
+        return
+    uri = resolve_uri(root, uri)
     if not uri.startswith("sqlite:"):
         print(f"The runs are at {uri}")
         return
     where = f"http://127.0.0.1:{port}"
-    runs, compare = pages(root) or ("", "")
+    runs, compare = pages(root, uri) or ("", "")
     print(f"MLflow: {where}{runs} (Ctrl-C ends it)")
     if compare:
         print(f"The last run's models compared: {where}{compare}")

@@ -15,7 +15,7 @@ from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec, single_state
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING, Sharing, weight_layers
-from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError
+from bnncore.params import CustomSharing, EnsembleParams, Params, ParamsError, Recipe
 from bnncore.training.ensembled import Ensembled
 from bnncore.training.jobs import Job, State, Teacher
 from bnncore.training.schemes import SCHEMES, Plan
@@ -68,7 +68,7 @@ def ensemble_spec(
             f"{where}.classifier: expected only with scheme tentaclenet, got "
             f"{ensemble.classifier!r} with {ensemble.scheme!r}"
         )
-    _check_teacher(ensemble, params.recipe(ensemble).distill, where)
+    _check_recipe(ensemble, params.recipe(ensemble), where)
     if isinstance(ensemble.sharing, CustomSharing):
         sharing = Sharing(**asdict(ensemble.sharing))
     elif ensemble.sharing in SHARING:
@@ -84,6 +84,11 @@ def ensemble_spec(
             f"{where}.sharing: {sharing.name!r} shares layers that are trained, so its members "
             f"must be trained together; expected a sharing that freezes what it shares for scheme "
             f"{ensemble.scheme!r}"
+        )
+    if shares and sharing.frozen and ensemble.start != "bnn":
+        raise ParamsError(
+            f"{where}.start: expected bnn with sharing {sharing.name!r}, which freezes what the "
+            f"BNN has learned, got {ensemble.start!r}"
         )
     if ensemble.scheme == "tentaclenet" and not {"mixing", "*"} & set(sharing.own):
         raise ParamsError(
@@ -118,12 +123,28 @@ def has_features(model: ModelSpec) -> bool:
         return hasattr(build(model).head, "dense")
 
 
-def _check_teacher(ensemble: EnsembleParams, distill: float, where: str) -> None:
+def _check_recipe(ensemble: EnsembleParams, recipe: Recipe, where: str) -> None:
+    """That it means something to the scheme. What stands in the recipe of all ensembles may mean
+    nothing to one."""
     scheme = SCHEMES[ensemble.scheme]
-    if distill and ensemble.scheme == "gradient_boosting":
+    if ensemble.scheme == "gradient_boosting":
+        rest = "with scheme gradient_boosting, whose members fit what others leave over"
+        if recipe.distill:
+            raise ParamsError(f"{where}.recipe.distill: expected 0 {rest}, got {recipe.distill:g}")
+        if recipe.schedule == "plateau":  # of a member's own loss, which says nothing here
+            raise ParamsError(
+                f"{where}.recipe.schedule: expected another one {rest}, got 'plateau'"
+            )
+        squared = (ensemble.residual or scheme.options["residual"]) == "squared"
+        if squared and ensemble.recipe.get("label_smoothing"):
+            raise ParamsError(
+                f"{where}.recipe.label_smoothing: expected 0 with residual squared, which fits no "
+                f"labels, got {recipe.label_smoothing:g}"
+            )
+    if ensemble.recipe.get("prefixes") and not scheme.joint:
         raise ParamsError(
-            f"{where}.recipe.distill: expected 0 with scheme gradient_boosting, whose members fit "
-            f"what others leave over, got {distill:g}"
+            f"{where}.recipe.prefixes: expected only with a scheme that trains members together, "
+            f"got it with {ensemble.scheme!r}"
         )
     together = scheme.joint and scheme.combine == "mean" and ensemble.members > 1
     if ensemble.teacher == "ensemble" and not together:

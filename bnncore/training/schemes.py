@@ -240,11 +240,14 @@ def snapshot(plan: Plan, train_many: TrainMany) -> Ensembled:
     member i is the network at the end of cycle i.
 
     A cycle is a job of ``epochs / M`` epochs that goes on from the one before it: its weights and
-    its Adam moments. The learning rate changes by the step. Source: Huang et al. 2017, Eq. 2.
+    its Adam moments. The learning rate changes by the step; a warm-up is the first cycle's alone.
+    Source: Huang et al. 2017, Eq. 2.
     """
-    cycle = replace(plan.recipe, epochs=plan.recipe.epochs // plan.spec.members, schedule="cosine")
+    epochs = plan.recipe.epochs // plan.spec.members
     results: list[Trained] = []
     for i in range(plan.spec.members):
+        warmup = 0 if results else max(0, min(plan.recipe.warmup, epochs - 1))
+        cycle = replace(plan.recipe, epochs=epochs, warmup=warmup, schedule="cosine")
         start = handed_on(results[-1], i) if results else plan.start
         results += train_many([plan.member(i, recipe=cycle, start=start, keep_optimizer=True)])
     return gathered(plan, results)

@@ -76,11 +76,12 @@ def test_device_prints_what_the_model_takes(packed, capsys):
 
 def test_device_estimates_without_tools(packed, monkeypatch, capsys):
     monkeypatch.setattr(compilers, "missing", lambda *_: ["ziglang"])
-    assert main(["device", str(packed), "--estimate"]) == 0
+    assert main(["device", str(packed), "--estimate", "--mhz", "100"]) == 0
     out = capsys.readouterr().out
     exact = export.generate(packfile.load(packed), "net").arena
     assert f"RAM    {exact:,} bytes" in out
-    assert re.search(r"^ +1 +[\d,]+$", out, re.M)
+    count, ms = re.search(r"^ +1 +([\d,]+)  ([\d.]+)$", out, re.M).groups()
+    assert float(ms) == pytest.approx(int(count.replace(",", "")) * 1.25 / 100e3, abs=0.006)
 
 
 WRONG = {
@@ -96,6 +97,10 @@ WRONG = {
     "no clock": (["device", "FILE", "--mhz", "0"], "--mhz: expected a number above 0, got 0"),
     "cycles that are no number": (["device", "FILE", "--cycles", "nan"], "--cycles: expected"),
     "flags that no compiler has": (["device", "FILE", "--optimize=-Ofoo"], "does not compile"),
+    "an estimate of another processor": (
+        ["device", "FILE", "--estimate", "--cpu", "riscv32"],
+        "--cpu: the estimate is for cortex-m4",
+    ),
     "no file": (["export", "none.bnn", "--c", "net"], "none.bnn"),
     "not a packed file": (["device", __file__], "test_commands.py"),
 }

@@ -9,6 +9,7 @@ import optuna
 import pytest
 
 from bnncore import check
+from bnncore import params as P
 from bnncore.lowering import blueprint
 from bnncore.lowering.packing import facts
 from bnncore.networks.ensemble import Ensemble
@@ -168,6 +169,32 @@ def test_snapshots_get_epochs_that_divide():
     p = space.preset(parse(), configuration(scheme="snapshot", members=3))
     assert p.recipe(p.ensembles.train[0]).epochs == 3
     check.check(p, DATA.image, len(DATA.classes))
+
+
+@pytest.mark.parametrize("members", [2, 3, 5, 8, 16])
+def test_a_rung_is_shorter_in_all_that_is_counted_in_epochs(members):
+    recipe = P.Recipe(epochs=100, warmup=10, patience=20, schedule="plateau")
+    p = parse(epochs=10)
+    p = replace(p, ensembles=replace(p.ensembles, recipe=recipe))
+    p = space.at_rung(space.preset(space.shortened(p), configuration(members=members)), 0.34)
+    (section,) = p.ensembles.train
+    rung = p.recipe(section)
+    assert (rung.epochs, rung.warmup, rung.patience) == (3, 0, 1)
+    p = replace(p, ensembles=replace(p.ensembles, recipe=replace(recipe, schedule="cosine")))
+    snapshots = space.preset(space.shortened(p), configuration(scheme="snapshot", members=members))
+    rung = (q := space.at_rung(snapshots, 0.34)).recipe(q.ensembles.train[0])
+    assert rung.epochs == -(-3 // members) * members  # no cycle without an epoch, none of another
+
+
+def test_what_is_frozen_starts_from_the_bnn():
+    values = {"sharing": ["shared_conv", "no_shared"], "members": [2]}
+    found = space.Space(parse(space=values | {"start": ["hadamard", "bnn"]}), DATA)
+    choice = configuration(sharing="shared_conv", start="hadamard")
+    assert found.config(choice)["start"] == "bnn"
+    assert found.config(choice | {"sharing": "no_shared"})["start"] == "hadamard"
+    found = space.Space(parse(space=values | {"start": ["hadamard"]}), DATA)
+    assert found.problem(choice).startswith("start: expected bnn with sharing 'shared_conv'")
+    assert not found.problem(choice | {"sharing": "no_shared"})
 
 
 def test_numbers_in_equal_steps_have_an_order():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from bnncore import storage
@@ -337,6 +338,27 @@ ensembles:
     path.write_text("model: {backbone: resnet21}\n")
     assert main(["--params", str(path)]) == 1
     assert "resnet20" in capsys.readouterr().err
+
+
+def test_params_command_counts_the_images_and_the_packing_that_are_asked_for(tmp_path, capsys):
+    def bnn(**sections) -> tuple[str, int, int]:
+        path = tmp_path / "params.yaml"
+        model = {"backbone": "resnet8", "width": 8}
+        path.write_text(yaml.safe_dump({"model": model, **sections}))
+        assert main(["--params", str(path)]) == 0
+        _, _, out = capsys.readouterr().out.partition("== bnn ==")
+        last = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in out.splitlines()
+                if line.strip()}  # fmt: skip
+        ends = (last["at least"], last["the file, once trained: at most"])
+        shape = out.split("stem.conv")[1].split()[0]
+        return shape, *(int(end.replace(",", "")) for end in ends)
+
+    shape, least, most = bnn()
+    assert shape == "8x3x3x1"
+    assert bnn(data={"channels": 3})[0] == "8x3x3x3"
+    narrow = bnn(pack={"affine": "float16", "weights": "int8"})
+    assert narrow[1] < narrow[2] < least
+    assert bnn(pack={"choose": "auto"})[1:] == (narrow[1], most)
 
 
 def test_drawings_are_kept_across_members():

@@ -671,3 +671,13 @@ def test_where_the_store_and_the_log_are(tmp_path, monkeypatch):
     assert tracking.resolve_uri(tmp_path) == "http://example.org"
     assert tracking.compare_path(tmp_path, "sqlite:///none.db") is None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [("none", "mlflow.uri: none: nothing is logged"), ("http://x:1", "The runs are at http://x:1")],
+)
+def test_the_pages_are_those_of_the_store_that_the_parameters_name(uri, said, tmp_path, capsys):
+    (tmp_path / "params.yaml").write_text(f"mlflow: {{uri: '{uri}'}}\n")
+    assert main(["--ui", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == said

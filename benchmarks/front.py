@@ -49,6 +49,7 @@ from bnncore.cluster.cluster import Cluster
 from bnncore.device import costs
 from bnncore.lowering import packing
 from bnncore.packed import execute, packfile, votes
+from bnncore.packed.program import Program
 from bnncore.params import Params
 from bnncore.search import space
 from bnncore.search.rivals import INT8, WIDER
@@ -172,7 +173,6 @@ def measured(
     hits = predicted == labels
     members = [votes.combine(program, outputs[:m])[1] for m in range(1, len(outputs) + 1)]
     probabilities = votes.probabilities(program, scores)
-    figures = costs.estimate(program)
     epochs = [q.pretrain.epochs]
     if q.ensembles.train:
         epochs += [q.binarize.epochs, q.ensembles.recipe.epochs * config["members"]]
@@ -182,7 +182,7 @@ def measured(
         "anytime": [100 * metrics.accuracy(m, labels) for m in members],
         "worse": {name: 100 * metrics.accuracy(model.predict(spoil(images.test.images)), labels)
                   for name, spoil in WORSE.items()},
-        "ram": figures.ram, "minstructions": round(figures.instructions[-1] / 1e6, 3),
+        **figures(program),
         "nll": metrics.nll(probabilities, labels),
         "ece": metrics.calibration_error(probabilities, labels),
         "passes": sum(epochs) * len(images.train),
@@ -286,8 +286,17 @@ def train(p: Params, pieces: Pieces, workers: int, most: int, scratch: Path) -> 
 def gather(pieces: Pieces, scratch: Path) -> None:
     for path in sorted((scratch / "pieces").glob("*.json")):
         for name, row in json.loads(path.read_text()).items():
-            if name not in pieces:
+            # By the estimate as it is now, whenever the file was trained.
+            row |= figures(packfile.load(path.with_suffix(".bnn")))
+            if pieces.known.get(name) != row:
                 pieces[name] = row
+
+
+def figures(program: Program) -> Row:
+    """RAM and instructions, in millions, of all members for an image."""
+    estimated = costs.estimate(program)
+    count = round(estimated.instructions[-1] / 1e6, 3)
+    return {"ram": estimated.ram, "minstructions": count}
 
 
 # -- what it says ------------------------------------------------------------------------------

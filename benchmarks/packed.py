@@ -9,8 +9,8 @@ of threads; times are medians, ratio = peer_s / ours_s. The peers get what helps
 binarized, and scaled by alpha, beforehand, and activations are binarized in one pass.
 
 Networks have random weights: the time does not depend on them. That the results are right is
-`tests/test_kernel.py`'s business; here outputs are compared once, roughly, so that nothing wrong
-is timed.
+`tests/packed/test_compiled_kernels.py`'s business; here outputs are compared once, roughly, so that
+nothing wrong is timed.
 """
 
 from __future__ import annotations

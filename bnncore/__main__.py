@@ -196,7 +196,10 @@ def _image_paths(given: Sequence[Path], endings: tuple[str, ...]) -> Iterable[Pa
     for path in given:
         if str(path) == "-":
             lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
-            yield from _image_paths([Path(os.fsdecode(line)) for line in lines if line], endings)
+            named = [Path(os.fsdecode(line)) for line in lines if line]
+            if not named:
+                raise UserError("-: expected names of images on the standard input, got none")
+            yield from _image_paths(named, endings)
         elif path.is_dir():
             inside = (p for p in path.rglob("*") if p.name.lower().endswith(endings))
             found = sorted(p for p in inside if p.name[0] != ".")

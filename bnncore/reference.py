@@ -14,6 +14,7 @@ from bnncore.networks.backbones import BACKBONES
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS
 from bnncore.networks.sharing import GROUPS, SHARING
 from bnncore.params import Params
+from bnncore.search.space import FP32
 from bnncore.training.schemes import SCHEMES
 
 Schema = Mapping[str, Any]
@@ -28,7 +29,7 @@ that are not allowed, are refused before any work.
 # Keys whose texts are names of these rows.
 NAMES: dict[str, Mapping[str, Any]] = {
     "backbone": BACKBONES, "weight": WEIGHTS, "activation": ACTIVATIONS, "scheme": SCHEMES,
-    "sharing": SHARING,
+    "sharing": SHARING, "search.space.scheme": {**SCHEMES, FP32: None},
 }  # fmt: skip
 # What docstrings call by its name in the code.
 LINKS = {"schemes.SCHEMES": "schemes", "sharing.SHARING": "sharings", "sharing.GROUPS": "sharings"}
@@ -85,7 +86,14 @@ def _section(
         default = _code(value["default"]) if "default" in value else ""
         if name in section.get("required", ()):
             default = "required"
-        rows.append((f"`{name}`", _allowed(value, NAMES.get(name)), default, meaning[name]))
+        rows.append(
+            (
+                f"`{name}`",
+                _allowed(value, NAMES.get(below, NAMES.get(name))),
+                default,
+                meaning[name],
+            )
+        )
     yield from _table(("key", "value", "default", "meaning"), rows)
     for below, content in inner:
         yield from _section(below, content, sections, seen)

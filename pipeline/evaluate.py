@@ -12,6 +12,7 @@ import numpy as np
 
 from bnncore import data, metrics, params, report, storage
 from bnncore.device import costs
+from bnncore.errors import UserError
 from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.report import live
@@ -57,6 +58,8 @@ def main() -> None:
 def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     """Scores of one packed file, beside torch's."""
     path = PACKED / f"{name}.bnn"
+    if not path.exists():
+        raise UserError(f"{path}: expected what stage pack writes")
     program = packfile.load(path)
     p = s.params.evaluate
     model = execute.Model(program, p.ops, p.threads)

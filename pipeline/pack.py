@@ -28,11 +28,11 @@ def main() -> None:
     with stage() as s:
         images = s.images()
         order = [e.name for e in s.params.ensembles.train]
+        folders = models()
+        read = {n: ensembled.Ensembled.read(folders[n]) for n in ("fp32", "bnn", *order)}
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)
-        folders = models()
-        for name in ("fp32", "bnn", *order):
-            trained = ensembled.Ensembled.read(folders[name])
+        for name, trained in read.items():
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
             parts = ("val", "test")
             found = packing.packed(trained, s.params, images, name, section, parts)

@@ -46,6 +46,8 @@ def compose(
     Raises:
         ParamsError: an unknown preset (lists those there are), a value that cannot be used.
     """
+    if any(override.startswith("preset=") for override in overrides):
+        raise params.ParamsError(f"expected one preset, got {name} and {' '.join(overrides)}")
     if name not in presets():
         raise params.ParamsError(f"expected one of {', '.join(presets())}, got {name!r}")
     # DVC's own composition, so that `dvc exp run -S preset=` gives the same.
@@ -93,8 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (params.ParamsError, OSError) as error:
         print(f"preset: {error}", file=sys.stderr)
         return 1
-    print(f"{options.output}: preset {options.name}, epochs x {options.epochs_scale:g}, "
-          f"{options.subset:.0%} of the training images")  # fmt: skip
+    subset = params.parse(values).data.subset
+    print(f"{options.output}: preset {options.name}, epochs x {values['scale']['epochs']:g}, "
+          f"{subset:.3g} of the training images")  # fmt: skip
     return 0
 
 

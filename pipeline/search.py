@@ -64,6 +64,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.trials is not None and options.trials < 1:
         parser.error(f"--trials: expected at least 1, got {options.trials}")
+    if options.timeout is not None and not options.timeout >= 0:
+        parser.error(f"--timeout: expected at least 0 seconds, got {options.timeout:g}")
     return options
 
 

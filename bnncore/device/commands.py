@@ -19,14 +19,14 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add both to the command line."""
     text = "write the model as C code for a microcontroller, or as WebAssembly for a browser"
     command = commands.add_parser("export", help=text, description=text)
-    command.add_argument("file", type=Path, help="a packed file")
+    command.add_argument("file", type=Path, help="a packed file, or zoo:NAME")
     command.add_argument("--c", type=Path, metavar="FOLDER",
                          help="where to; its last part names the model")  # fmt: skip
     command.add_argument("--wasm", type=Path, metavar="FILE", help="where to")
     command.set_defaults(run=run_export)
     text = "flash, RAM, stack and instructions an image on an emulated microcontroller"
     command = commands.add_parser("device", help=text, description=text)
-    command.add_argument("file", type=Path, help="a packed file")
+    command.add_argument("file", type=Path, help="a packed file, or zoo:NAME")
     command.add_argument("--cpu", help=f"{', '.join(emulate.CORES)} (default {ESTIMATED})")
     command.add_argument("--mhz", type=float, help="also milliseconds, at this clock")
     command.add_argument("--cycles", type=float, default=CYCLES,

@@ -144,7 +144,12 @@ class Device:
 
         if count:
             uc.hook_add(unicorn.UC_HOOK_BLOCK, block)
-        entry = self.symbols[f"{name}_{function}"]
+        if (symbol := f"{name}_{function}") not in self.symbols:
+            raise DeviceError(
+                "--optimize: expected flags that leave functions where they are: the linked code "
+                f"has no {symbol}"
+            )
+        entry = self.symbols[symbol]
         for picture in images:
             self.visits.clear()
             uc.mem_write(image, picture.tobytes())

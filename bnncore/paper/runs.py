@@ -99,8 +99,30 @@ def _parameters(file: Path) -> dict[str, Any]:
         # First what is resolved: in the other one `scale` may not have been worked in.
         for path in (folder / "packed" / "params.yaml", folder / "params.yaml"):
             if path.exists():
-                return read_yaml(path)
+                return _scaled(read_yaml(path))
     return {}
+
+
+def _scaled(p: dict[str, Any]) -> dict[str, Any]:
+    """With `scale` worked in, as `params.load` does, which refuses what older versions wrote."""
+    scale = p.get("scale", {})
+    factor = float(scale.get("epochs", 1))
+
+    def times(recipe: dict[str, Any]) -> dict[str, Any]:
+        whole = recipe.get("epochs")
+        return recipe | ({"epochs": max(1, round(factor * whole))} if whole else {})
+
+    ensembles = dict(p.get("ensembles", {}))
+    ensembles["recipe"] = times(ensembles.get("recipe", {}))
+    ensembles["train"] = [
+        e | {"recipe": times(e.get("recipe") or {})} for e in ensembles.get("train", ())
+    ]
+    stages: dict[str, Any] = {
+        name: times(p[name]) for name in ("pretrain", "binarize") if name in p
+    }
+    data = dict(p.get("data", {}))
+    data["subset"] = float(data.get("subset", 1)) * float(scale.get("subset", 1))
+    return {**p, **stages, "ensembles": ensembles, "data": data}
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, ...]:

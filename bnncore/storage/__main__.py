@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--expected", type=Path, metavar="FILE",
                         help="the published figures (default: the package's own)")  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.expected and not options.papers:
+        parser.error("--expected: expected only with --papers")
 
     def work() -> int:
         if options.papers:

@@ -25,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the project's directory")
     parser.add_argument("--port", type=int, default=5000, help="for --ui")
     args = parser.parse_args(argv)
+    if not args.root.is_dir():
+        parser.error(f"--root: expected the project's folder, got {args.root}")
+    if not 1 <= args.port <= 65535:
+        parser.error(f"--port: expected 1 to 65535, got {args.port}")
     if args.ui:
         file = args.root / "params.yaml"
         ui(args.root, args.port, params.load(file).mlflow.uri if file.exists() else None)

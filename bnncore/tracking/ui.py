@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -53,13 +54,19 @@ def ui(root: Path, port: int, uri: str | None = None) -> None:
     Args:
         uri: the store, as ``mlflow.uri`` of the project's parameters names it.
     """
-    if uri == NOWHERE:
-        print(f"mlflow.uri: {NOWHERE}: nothing is logged")
-        return
     uri = resolve_uri(root, uri)
+    if uri == NOWHERE:
+        print("nothing is logged: mlflow.uri, or MLFLOW_TRACKING_URI, is none")
+        return
     if not uri.startswith("sqlite:"):
         print(f"The runs are at {uri}")
         return
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError as error:
+            sys.exit(f"--port: expected one that is free, got {port}: {error.strerror}")
     where = f"http://127.0.0.1:{port}"
     runs, compare = pages(root, uri) or ("", "")
     print(f"MLflow: {where}{runs} (Ctrl-C ends it)")

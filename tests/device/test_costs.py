@@ -16,8 +16,10 @@ from bnncore.params import Binarizer, PackParams
 from tests import tiny
 from tests.graphs import random_images
 
-# backbone, image, width, members, integers
+# backbone, image, width, members (0: the FP32 network), integers
 NETWORKS = [
+    pytest.param(("leanplain", (16, 16, 3), 7, 0, False), marks=pytest.mark.slow),
+    ("leanplain", (16, 16, 3), 6, 0, False),
     pytest.param(("leanresnet8", (28, 28, 1), 16, 1, True), marks=pytest.mark.slow),
     pytest.param(("nin", (16, 16, 3), 16, 2, True), marks=pytest.mark.slow),
     ("resnet8", (16, 16, 1), 16, 1, False),
@@ -25,15 +27,14 @@ NETWORKS = [
 
 
 def made(backbone, image, width, members, whole) -> tuple[Program, EnsembleSpec]:
-    spec = EnsembleSpec(
-        ModelSpec(backbone, image, 10, width, binarizer=Binarizer()),
-        members,
-        SHARING["shared_conv"],
-    )
+    binarizer = Binarizer() if members else None
+    model = ModelSpec(backbone, image, 10, width, binarizer=binarizer)
+    spec = EnsembleSpec(model, members or 1, SHARING["shared_conv" if members else "no_shared"])
     ensemble = Ensemble(spec, seed=1)
     tiny.scramble(ensemble)
     plain = lower(ensemble, (0.5,) * image[2], (0.25,) * image[2], tuple("abcdefghij"))
-    return narrow.narrowed(plain, PackParams(integer=whole), random_images(plain, 8)), spec
+    pack = PackParams(integer=whole, weights="float32" if members else "int8")
+    return narrow.narrowed(plain, pack, random_images(plain, 8)), spec
 
 
 @pytest.mark.parametrize("case", NETWORKS, ids=str)

@@ -3,10 +3,12 @@
 import csv
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import yaml
 
+from bnncore import check, params
 from bnncore.paper import figures, report, runs
 from bnncore.paper.__main__ import main
 
@@ -158,6 +160,28 @@ def test_unreadable_results_are_named(content, said, tmp_path, capsys):
     (tmp_path / "results.json").write_text(content)
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert said in capsys.readouterr().err
+
+
+RUNS = Path(__file__).parents[2] / "docs" / "reproduction" / "runs"
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*/params.yaml")), ids=lambda p: p.parent.name)
+def test_the_parameters_of_committed_runs_still_run(path):
+    p = params.load(path)
+    assert p.scale == params.Scale()
+    check.check(p, (48, 48, 1) if "fer2013" in path.parent.name else (32, 32, 3), 10)
+
+
+def test_an_unresolved_scale_is_worked_in(tmp_path):
+    folder = finished(tmp_path / "run", 0, {"bnn": 40.0})
+    resolved = folder / "packed" / "params.yaml"
+    parameters = yaml.safe_load(resolved.read_text())
+    parameters |= {"scale": {"epochs": 0.5, "subset": 0.25}}
+    parameters["binarize"]["epochs"] = 10
+    resolved.unlink()
+    (folder / "params.yaml").write_text(yaml.safe_dump(parameters))
+    (run,) = runs.collect([folder])
+    assert (run.setting.epochs, run.setting.subset) == (5, 0.25)
 
 
 def test_tables_of_rivals_follow_with_their_plot(tmp_path, capsys):

@@ -675,7 +675,10 @@ def test_where_the_store_and_the_log_are(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("uri", "said"),
-    [("none", "mlflow.uri: none: nothing is logged"), ("http://x:1", "The runs are at http://x:1")],
+    [
+        ("none", "nothing is logged: mlflow.uri, or MLFLOW_TRACKING_URI, is none"),
+        ("http://x:1", "The runs are at http://x:1"),
+    ],
 )
 def test_the_pages_are_those_of_the_store_that_the_parameters_name(uri, said, tmp_path, capsys):
     (tmp_path / "params.yaml").write_text(f"mlflow: {{uri: '{uri}'}}\n")

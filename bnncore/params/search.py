@@ -43,7 +43,8 @@ class SpaceParams:
         fill: with ``auto``, the widest that fits into such a share of the budget.
         scheme, sharing, members, start: of `EnsembleParams`; scheme ``fp32`` is the FP32 network
             with its weights in int8, which has no sharing, members or start. One member is one
-            BNN: it has no scheme and no sharing.
+            BNN: it has no scheme and no sharing. A sharing that freezes what is shared starts from
+            the BNN.
     """
 
     backbone: Some[Text] = ("nin", "fernet", "resnet8")

@@ -17,7 +17,6 @@ from bnncore.lowering import blueprint
 from bnncore.networks.backbones import build
 from bnncore.networks.binarize import ACTIVATIONS, WEIGHTS, BinaryConv2d, named
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
-from bnncore.networks.parts import Dropout
 from bnncore.networks.sharing import weight_layers
 from bnncore.packed.packfile import MAX_GRAPH
 from bnncore.packed.program import Program
@@ -50,11 +49,15 @@ def check(params: Params, image: tuple[int, int, int], classes: int | Sequence[s
                 f"ensembles.train.{ensemble.name}.members: expected at most {MAX_MEMBERS}, which "
                 f"a packed file can hold, got {ensemble.members}"
             )
-    if params.model.dropout:
-        _check_dropout(params, image, count)
     for binary in (False, True):
         spec = plans.single_spec(params, image, count, binary)
         _check_packed(spec, names, "model.backbone", ":" in params.model.backbone)
+    backbone, dropout = params.model.backbone, params.model.dropout
+    if dropout and not plans.drops_out(backbone):
+        raise ParamsError(
+            f"model.dropout: expected 0 with {backbone}, which has no dense layer to put it in "
+            f"front of, got {dropout:g}"
+        )
     for ensemble in params.ensembles.train:
         _check_ensemble(params, ensemble, image, count, names)
 
@@ -66,16 +69,6 @@ def _check_binarizer(params: Params) -> None:
             named(table, getattr(params.model.binarizer, key), where)
         except ValueError as error:
             raise ParamsError(_once(where, error)) from None
-
-
-def _check_dropout(params: Params, image: tuple[int, int, int], classes: int) -> None:
-    with torch.device("meta"):
-        network = build(plans.model_spec(params, image, classes, binary=True))
-    if not any(isinstance(module, Dropout) for module in network.modules()):
-        raise ParamsError(
-            f"model.dropout: expected 0 with {params.model.backbone}, which has no dense layer to "
-            f"put it in front of, got {params.model.dropout:g}"
-        )
 
 
 def _check_packed(

@@ -29,7 +29,8 @@ def main() -> None:
         images = s.images()
         order = [e.name for e in s.params.ensembles.train]
         folders = models()
-        read = {n: ensembled.Ensembled.read(folders[n]) for n in ("fp32", "bnn", *order)}
+        wanted = ((n, folders.get(n, MODELS / "ensembles" / n)) for n in ("fp32", "bnn", *order))
+        read = {name: ensembled.Ensembled.read(folder) for name, folder in wanted}
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)
         for name, trained in read.items():

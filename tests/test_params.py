@@ -13,6 +13,7 @@ from bnncore import check
 from bnncore import params as P
 from bnncore.packed import rules
 from bnncore.params import search, sections, types
+from bnncore.training.schedule import learning_rate
 
 IMAGE, CLASSES = (8, 8, 1), 10
 
@@ -207,6 +208,17 @@ def test_scale_multiplies_every_recipe_once():
     recipe = p.recipe(p.ensembles.train[0])
     assert (recipe.epochs, recipe.warmup, recipe.patience) == (1, 0, 1)
     assert P.parse(P.plain(p)) == p
+    snapshots = {"name": "y", "scheme": "snapshot", "members": 8,
+                 "recipe": {"epochs": 40, "warmup": 4, "schedule": "cosine"}}  # fmt: skip
+    p = P.parse({"scale": {"epochs": 0.3}, "ensembles": {"train": [snapshots]}})
+    recipe = p.recipe(p.ensembles.train[0])
+    assert (recipe.epochs, recipe.warmup) == (16, 1)
+    check.check(p, IMAGE, CLASSES)
+    steps = {"epochs": 10, "warmup": 4, "two_step": True, "schedule": "cosine"}
+    for factor in (0.1, 0.2, 0.5, 1.0, 3.0):
+        p = P.parse({"scale": {"epochs": factor}, "binarize": steps})
+        assert p.binarize.epochs == max(2, round(10 * factor))
+        assert max(learning_rate(p.binarize, [], k / 100) for k in range(100)) <= p.binarize.lr
     p = P.parse({"scale": {"epochs": 1e-9}, **recipes})
     assert (p.pretrain.epochs, p.binarize.epochs) == (0, 2)  # two steps need two
 
@@ -249,6 +261,14 @@ TOGETHER = [
     ),
     ({"data": {"path": "photos"}}, "data.path: expected none where name is digits"),
     ({"binarize": {"epochs": 3, "warmup": 3}}, "binarize.warmup: expected less than epochs (3)"),
+    (
+        {"binarize": {"epochs": 7, "warmup": 3, "two_step": True, "schedule": "cosine"}},
+        "binarize.warmup: expected less than half of epochs (3)",
+    ),
+    (
+        {"scale": {"epochs": 1e5}, "pretrain": {"epochs": 1}, "binarize": {"epochs": 1}},
+        "scale.epochs: expected a factor",
+    ),
     ({"pretrain": {"prefixes": True}}, "pretrain.prefixes: expected only for ensembles"),
     *(
         (
@@ -275,6 +295,14 @@ TOGETHER = [
                 "recipe.schedule: expected another one with scheme gradient_boosting",
             ),
             ({"scheme": "voting", "recipe": {"prefixes": True}}, "recipe.prefixes: expected only"),
+            (
+                {
+                    "scheme": "stochastic_rounding",
+                    "sharing": "no_shared",
+                    "recipe": {"prefixes": True},
+                },
+                "recipe.prefixes: expected only",
+            ),
         ]
     ),
     ({"pretrain": {"distill": 0.5}}, "pretrain.distill: expected only for binary networks"),

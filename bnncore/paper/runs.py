@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnncore import params
 from bnncore.networks.backbones import BACKBONES
 from bnncore.paper.figures import FiguresError, Series
 from bnncore.params import read_yaml
@@ -96,33 +97,13 @@ def _read(file: Path) -> list[Run]:
 
 def _parameters(file: Path) -> dict[str, Any]:
     for folder in (file.parent, file.parent.parent):
-        # First what is resolved: in the other one `scale` may not have been worked in.
-        for path in (folder / "packed" / "params.yaml", folder / "params.yaml"):
-            if path.exists():
-                return _scaled(read_yaml(path))
+        if (resolved := folder / "packed" / "params.yaml").exists():
+            return read_yaml(resolved)
+        if (written := folder / "params.yaml").exists():
+            found = read_yaml(written)
+            whole = found.get("scale") in (None, params.plain(params.Scale()))
+            return found if whole else params.plain(params.parse(found))
     return {}
-
-
-def _scaled(p: dict[str, Any]) -> dict[str, Any]:
-    """With `scale` worked in, as `params.load` does, which refuses what older versions wrote."""
-    scale = p.get("scale", {})
-    factor = float(scale.get("epochs", 1))
-
-    def times(recipe: dict[str, Any]) -> dict[str, Any]:
-        whole = recipe.get("epochs")
-        return recipe | ({"epochs": max(1, round(factor * whole))} if whole else {})
-
-    ensembles = dict(p.get("ensembles", {}))
-    ensembles["recipe"] = times(ensembles.get("recipe", {}))
-    ensembles["train"] = [
-        e | {"recipe": times(e.get("recipe") or {})} for e in ensembles.get("train", ())
-    ]
-    stages: dict[str, Any] = {
-        name: times(p[name]) for name in ("pretrain", "binarize") if name in p
-    }
-    data = dict(p.get("data", {}))
-    data["subset"] = float(data.get("subset", 1)) * float(scale.get("subset", 1))
-    return {**p, **stages, "ensembles": ensembles, "data": data}
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, ...]:

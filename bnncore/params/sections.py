@@ -197,9 +197,10 @@ class Recipe:
             raise ValueError(
                 f"shards: expected at most batch_size ({self.batch_size}), got {self.shards}"
             )
-        if self.epochs and self.warmup >= self.epochs:
+        if self.epochs and self.warmup >= self._schedule:
+            half = "half of " if self.two_step else ""
             raise ValueError(
-                f"warmup: expected less than epochs ({self.epochs}), got {self.warmup}"
+                f"warmup: expected less than {half}epochs ({self._schedule}), got {self.warmup}"
             )
         if self.two_step and (self.epochs < 2 or self.schedule == "plateau"):
             raise ValueError(
@@ -207,15 +208,26 @@ class Recipe:
                 f"{self.epochs} and {self.schedule}"
             )
 
+    @property
+    def _schedule(self) -> int:
+        """Epochs of one whole schedule, at least; a warm-up has to end within."""
+        return max(1, self.epochs // 2) if self.two_step else self.epochs
+
     def times(self, factor: float) -> Recipe:
         """So many times as long: `epochs`, of which at least one is left (of two steps two), and
         what is counted in them, `warmup` and `patience`."""
         if not self.epochs:
             return self
         epochs = max(1 + self.two_step, round(factor * self.epochs))
-        warmup = min(round(factor * self.warmup), epochs - 1)
+        longer = dataclasses.replace(self, epochs=epochs, warmup=0)
+        warmup = min(round(factor * self.warmup), longer._schedule - 1)
         patience = min(max(1, round(factor * self.patience)), MANY)
-        return dataclasses.replace(self, epochs=epochs, warmup=warmup, patience=patience)
+        return dataclasses.replace(longer, warmup=warmup, patience=patience)
+
+    def cycles(self, count: int) -> Recipe:
+        """As long or longer: so many cycles of the same length, the warm-up within the first."""
+        each = -(-self.epochs // count)
+        return dataclasses.replace(self, epochs=each * count, warmup=min(self.warmup, each - 1))
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -413,7 +425,7 @@ class Scale:
 
     Attributes:
         epochs: on every recipe's ``epochs``, ``warmup`` and ``patience``; at least one is left of
-            epochs and patience.
+            epochs and patience, and of a snapshot ensemble's epochs a multiple of its members.
         subset: on ``data.subset``.
     """
 
@@ -458,7 +470,8 @@ class Params:
         if self.scale == Scale():
             return self
         factor, train = self.scale.epochs, self.ensembles.train
-        longest = max(r.epochs for r in (self.pretrain, self.binarize, *map(self.recipe, train)))
+        recipes = (self.pretrain, self.binarize, self.ensembles.recipe, *map(self.recipe, train))
+        longest = max(recipe.epochs for recipe in recipes)
         if factor * longest > MANY:
             raise ParamsError(
                 f"scale.epochs: expected a factor that makes at most {MANY:,} epochs, got "
@@ -469,6 +482,8 @@ class Params:
         def own(ensemble: EnsembleParams) -> dict[str, Any]:
             """The fields in which it differs from the other ensembles, all worked in."""
             mine = self.recipe(ensemble).times(factor)
+            if ensemble.scheme == "snapshot" and mine.epochs:
+                mine = mine.cycles(ensemble.members)
             timed = {k: getattr(mine, k) for k in ("epochs", "warmup", "patience")}
             differs = {k: v for k, v in timed.items() if v != getattr(recipe, k)}
             return {k: timed.get(k, v) for k, v in ensemble.recipe.items()} | differs

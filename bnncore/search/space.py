@@ -61,7 +61,9 @@ def preset(params: Params, config: Config) -> Params:
     Args:
         config: a trained one's row has its packing as well; else it is what `params` say.
     """
-    model = replace(params.model, backbone=config["backbone"], width=config["width"])
+    dropout = params.model.dropout if plans.drops_out(config["backbone"]) else 0.0
+    changed = {"backbone": config["backbone"], "width": config["width"], "dropout": dropout}
+    model = replace(params.model, **changed)
     params = replace(params, model=model, pack=packing_of(config) or params.pack)
     if config["scheme"] == FP32:
         recipes = (params.pretrain, params.binarize, params.ensembles.recipe)
@@ -79,9 +81,9 @@ def preset(params: Params, config: Config) -> Params:
 def _only(params: Params, recipe: P.Recipe, ensemble: EnsembleParams) -> Params:
     """`params` with one ensemble, trained by `recipe`."""
     own: dict[str, int] = {}
-    if ensemble.scheme == "snapshot" and recipe.epochs % ensemble.members:
-        # A cycle a member, all of the same length, and so of one epoch at least.
-        own = {"epochs": -(-recipe.epochs // ensemble.members) * ensemble.members}
+    if ensemble.scheme == "snapshot":
+        whole = recipe.cycles(ensemble.members)
+        own = {k: v for k in ("epochs", "warmup") if (v := getattr(whole, k)) != getattr(recipe, k)}
     only = P.EnsemblesParams(recipe, (replace(ensemble, recipe=own),))
     return replace(params, ensembles=only)
 

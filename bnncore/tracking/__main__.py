@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from bnncore import params
+from bnncore.terminal import command
 from bnncore.tracking.runs import folder_of
 from bnncore.tracking.sync import Store, sync
 from bnncore.tracking.ui import ui
@@ -30,14 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 <= args.port <= 65535:
         parser.error(f"--port: expected 1 to 65535, got {args.port}")
     if args.ui:
-        file = args.root / "params.yaml"
-        ui(args.root, args.port, params.load(file).mlflow.uri if file.exists() else None)
-        return 0
+        return command("tracking", lambda: pages_of(args.root, args.port))
     if args.follow:
         return follow(args.root, Path(args.follow[0]), int(args.follow[1]))
     left = sync(args.root)
     print(f"{left} runs left in {folder_of(args.root)}" if left else "all is logged")
     return 1 if left else 0
+
+
+def pages_of(root: Path, port: int) -> None:
+    """MLflow's pages on the store that the project's parameters name."""
+    file = root / "params.yaml"
+    ui(root, port, params.load(file).mlflow.uri if file.exists() else None)
 
 
 def follow(root: Path, folder: Path, stage: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 
 import torch
 
@@ -117,6 +118,15 @@ def ensemble_spec(
     return EnsembleSpec(model, ensemble.members, sharing, how, classifier)
 
 
+@lru_cache
+def drops_out(backbone: str) -> bool:
+    """Whether dropout has a place in it: in front of a dense layer, or of the last one of a network
+    of the user's own."""
+    if ":" in backbone:
+        return True
+    return has_features(ModelSpec(backbone, (32, 32, 3), 10))
+
+
 def has_features(model: ModelSpec) -> bool:
     """Whether a network ends in a dense layer, whose inputs a TentacleNet can concatenate."""
     with torch.device("meta"):
@@ -141,7 +151,7 @@ def _check_recipe(ensemble: EnsembleParams, recipe: Recipe, where: str) -> None:
                 f"{where}.recipe.label_smoothing: expected 0 with residual squared, which fits no "
                 f"labels, got {recipe.label_smoothing:g}"
             )
-    if ensemble.recipe.get("prefixes") and not scheme.joint:
+    if ensemble.recipe.get("prefixes") and (not scheme.joint or scheme.looped):
         raise ParamsError(
             f"{where}.recipe.prefixes: expected only with a scheme that trains members together, "
             f"got it with {ensemble.scheme!r}"

@@ -184,6 +184,18 @@ def test_a_rung_is_shorter_in_all_that_is_counted_in_epochs(members):
     snapshots = space.preset(space.shortened(p), configuration(scheme="snapshot", members=members))
     rung = (q := space.at_rung(snapshots, 0.34)).recipe(q.ensembles.train[0])
     assert rung.epochs == -(-3 // members) * members  # no cycle without an epoch, none of another
+    whole = space.preset(p, configuration(scheme="snapshot", members=members))
+    check.check(whole, DATA.image, len(DATA.classes))  # its warm-up ends within the first cycle
+
+
+def test_dropout_is_for_backbones_that_have_a_place_for_it():
+    p = parse()
+    p = replace(p, model=replace(p.model, dropout=0.5))
+    found = space.Space(p, DATA)
+    for backbone, dropout in (("nin", 0.0), ("resnet8", 0.5)):
+        config = configuration(backbone=backbone)
+        assert found.problem(config) is None
+        assert space.preset(p, config).model.dropout == dropout
 
 
 def test_what_is_frozen_starts_from_the_bnn():

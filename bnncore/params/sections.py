@@ -226,6 +226,8 @@ class Recipe:
 
     def cycles(self, count: int) -> Recipe:
         """As long or longer: so many cycles of the same length, the warm-up within the first."""
+        if not self.epochs:
+            return self
         each = -(-self.epochs // count)
         return dataclasses.replace(self, epochs=each * count, warmup=min(self.warmup, each - 1))
 
@@ -482,7 +484,7 @@ class Params:
         def own(ensemble: EnsembleParams) -> dict[str, Any]:
             """The fields in which it differs from the other ensembles, all worked in."""
             mine = self.recipe(ensemble).times(factor)
-            if ensemble.scheme == "snapshot" and mine.epochs:
+            if ensemble.scheme == "snapshot":
                 mine = mine.cycles(ensemble.members)
             timed = {k: getattr(mine, k) for k in ("epochs", "warmup", "patience")}
             differs = {k: v for k, v in timed.items() if v != getattr(recipe, k)}

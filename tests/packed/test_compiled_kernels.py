@@ -279,7 +279,7 @@ def test_integer_levels_beyond_all_sums() -> None:
     check(program, random_images(program, 3), "words")
 
 
-def test_limits_of_sums_as_limits_of_counts() -> None:
+def test_limits_of_numbers_as_limits_of_counts() -> None:
     ends = np.array(
         [-np.inf, np.inf, np.nan, -1e30, 1e30, -1e-30, 1e-30, -0.0, *np.arange(-7, 8, 0.5)],
         np.float32,

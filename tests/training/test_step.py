@@ -21,7 +21,15 @@ from tests.small import GRID, SHARDED, differences, plan
 JOINT = [row for row in GRID if row[0] != "voting"]
 RECIPES = [
     {"recipe": {"prefixes": True}},
-    {"recipe": {"distill": 0.5, "optimizer": "adamw", "warmup": 1, "label_smoothing": 0.1}},
+    {
+        "recipe": {
+            "distill": 0.5,
+            "optimizer": "adamw",
+            "epochs": 2,
+            "warmup": 1,
+            "label_smoothing": 0.1,
+        }
+    },
     {"recipe": {"distill": 0.5}, "teacher": "ensemble"},
     {"recipe": {"distill": 0.5, "prefixes": True}, "teacher": "ensemble"},
 ]

@@ -182,7 +182,6 @@ def measured(
         "anytime": [100 * metrics.accuracy(m, labels) for m in members],
         "worse": {name: 100 * metrics.accuracy(model.predict(spoil(images.test.images)), labels)
                   for name, spoil in WORSE.items()},
-        **figures(program),
         "nll": metrics.nll(probabilities, labels),
         "ece": metrics.calibration_error(probabilities, labels),
         "passes": sum(epochs) * len(images.train),
@@ -286,7 +285,7 @@ def train(p: Params, pieces: Pieces, workers: int, most: int, scratch: Path) -> 
 def gather(pieces: Pieces, scratch: Path) -> None:
     for path in sorted((scratch / "pieces").glob("*.json")):
         for name, row in json.loads(path.read_text()).items():
-            # By the estimate as it is now, whenever the file was trained.
+            # Here alone: by the estimate as it is now, whenever the file was trained.
             row |= figures(packfile.load(path.with_suffix(".bnn")))
             if pieces.known.get(name) != row:
                 pieces[name] = row

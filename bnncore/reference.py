@@ -86,14 +86,8 @@ def _section(
         default = _code(value["default"]) if "default" in value else ""
         if name in section.get("required", ()):
             default = "required"
-        rows.append(
-            (
-                f"`{name}`",
-                _allowed(value, NAMES.get(below, NAMES.get(name))),
-                default,
-                meaning[name],
-            )
-        )
+        allowed = _allowed(value, NAMES.get(below, NAMES.get(name)))
+        rows.append((f"`{name}`", allowed, default, meaning[name]))
     yield from _table(("key", "value", "default", "meaning"), rows)
     for below, content in inner:
         yield from _section(below, content, sections, seen)

@@ -95,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (params.ParamsError, OSError) as error:
         print(f"preset: {error}", file=sys.stderr)
         return 1
-    subset = params.parse(values).data.subset
-    print(f"{options.output}: preset {options.name}, epochs x {values['scale']['epochs']:g}, "
-          f"{subset:.3g} of the training images")  # fmt: skip
+    scale = values["scale"]
+    print(f"{options.output}: preset {options.name}, epochs x {scale['epochs']:g}, "
+          f"{scale['subset'] * values['data']['subset']:.3g} of the training images")  # fmt: skip
     return 0
 
 

@@ -129,6 +129,9 @@ class ModelParams:
     binarizer: Binarizer = field(default_factory=Binarizer)
 
 
+_TIMED = ("epochs", "warmup", "patience")
+
+
 @dataclass(frozen=True, config=SECTION)
 class Recipe:
     """How something is trained.
@@ -197,10 +200,11 @@ class Recipe:
             raise ValueError(
                 f"shards: expected at most batch_size ({self.batch_size}), got {self.shards}"
             )
-        if self.epochs and self.warmup >= self._schedule:
+        whole = max(1, self.epochs // (1 + self.two_step))  # of a schedule, at least
+        if self.epochs and self.warmup >= whole:
             half = "half of " if self.two_step else ""
             raise ValueError(
-                f"warmup: expected less than {half}epochs ({self._schedule}), got {self.warmup}"
+                f"warmup: expected less than {half}epochs ({whole}), got {self.warmup}"
             )
         if self.two_step and (self.epochs < 2 or self.schedule == "plateau"):
             raise ValueError(
@@ -208,21 +212,15 @@ class Recipe:
                 f"{self.epochs} and {self.schedule}"
             )
 
-    @property
-    def _schedule(self) -> int:
-        """Epochs of one whole schedule, at least; a warm-up has to end within."""
-        return max(1, self.epochs // 2) if self.two_step else self.epochs
-
     def times(self, factor: float) -> Recipe:
         """So many times as long: `epochs`, of which at least one is left (of two steps two), and
         what is counted in them, `warmup` and `patience`."""
         if not self.epochs:
             return self
         epochs = max(1 + self.two_step, round(factor * self.epochs))
-        longer = dataclasses.replace(self, epochs=epochs, warmup=0)
-        warmup = min(round(factor * self.warmup), longer._schedule - 1)
+        warmup = min(round(factor * self.warmup), epochs // (1 + self.two_step) - 1)
         patience = min(max(1, round(factor * self.patience)), MANY)
-        return dataclasses.replace(longer, warmup=warmup, patience=patience)
+        return dataclasses.replace(self, epochs=epochs, warmup=warmup, patience=patience)
 
     def cycles(self, count: int) -> Recipe:
         """As long or longer: so many cycles of the same length, the warm-up within the first."""
@@ -230,6 +228,10 @@ class Recipe:
             return self
         each = -(-self.epochs // count)
         return dataclasses.replace(self, epochs=each * count, warmup=min(self.warmup, each - 1))
+
+    def differs(self, other: Recipe) -> dict[str, int]:
+        """The fields that are counted in epochs and are not as in `other`."""
+        return {k: v for k in _TIMED if (v := getattr(self, k)) != getattr(other, k)}
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -486,9 +488,8 @@ class Params:
             mine = self.recipe(ensemble).times(factor)
             if ensemble.scheme == "snapshot":
                 mine = mine.cycles(ensemble.members)
-            timed = {k: getattr(mine, k) for k in ("epochs", "warmup", "patience")}
-            differs = {k: v for k, v in timed.items() if v != getattr(recipe, k)}
-            return {k: timed.get(k, v) for k, v in ensemble.recipe.items()} | differs
+            others = {k: v for k, v in ensemble.recipe.items() if k not in _TIMED}
+            return others | mine.differs(recipe)
 
         return dataclasses.replace(
             self,

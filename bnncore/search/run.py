@@ -29,7 +29,6 @@ from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.data import Dataset
 from bnncore.lowering import packing
-from bnncore.networks.sharing import SHARING
 from bnncore.packed.program import Program
 from bnncore.params import Params
 from bnncore.search import rivals, space, trial
@@ -60,7 +59,7 @@ def study_name(params: Params, data: Dataset) -> str:
     named = [*params.search.space.backbone, binarizer.weight, binarizer.activation]
     code = [path.read_text() for _, path in sorted(modules.users_files(named).items())]
     parts = [plain, data.digest, *code]  # without code of the user's, what it always was
-    frozen = any(row in SHARING and SHARING[row].frozen for row in params.search.space.sharing)
+    frozen = any(map(space.freezes, params.search.space.sharing))
     if frozen and set(params.search.space.start) != {"bnn"}:
         parts.append("from the BNN")  # once they were not, and such trials cannot be repeated
     return f"{data.name}-{P.digest(*parts)[:8]}"

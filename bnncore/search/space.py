@@ -80,12 +80,9 @@ def preset(params: Params, config: Config) -> Params:
 
 def _only(params: Params, recipe: P.Recipe, ensemble: EnsembleParams) -> Params:
     """`params` with one ensemble, trained by `recipe`."""
-    own: dict[str, int] = {}
-    if ensemble.scheme == "snapshot":
-        whole = recipe.cycles(ensemble.members)
-        own = {k: v for k in ("epochs", "warmup") if (v := getattr(whole, k)) != getattr(recipe, k)}
-    only = P.EnsemblesParams(recipe, (replace(ensemble, recipe=own),))
-    return replace(params, ensembles=only)
+    own = recipe.cycles(ensemble.members) if ensemble.scheme == "snapshot" else recipe
+    ensemble = replace(ensemble, recipe=own.differs(recipe))
+    return replace(params, ensembles=P.EnsemblesParams(recipe, (ensemble,)))
 
 
 def packing_of(row: Row) -> PackParams | None:
@@ -243,7 +240,7 @@ class Space:
             config |= ONE_FP32
         elif config["members"] == 1:
             config |= ONE_BNN
-        elif _frozen(config["sharing"]) and "bnn" in self.values["start"]:
+        elif freezes(config["sharing"]) and "bnn" in self.values["start"]:
             config["start"] = "bnn"
         fill = config.pop("fill", None)
         if fill and not self.problem(config):
@@ -379,7 +376,7 @@ def _distribution(values: tuple) -> BaseDistribution:
     return CategoricalDistribution(values)
 
 
-def _frozen(sharing: str) -> bool:
+def freezes(sharing: str) -> bool:
     """Whether members share what the BNN has learned, so that they have to start from it."""
     return sharing in SHARING and SHARING[sharing].frozen
 

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 <= args.port <= 65535:
         parser.error(f"--port: expected 1 to 65535, got {args.port}")
     if args.ui:
-        return command("tracking", lambda: pages_of(args.root, args.port))
+        return command("tracking", lambda: show(args.root, args.port))
     if args.follow:
         return follow(args.root, Path(args.follow[0]), int(args.follow[1]))
     left = sync(args.root)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if left else 0
 
 
-def pages_of(root: Path, port: int) -> None:
+def show(root: Path, port: int) -> None:
     """MLflow's pages on the store that the project's parameters name."""
     file = root / "params.yaml"
     ui(root, port, params.load(file).mlflow.uri if file.exists() else None)

@@ -246,7 +246,7 @@ def snapshot(plan: Plan, train_many: TrainMany) -> Ensembled:
     epochs = plan.recipe.epochs // plan.spec.members
     results: list[Trained] = []
     for i in range(plan.spec.members):
-        warmup = 0 if results else max(0, min(plan.recipe.warmup, epochs - 1))
+        warmup = 0 if results else plan.recipe.warmup
         cycle = replace(plan.recipe, epochs=epochs, warmup=warmup, schedule="cosine")
         start = handed_on(results[-1], i) if results else plan.start
         results += train_many([plan.member(i, recipe=cycle, start=start, keep_optimizer=True)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -105,7 +106,7 @@ def _start(options: dict[str, Any]) -> None:
             raise
         except Exception as error:  # Ray gives a plain one where a node takes more than 30 s
             ray.shutdown()
-            if "timed out during startup" not in str(error):
+            if not re.search("(?i)timed out (during startup|waiting for file)", str(error)):
                 raise
             if last:
                 raise ClusterError(
@@ -119,18 +120,19 @@ def _watched() -> Iterator[None]:
     """While a cluster starts, see whether its servers live: Ray waits 30 to 60 s for a dead one."""
     over = threading.Event()
     dead: list[str] = []
+    known = set(psutil.Process().children())
+    seen: dict[psutil.Process, str] = {}
+
+    def look() -> None:
+        with contextlib.suppress(psutil.Error):
+            for child in set(psutil.Process().children()) - known - seen.keys():
+                if child.name() in SERVERS:
+                    seen[child] = child.name()
+        dead.extend(name for child, name in seen.items() if not _lives(child))
 
     def watch() -> None:
-        seen: dict[psutil.Process, str] = {}
-        known = set(psutil.Process().children())
-        while not over.wait(0.2):
-            with contextlib.suppress(psutil.Error):
-                for child in set(psutil.Process().children()) - known - seen.keys():
-                    if child.name() in SERVERS:
-                        seen[child] = child.name()
-            dead.extend(name for child, name in seen.items() if not _lives(child))
-            if dead:
-                break
+        while not dead and not over.wait(0.2):
+            look()
         if dead and not over.is_set():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             # In a call to its own library Ray takes no signal, and ends this process in the end.
@@ -144,6 +146,9 @@ def _watched() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        over.set()
+        if not dead:
+            look()  # where Ray waits for a server's port, no other thread runs
         if not dead:
             raise
         raise ClusterError(_ended(dead[0])) from error

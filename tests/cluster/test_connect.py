@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -84,14 +85,21 @@ def test_an_unreachable_cluster_is_named(monkeypatch):
         connect.connect(RayParams(address="127.0.0.1:9"))
 
 
-def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "The current node timed out during startup. This could happen ..",
+        "Timed out waiting for file /tmp/ray/session_1/gcs_server_port_1",
+    ],
+)
+def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog, said):
     """What Ray says of a node that took more than its 30 s; too slow a machine cannot be had."""
     asked = []
 
     def init(address, **options):
         asked.append(address)
         if len(asked) != 2:
-            raise Exception("The current node timed out during startup. This could happen ..")
+            raise RuntimeError(said)
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -100,7 +108,7 @@ def test_a_cluster_that_was_slow_to_start_is_started_again(monkeypatch, caplog):
     assert asked == ["local", "local"]
     assert "trying once more" in caplog.text
     asked[:] = ["local"] * 2
-    with pytest.raises(ClusterError, match="within 30 s, twice: The current node timed out"):
+    with pytest.raises(ClusterError, match="within 30 s, twice: " + said):
         connect.connect(RayParams())
 
 
@@ -144,6 +152,25 @@ def test_a_cluster_that_dies_while_it_starts_is_told(server):
     assert process.returncode == 1
     assert f"its {server} ended while it started" in said
     assert "Traceback" not in said
+
+
+def test_a_server_that_no_other_thread_could_see_die_is_told(tmp_path):
+    """Ray holds the interpreter while it waits for a server's port, so the watch may never run."""
+    server = tmp_path / connect.SERVERS[0]
+    server.symlink_to(shutil.which("sleep"))
+
+    def start():
+        with connect._watched():
+            process = subprocess.Popen([server, "60"])
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            started.append(process)
+            raise RuntimeError("Timed out waiting for file")
+
+    started = []
+    with pytest.raises(ClusterError, match=f"its {server.name} ended while it started"):
+        start()
+    started[0].wait()
 
 
 LISTENS = """

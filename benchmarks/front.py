@@ -313,17 +313,21 @@ MEANS = ("ece", "nll", "ram", "minstructions")
 def summary(pieces: Pieces, most: int) -> list[Row]:
     if "search" not in pieces:
         return []
-    by_label: dict[str, list[Row]] = {}
-    about: dict[str, str] = {}
+    found: dict[str, dict[str, Row]] = {}
+    labels: dict[str, list[str]] = {}
     for label, config, seed in wanted(pieces.known["search"]["configs"], most):
         if (name := piece(label, config, seed)) in pieces:
-            by_label.setdefault(label, []).append(pieces.known[name])
-            about[label] = name.rsplit("/", 1)[0]
+            about = name.rsplit("/", 1)[0]
+            found.setdefault(about, {})[name] = pieces.known[name]
+            if label not in labels.setdefault(about, []):
+                labels[about].append(label)
+    first = next((list(found[about].values()) for about in found if FIRST in labels[about]), None)
     rows = []
-    for label, runs in by_label.items():
+    for about, runs in ((about, list(runs.values())) for about, runs in found.items()):
         top1 = [r["test_top1"] for r in runs]
+        names = sorted(labels[about], key=lambda label: label != FIRST)
         row = {
-            "label": label, "about": about[label], "seeds": len(runs),
+            "label": " = ".join(names), "about": about, "seeds": len(runs),
             "mean": statistics.mean(top1), "bytes": max(r["file_bytes"] for r in runs),
             "val": statistics.mean(r["val_top1"] for r in runs),
             **{k: statistics.mean(r[k] for r in runs) for k in MEANS},
@@ -333,11 +337,9 @@ def summary(pieces: Pieces, most: int) -> list[Row]:
             "passes": statistics.mean(r["passes"] for r in runs),
             "hours": statistics.mean(r["cpu_s"] for r in runs) / 3600,
         }  # fmt: skip
-        if FIRST in by_label and about[label] != about[FIRST]:
-            row["difference"] = (
-                statistics.mean(r["test_top1"] for r in by_label[FIRST]) - row["mean"]
-            )
-            row["difference_half"] = 100 * 1.96 * _error([by_label[FIRST], runs])
+        if first is not None and FIRST not in labels[about]:
+            row["difference"] = statistics.mean(r["test_top1"] for r in first) - row["mean"]
+            row["difference_half"] = 100 * 1.96 * _error([first, runs])
         rows.append(row)
     return rows
 

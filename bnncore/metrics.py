@@ -6,9 +6,22 @@ Legend: `B` images, `C` classes, `m` members.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+
+def mean_curve(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
+    """One training curve of several jobs' curves: means by epoch, of what all of them have."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for history in histories.values():
+        for row in history:
+            found.setdefault(int(row["epoch"]), []).append(row)
+    return [
+        {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if all(k in r for r in rows)}
+        for rows in found.values()
+    ]
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:

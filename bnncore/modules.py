@@ -96,6 +96,11 @@ _OTHERS = tuple(
 _BNNCORE = Path(__file__).resolve().parent
 
 
+def users_code(names: Iterable[str]) -> list[str]:
+    """The text of `users_files`."""
+    return [path.read_text() for _, path in sorted(users_files(names).items())]
+
+
 def users_files(names: Iterable[str]) -> dict[str, Path]:
     """Module -> file of the modules that parameters name (``module:function``), and of what these
     import of the user's own: neither installed, nor Python's, nor of this package."""

@@ -16,7 +16,7 @@ from bnncore.errors import UserError
 from bnncore.packed import execute, exits, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.report import live
-from pipeline.stage import MODELS, PACKED, REPORTS, ROOT, Stage, run, stage
+from pipeline.stage import PACKED, REPORTS, ROOT, Stage, folder, run, stage
 
 OPTIONS = (
     params.PackParams(affine="float16"),
@@ -30,7 +30,7 @@ OPTIONS = (
 def main() -> None:
     with stage() as s:
         images = s.images()
-        names = ["fp32", "bnn", *(e.name for e in s.params.ensembles.train)]
+        names = s.models()
         found = [evaluated(s, name, images) for name in names]
         counts = {r["name"]: r.pop("counts") for r in found}
         taken = {r["name"]: r.pop("confusion") for r in found}
@@ -230,8 +230,7 @@ def anytime(model: execute.Model, split: data.Split, outputs: np.ndarray) -> lis
 
 def curves(name: str) -> dict[str, list[dict]]:
     """The training curves of one model: job name -> a dict an epoch."""
-    folder = MODELS / (name if name in ("fp32", "bnn") else f"ensembles/{name}")
-    return json.loads((folder / "histories.json").read_text())
+    return json.loads((folder(name) / "histories.json").read_text())
 
 
 def log(s: Stage, results: list[dict], histories: dict, written: list[Path]) -> None:
@@ -243,8 +242,8 @@ def log(s: Stage, results: list[dict], histories: dict, written: list[Path]) -> 
             k: row[k] for k in ("kind", "scheme", "sharing", "members", "backbone", "width")
         }
         with s.tracker.model(name, {**described, "model": plain["model"]}) as child:
-            if name in histories:
-                child.history(histories[name])
+            # Members that are trained apart have curves, and runs, of their own.
+            child.history(histories.get(name) or metrics.mean_curve(curves(name)))
             child.metrics({k: v for k, v in row.items() if isinstance(v, int | float)})
             child.metrics({"file_kib": row["file_bytes"] / 1024})
             child.artifact(PACKED / f"{name}.bnn")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
@@ -15,22 +14,13 @@ from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.training import ensembled
-from pipeline.stage import MODELS, PACKED, run, stage
-
-
-def models() -> dict[str, Path]:
-    """Name -> folder of everything that the earlier stages trained, in the order of the table."""
-    ensembles = [path.parent for path in sorted((MODELS / "ensembles").glob("*/spec.json"))]
-    return {folder.name: folder for folder in (MODELS / "fp32", MODELS / "bnn", *ensembles)}
+from pipeline.stage import PACKED, folder, run, stage
 
 
 def main() -> None:
     with stage() as s:
         images = s.images()
-        order = [e.name for e in s.params.ensembles.train]
-        folders = models()
-        wanted = ((n, folders.get(n, MODELS / "ensembles" / n)) for n in ("fp32", "bnn", *order))
-        read = {name: ensembled.Ensembled.read(folder) for name, folder in wanted}
+        read = {name: ensembled.Ensembled.read(folder(name)) for name in s.models()}
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)
         for name, trained in read.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from bnncore import check, data, metrics, params
 from bnncore.cluster.cluster import Cluster
 from bnncore.packed import execute, packfile
-from bnncore.search import answer, trial
+from bnncore.search import answer
 from bnncore.search import run as searching
 from bnncore.search.answer import Report
 from bnncore.search.run import Search
@@ -30,7 +30,8 @@ def main() -> None:
     check.check(p, images.image, len(images.classes))
     settings = p.mlflow
     with Search(p, images, CHECKPOINTS / "search") as search:
-        known = {"study": search.study.name, **params.plain(p)}
+        # What does not change the study does not begin another run.
+        known = {"study": search.study.name, "data": {"name": images.name}, **searching.studied(p)}
         with Tracker(
             ROOT, known, settings.uri, experiment=settings.experiment, name="search"
         ) as tracker, Cluster(p.ray) as cluster:  # fmt: skip
@@ -73,27 +74,28 @@ def finish(report: Report, images: data.Dataset, cluster: Cluster, tracker: Trac
     """Train the best in full; its packed file, and what it scores, go to ``reports/search``."""
     winner = report.winner
     assert winner is not None
+    packed, scored = (OUT / name for name in answer.FINISHED)
     with resumable(CHECKPOINTS / "search-finish") as checkpoints:
         trained, program = searching.finish(report.preset(winner), images, cluster, checkpoints)
-        size = packfile.save(program, OUT / "best.bnn")
+        size = packfile.save(program, packed)
         if size > winner["bound_bytes"]:
             raise RuntimeError(
                 f"best.bnn: expected at most {winner['bound_bytes']} bytes, got {size}"
             )
-        model = execute.Model(packfile.load(OUT / "best.bnn"), report.params.evaluate.ops)
+        model = execute.Model(packfile.load(packed), report.params.evaluate.ops)
         scores: dict[str, float] = {"file_bytes": size}
         for part, split in (("val", images.val), ("test", images.test)):
             predicted = model.predict(split.images)
             scores[f"{part}_top1"] = 100 * metrics.accuracy(predicted, split.labels)
-        (OUT / "finished.json").write_text(json.dumps(scores, indent=1) + "\n")
+        scored.write_text(json.dumps(scores, indent=1) + "\n")
     print(
         f"\ntrained in full: validation {scores['val_top1']:.2f} %, test {scores['test_top1']:.2f} "
-        f"%, {size:,} bytes ({OUT / 'best.bnn'})"
+        f"%, {size:,} bytes ({packed})"
     )
     with tracker.model("best", {"about": answer.about(winner)}) as child:
-        child.history(trial.merged(trained.histories))
+        child.history(metrics.mean_curve(trained.histories))
         child.metrics(scores)
-    return OUT / "finished.json"
+    return scored
 
 
 if __name__ == "__main__":

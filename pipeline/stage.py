@@ -31,6 +31,11 @@ PACKED = ROOT / "packed"
 REPORTS = ROOT / "reports"
 
 
+def folder(model: str) -> Path:
+    """Where a trained model lies."""
+    return MODELS / (model if model in ("fp32", "bnn") else f"ensembles/{model}")
+
+
 @dataclass
 class Stage:
     """A running stage: its parameters, its tracker, its progress bars."""
@@ -47,6 +52,10 @@ class Stage:
         source = self.params.data.path or self.params.data.name
         self.tracker.dataset(images.name, images.digest, source)
         return images
+
+    def models(self) -> list[str]:
+        """Names of all models, in the order of the table."""
+        return ["fp32", "bnn", *(e.name for e in self.params.ensembles.train)]
 
     def on_epoch(self, job: Any, epoch: Mapping[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""

@@ -75,10 +75,12 @@ class Report:
 
     @property
     def told_apart(self) -> list[tuple[Row, np.ndarray]]:
-        """Finalists with what cross-validation got right, the most accurate first."""
+        """Finalists with what cross-validation got right, the most accurate first; none before all
+        of them have all folds, as one that was not compared cannot lose.
+        """
         told = [(r, right) for r in self.finalists if (right := self.right(r)) is not None]
         told.sort(key=lambda one: (-one[1].mean(), one[0]["file_bytes"]))
-        return told if len(told) > 1 else []
+        return told if len(told) == len(self.finalists) else []
 
     @property
     def compared(self) -> list[Row]:
@@ -139,12 +141,17 @@ def about(row: Row) -> str:
     return f"{described(row)} ({which})"
 
 
+# What ``pipeline.search --finish`` writes beside them, of the answer trained in full.
+FINISHED = ("best.bnn", "finished.json")
+
+
 def write(report: Report, out: Path) -> list[Path]:
     """Write what `report` says into `out`; returns the paths.
 
     front.csv and front.json (every configuration that was asked for, then the rivals), front.png,
     importances.json, and where anything fits best.yaml: ``cp best.yaml params.yaml`` and the
-    pipeline trains the best of everything that was trained.
+    pipeline trains the best of everything that was trained. Files of `FINISHED` that are of another
+    answer are removed.
 
     Raises:
         SearchError: a file cannot be written.
@@ -182,10 +189,16 @@ def write(report: Report, out: Path) -> list[Path]:
         (out / "importances.json").write_text(text + "\n", encoding="utf-8")
         plot(report, out / "front.png")
         best = out / "best.yaml"
+        before = best.read_text(encoding="utf-8") if best.exists() else ""
         best.unlink(missing_ok=True)
+        text = ""
         if winner:
             whole = report.preset(winner)
             text = _comment(report, winner) + yaml.safe_dump(P.plain(whole), sort_keys=False)
+        if text != before:
+            for name in FINISHED:  # of another answer
+                (out / name).unlink(missing_ok=True)
+        if winner:
             best.write_text(text, encoding="utf-8")
             if P.plain(P.load(best)) != P.plain(whole):
                 raise ValueError(f"{best}: expected to read back as written")
@@ -254,6 +267,12 @@ def show(report: Report, say: Callable[[str], None] = print) -> None:
             than = "the best" if row is winner else f"{mean:+.2f} ± {1.96 * error:.2f} points"
             say(f"  {row['file_bytes'] / 1024:7.2f} KiB {100 * other.mean():6.2f} %  {than}: "
                 f"{described(row)}")  # fmt: skip
+    elif finalists := report.finalists:
+        whole = sum(report.right(row) is not None for row in finalists)
+        say(
+            f"not told apart from what the validation part puts near it: {whole} of "
+            f"{len(finalists)} finalists have all folds of cross-validation"
+        )
     say("accuracy that bytes buy:")
     for row in report.front:
         say(_line(row))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from bnncore import modules
 from bnncore import params as P
 from bnncore.cluster.crew import Crew, Work
 from bnncore.data import Dataset
@@ -56,11 +57,14 @@ class Bases:
         return True
 
     def _key(self, p: Params) -> str:
-        """Changes with all that the two networks depend on, the code of training included."""
+        """Changes with all that the two networks depend on, the code of training and of the user's
+        binarizers included."""
         key = f"{p.model.backbone}-{p.model.width}"
         if key not in self._keys:
             job = plans.first_job(p, self.data, None)
-            digest = P.digest(job.digest(self.data), p.binarize, p.model.binarizer)
+            binarizer = p.model.binarizer
+            code = modules.users_code([binarizer.weight, binarizer.activation])
+            digest = P.digest(job.digest(self.data), p.binarize, binarizer, *code)
             self._keys[key] = f"{key}-{digest}"
         return self._keys[key]
 

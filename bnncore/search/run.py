@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnncore import modules
+from bnncore import metrics, modules
 from bnncore import params as P
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 INTERRUPTED = "interrupted"
 
 
-def study_name(params: Params, data: Dataset) -> str:
-    """Changes with everything that a trial's result depends on, the user's code too, but not with
-    that of this package."""
+def studied(params: Params) -> dict[str, Any]:
+    """The parameters that a study is told apart by: those that a trial's result depends on."""
     plain = P.plain(params)
     for section in ("mlflow", "ray", "evaluate", "data"):
         del plain[section]
@@ -55,10 +54,16 @@ def study_name(params: Params, data: Dataset) -> str:
     del plain["model"]["backbone"], plain["model"]["width"]
     for key in ("trials", "rivals", "finalists", "folds"):  # what comes after the trials, too
         del plain["search"][key]
+    return plain
+
+
+def study_name(params: Params, data: Dataset) -> str:
+    """Changes with everything that a trial's result depends on, the user's code too, but not with
+    that of this package."""
     binarizer = params.model.binarizer
     named = [*params.search.space.backbone, binarizer.weight, binarizer.activation]
-    code = [path.read_text() for _, path in sorted(modules.users_files(named).items())]
-    parts = [plain, data.digest, *code]  # without code of the user's, what it always was
+    # Without code of the user's, what it always was.
+    parts = [studied(params), data.digest, *modules.users_code(named)]
     frozen = any(map(space.freezes, params.search.space.sharing))
     if frozen and set(params.search.space.start) != {"bnn"}:
         parts.append("from the BNN")  # once they were not, and such trials cannot be repeated
@@ -259,7 +264,7 @@ class Search:
         )
         row = {**config, **{k: result[k] for k in keys}, "feasible": True}
         taken = asdict(self.space.cost(row))
-        row |= {k.replace("file_", "bound_"): v for k, v in taken.items()}
+        row |= {k.replace("file_", "bound_"): v for k, v in taken.items() if k != "device"}
         self.say(
             f"     rival {label} {row['val_top1']:6.2f} %, {row['file_bytes'] / 1024:6.2f} "
             f"KiB: {described(row)}"
@@ -267,7 +272,7 @@ class Search:
         self.study.keep_rival(label, row)
         if self.tracker:
             with self.tracker.model(f"rival-{label}", config) as child:
-                child.history(trial.merged(result["history"]))
+                child.history(metrics.mean_curve(result["history"]))
                 child.metrics({k: row[k] for k in ("val_top1", "file_bytes", "drop")})
 
     def _train_finalists(self, crew: Crew, stopping: Callable[[], bool]) -> None:
@@ -338,7 +343,7 @@ class Search:
             about["bound_kib"] = round(taken.file_bytes / 1024, 2)
         with self.tracker.model(t.name, about) as child:
             if result:
-                child.history(trial.merged(result["history"]))
+                child.history(metrics.mean_curve(result["history"]))
             figures = {f"constraint_{k}": v for k, v in t.over.items()}
             if taken:
                 figures |= {"file_bytes": taken.file_bytes, "counted_kib": taken.counted_kib}

@@ -291,11 +291,17 @@ class Space:
         return replace(self._specs[key], members=config["members"])
 
     def cost(self, config: Config) -> Cost:
-        """What the configuration takes, packed as it was, or else in the smallest packing."""
+        """What the configuration takes, packed as it was, or else in the smallest packing, of those
+        within all limits where any is: narrow weights take more instructions.
+        """
         taken = packing_of(config)
         packs = [taken] if taken else self._candidates(config)
         costs = [self._cost(config, pack) for pack in packs]
-        return min(costs, key=lambda c: (c.counted_kib, c.file_bytes))
+
+        def key(c: Cost) -> tuple[float, ...]:
+            return max(c.constraints(self.search).values()) > 0, c.counted_kib, c.file_bytes
+
+        return min(costs, key=key)
 
     def _cost(self, config: Config, pack: PackParams) -> Cost:
         p = replace(preset(self.params, config), pack=pack)

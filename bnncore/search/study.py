@@ -160,8 +160,11 @@ class Study:
     @property
     def rivals(self) -> dict[str, Row]:
         """Label -> row of the rivals that were trained."""
-        known = self._study.user_attrs.items()
-        return {k.removeprefix("rival "): row for k, row in known if k.startswith("rival ")}
+        return {
+            label.removeprefix("rival "): {k: v for k, v in row.items() if k != "study"}
+            for label, row in self._study.user_attrs.items()
+            if label.startswith("rival ")
+        }
 
     def keep_rival(self, label: str, row: Row) -> None:
         self._study.set_user_attr(f"rival {label}", {"study": self.name, **row})

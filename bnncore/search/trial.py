@@ -27,7 +27,6 @@ from bnncore.search import space
 from bnncore.training import loop, memory, plans, schemes
 from bnncore.training.devices import Place
 from bnncore.training.ensembled import Ensembled
-from bnncore.training.jobs import History
 
 Result = dict[str, Any]
 Rung = tuple[float, float | None]
@@ -155,15 +154,3 @@ def assess(found: Packed, data: Dataset) -> Result:
         "integer": found.pack.integer,
         "drop": found.drop,
     }
-
-
-def merged(histories: dict[str, History]) -> list[dict[str, float]]:
-    """One curve of several members' curves: means by epoch."""
-    found: dict[int, list[dict[str, float]]] = {}
-    for history in histories.values():
-        for row in history:
-            found.setdefault(row["epoch"], []).append(dict(row))  # type: ignore[arg-type]
-    return [
-        {k: sum(r[k] for r in rows) / len(rows) for k in rows[0] if all(k in r for r in rows)}
-        for rows in found.values()
-    ]

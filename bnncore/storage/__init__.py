@@ -267,10 +267,10 @@ def described(counts: Count) -> list[str]:
     rows: list[tuple[object, ...]]
     rows = [("layer", "weights", "kind", "", "bits a copy", "copies", "bits", "file bytes")]
     for w, size in by_layer(counts.entries):
-        shape, kind = "x".join(map(str, w.shape)), "binary" if w.binary else "float32"
-        owner, bits = "own" if w.own else "shared", w.counted_bits
+        shape, owner = "x".join(map(str, w.shape)), "own" if w.own else "shared"
+        bits = w.counted_bits
         sizes = (f"{bits // w.copies:,}", w.copies, f"{bits:,}", f"{size:,}")
-        rows.append((w.layer, shape, kind, owner, *sizes))
+        rows.append((w.layer, shape, w.kind, owner, *sizes))
     m = counts.members
     members = f"{m} member{'s' if m > 1 else ''}"
     lines = [

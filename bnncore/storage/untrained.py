@@ -8,6 +8,7 @@ from typing import Any
 from bnncore import storage
 from bnncore.lowering import blueprint
 from bnncore.networks.ensemble import EnsembleSpec
+from bnncore.packed.narrow import narrowed
 from bnncore.params import PackParams
 
 # (H, W, C) and number of classes of the data sets that have their own; no image has to be read.
@@ -19,9 +20,10 @@ SHAPES = {
 }
 
 
-def table(spec: EnsembleSpec) -> list[storage.Entry]:
-    """Every tensor of `spec`, of the largest kind that training can give."""
-    return storage.table(blueprint.draw(spec).most, spec.members)
+def table(spec: EnsembleSpec, pack: PackParams | None = None) -> list[storage.Entry]:
+    """Every tensor of `spec`, of the largest kind that training can give, kept as `pack` says."""
+    drawn = blueprint.draw(spec).most
+    return storage.table(narrowed(drawn, pack) if pack else drawn, spec.members)
 
 
 def count(
@@ -38,4 +40,4 @@ def count(
     """
     size = blueprint.file_range(spec, pack, classes, info)
     macs = blueprint.draw(spec).macs(spec.members)
-    return storage.Count(spec.members, tuple(table(spec)), *size, *macs)
+    return storage.Count(spec.members, tuple(table(spec, pack)), *size, *macs)

@@ -171,9 +171,7 @@ def _code() -> str:
 
 
 def _users_code(spec: EnsembleSpec) -> list[str]:
-    """The modules behind what parameters name as ``module:function``, and the user's own that these
-    import."""
     binarizer = spec.model.binarizer
     names = [spec.model.backbone]
     names += [binarizer.weight, binarizer.activation] if binarizer else []
-    return [path.read_text() for _, path in sorted(modules.users_files(names).items())]
+    return modules.users_code(names)

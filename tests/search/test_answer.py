@@ -127,9 +127,24 @@ def test_finalists_are_told_apart(tmp_path, case):
     assert f"(trial {expected})" in next(line for line in lines if line.startswith("the best"))
     at = next(k for k, line in enumerate(lines) if "cross-validation, on 400 images" in line)
     assert sum("the best:" in line for line in lines[at + 1 : at + 3]) == 1
-    # Until all folds are there, or where the validation part tells them apart, it decides.
-    assert replace(found, right=lambda row: None).winner["number"] == 0
+    # Until all folds of all are there, or where the validation part tells them apart, it decides.
+    for missing in ({0}, {1}, {0, 1}):
+        less = replace(found, right=lambda row, m=missing: None if row["number"] in m else known[1])
+        assert less.winner["number"] == 0
+        answer.show(less, lines.append)
+        assert f"{2 - len(missing)} of 2 finalists have all folds" in "\n".join(lines)
     assert replace(found, images=10**6).finalists == []
+
+
+def test_what_is_of_another_answer_is_removed(tmp_path):
+    rows = [trial(1, 90, 10), trial(2, 80, 5)]
+    found = replace(report(study(tmp_path), PARAMS), rows=rows)
+    for now, kept in ((found, True), (replace(found, rows=rows[1:]), False)):
+        answer.write(found, tmp_path)
+        for name in answer.FINISHED:
+            (tmp_path / name).write_text("")
+        answer.write(now, tmp_path)
+        assert [(tmp_path / name).exists() for name in answer.FINISHED] == [kept, kept]
 
 
 def test_nothing_fits(tmp_path, monkeypatch):

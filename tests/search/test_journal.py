@@ -6,7 +6,9 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,6 +163,20 @@ def test_a_full_disk_names_the_file_and_loses_nothing_written(tmp_path):
     assert str(error.value).startswith(str(path))
     again = study(tmp_path)
     assert [t.config for t in again.ask(99)] == [second.config]
+
+
+def test_other_code_of_the_users_is_another_network(tmp_path, monkeypatch):
+    module = tmp_path / "mine_for_bases.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    p = space.preset(parse(), configuration())
+    binarizer = replace(p.model.binarizer, weight="mine_for_bases:weight")
+    p = replace(p, model=replace(p.model, binarizer=binarizer))
+    names = set()
+    for remark in ("# one", "# two"):
+        module.write_text(f"from tests.networks.test_binarize import half as weight  {remark}\n")
+        todo: list = []
+        names.update(Bases(DATA, tmp_path, str).needed(SimpleNamespace(kept={}), p, todo))
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "spec.json", "histories.json"])

@@ -92,6 +92,7 @@ LIMITS = [
     ({}, {"activation_kib": 4}),
     ({"integer": True}, {"ram_kib": 12}),
     ({"integer": True}, {"minstructions": 1.5}),
+    ({"choose": "auto"}, {"minstructions": 0.7}),  # narrow weights take more of them
 ]
 
 
@@ -107,6 +108,8 @@ def test_the_width_fills_the_budget(pack, limit):
             continue
         share = replace(p.search, budget_kib=choice["fill"] * p.search.budget_kib)
         assert found.packings(config, share), "fits"
+        cost = found.cost(config)
+        assert max(cost.constraints(p.search).values()) <= 0, "and is trained, not rejected"
         wider = space.WIDTHS[space.WIDTHS.index(config["width"]) + 1]
         assert not found.packings(config | {"width": wider}, share), "and no wider one does"
         widths.add(config["width"])

@@ -254,6 +254,7 @@ def test_bound_of_narrowed_files(affine, weights):
         # The papers' counts are of the trained network, whatever the file keeps of it.
         assert storage.counted(program).tentaclenet == counts.tentaclenet
         assert storage.counted(program).filter_sharing == counts.filter_sharing
+        assert untrained.table(of, pack) == storage.table(program)
 
 
 def test_a_float_network_counts_32_bits_each():

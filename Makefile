@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Over two processes, in the order of tests/conftest.py; the tests of a file share what is slow to
-# make, and stay in one.
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+# Over three processes, of which one often waits, in the order of tests/conftest.py; the tests of a
+# file share what is slow to make, and stay in one.
+SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,20 @@ def several(path: Path) -> None:
     COLOUR.save(path, save_all=True, append_images=[COLOUR.rotate(180)])
 
 
+def sixteen_bits(path: Path) -> None:
+    """RGB, which pillow reads and does not write."""
+    height, width, _ = PIXELS.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in PIXELS.astype(">u2") * 257)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = (b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks))
+
+
 # kind -> (suffix, how it is saved, what reading gives: None for RGB, or the refusal)
 KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "RGB": ("png", COLOUR.save, None),
@@ -53,6 +69,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "capitals": ("PNG", COLOUR.save, None),
     "transparent": ("png", transparent, "expected an opaque image"),
     "16 bits": ("png", Image.fromarray(GRAY.astype(np.uint16) * 257).save, "expected 8-bit"),
+    "16 bits of colours": ("png", sixteen_bits, "expected 8-bit"),
     "32 bits": ("tif", Image.fromarray(GRAY.astype(np.int32)).save, "expected 8-bit"),
     "floats": ("tif", Image.fromarray(GRAY.astype(np.float32)).save, "expected 8-bit"),
     "animated": ("png", several, "expected one picture"),

@@ -71,7 +71,7 @@ GOOD: dict[str, dict[str, set[str]]] = {
         "backbone": set(), "width": {"null"}, "dropout": {"0"}, "binarizer": SECTION,
     },
     "Recipe": {
-        "epochs": MANY, "batch_size": WHOLE, "lr": NUMBER, "optimizer": set(), "betas": set(),
+        "epochs": MANY, "batch_size": set(), "lr": NUMBER, "optimizer": set(), "betas": set(),
         "weight_decay": {"0", *NUMBER}, "warmup": {"0", "1"}, "schedule": set(),
         "patience": MANY, "label_smoothing": {"0", "0.25"}, "distill": {"0", "1", "0.25"},
         "temperature": {"10**5", "10**9", *NUMBER}, "two_step": FLAG, "augment": set(),
@@ -244,6 +244,8 @@ TOGETHER = [
     ({"ensembles": {"train": [{"name": "x"}, {"name": "x"}]}}, "ensembles.train: expected unique"),
     ({"ensembles": {"train": [{"name": "x"}, {"name": "x.0"}]}}, "ensembles.train: expected names"),
     ({"ensembles": {"train": [{"name": "bnn"}]}}, "ensembles.train: expected unique names"),
+    ({"ensembles": {"train": [{"name": "ensemble"}]}}, "ensembles.train: expected unique names"),
+    ({"pretrain": {"batch_size": 1}}, "pretrain.batch_size"),
     ({"model": {"backbone": "nope"}}, "model.backbone: expected one of nin,"),
     ({"model": {"backbone": "os:system"}}, "model.backbone: expected os:system"),
     ({"model": {"backbone": ":"}}, "model.backbone: "),

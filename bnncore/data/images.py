@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from bnncore.data.parts import DataError, Split
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = {1: "L", 3: "RGB"}
+_SIXTEEN = re.compile(r";16[BLN]")  # in how pillow names what a file has
 _SHOWN = 20  # bad files that an error names
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ def read_image(
             # Photographs of telephones (MPO) hold a preview or a second view behind the picture.
             if opened.format != "MPO" and getattr(opened, "is_animated", False):
                 raise DataError(f"{path}: expected one picture, got several in a file")
+            if _SIXTEEN.search(str([tile.args for tile in opened.tile])):
+                # Of colours, pillow would cut 8 without a word.
+                raise DataError(f"{path}: expected 8-bit gray or RGB, got 16 bits a channel")
             image = ImageOps.exif_transpose(opened)
             if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
                 alpha = image.convert("RGBA").getchannel("A")

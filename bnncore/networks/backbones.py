@@ -387,6 +387,9 @@ BACKBONES: dict[str, tuple[Callable[..., Backbone], int]] = {
 }
 
 
+BENT = (nn.ReLU, nn.PReLU, nn.MaxPool2d)  # what is not linear, but signs
+
+
 def build(spec: ModelSpec) -> Backbone:
     """The network that `spec` describes, freshly initialised from torch's global generator.
 
@@ -396,7 +399,14 @@ def build(spec: ModelSpec) -> Backbone:
     if spec.backbone in BACKBONES:
         builder, paper_width = BACKBONES[spec.backbone]
         width = spec.width or paper_width
-        return builder(spec.image[2], spec.classes, width, spec.dropout, spec.binarizer)
+        network = builder(spec.image[2], spec.classes, width, spec.dropout, spec.binarizer)
+        bent = any(isinstance(m, BENT) for m in network.body.modules())
+        if spec.binarizer is not None and spec.binarizer.activation == "float" and not bent:
+            raise NetworkError(
+                f"model.binarizer.act: expected prelu, rprelu or null with activation float, "
+                f"without which {spec.backbone} is linear, got {spec.binarizer.act}"
+            )
+        return network
     if ":" not in spec.backbone:
         raise NetworkError(
             f"model.backbone: expected one of {', '.join(BACKBONES)} or 'module:function', "

@@ -302,9 +302,9 @@ def inner_act(binarizer: Binarizer, channels: int, own: str) -> nn.Module:
 
     Args:
         own: the backbone's own, where `binarizer` leaves it open: as `Binarizer.act`, or ``slope``:
-            a PReLU with one slope, as in Kim et al. 2022.
+            a PReLU with one slope, as in Kim et al. 2022. Without signs there is always one.
     """
-    kind = binarizer.act or own
+    kind = binarizer.act or ("slope" if (own, binarizer.activation) == ("none", "float") else own)
     if kind == "none":
         return nn.Identity()
     if kind == "rprelu":

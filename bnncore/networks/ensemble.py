@@ -12,7 +12,7 @@ Legend: `M` members, `B` images, `C` classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,6 @@ from bnncore.networks.binarize import BinaryConv2d, pseudo_hadamard_
 from bnncore.networks.combine import combine, winners
 from bnncore.networks.parts import Backbone, Dropout, ModelSpec, NetworkError
 from bnncore.networks.sharing import Sharing, layer_groups, own_layers, weight_layers
-
-Tentacle = Callable[[Backbone, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,13 @@ class Ensemble(nn.Module):
             shared.append(modules[0])
         return shared
 
-    def rest(self, member: Backbone, h: Tensor, tentacle: Tentacle = Backbone.tentacle) -> Tensor:
-        """A member's logits from the output of `prefix`; `tentacle` may be a compiled one."""
+    def rest(self, member: Backbone, h: Tensor) -> Tensor:
+        """A member's logits from the output of `prefix`."""
         prefix = self.prefix()
         if not (prefix and prefix[0] is member.stem):
             for module in list(member.stem.children())[len(prefix) :]:
                 h = module(h)
-        return tentacle(member, h)
+        return member.tentacle(h)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Each held member's output z_i (B, C), without the block's bias."""
@@ -227,6 +225,11 @@ class Ensemble(nn.Module):
                 # An FP32 source has no learned scales: they follow from its weights.
                 if isinstance(module, BinaryConv2d) and f"{name}.scale" in missing:
                     module.scale.copy_(module.weight.abs().mean(dim=(1, 2, 3)))  # type: ignore[union-attr]
+            rows = "head.dense.weight"
+            if self.spec.classifier == "features" and rows.startswith(parts):
+                # Equal members' outputs, and the bias, add up to the source's logits.
+                member.get_parameter(rows).copy_(source[rows] / self.spec.members)
+                self.get_parameter("bias").copy_(source["head.dense.bias"])
         return missing
 
     @torch.no_grad()
@@ -243,24 +246,26 @@ class Ensemble(nn.Module):
 
         Copies that are trained jointly get equal gradients and stay equal for ever, so each member
         but the first gets its batch-norm parameters jittered (gamma times ``1 + jitter * n``, beta
-        plus ``jitter * n``, n standard normal) and, if asked, every member that owns its classifier
-        a freshly initialised one.
+        plus ``jitter * n``, n standard normal) and, if asked, every member a freshly initialised
+        classifier, or rows of a common one, where it owns them.
         """
         for i, member in zip(self.ids, self.members, strict=True):
             if fresh_classifier:
                 fresh = self._member(self.spec, seed, i)
                 for name, groups in layer_groups(member, self.spec.classifier).items():
-                    if "classifier" in groups and name in self.own:
+                    if groups & {"classifier", "mixing"} and name in self.own:
                         member.get_submodule(name).load_state_dict(
                             fresh.get_submodule(name).state_dict()
                         )
+                if self.bias is not None:
+                    self.bias.zero_()
             if i == 0 or jitter == 0:
                 continue
             noise = generator("jitter", seed, i)
             shared = tuple(f"{name}." for name in self.shared)
             for name, module in member.named_modules():
                 own = not (shared and f"{name}.".startswith(shared))
-                if isinstance(module, nn.BatchNorm2d) and own:
+                if isinstance(module, nn.BatchNorm2d) and module.affine and own:
                     size = module.weight.shape
                     module.weight.mul_(1 + jitter * torch.randn(size, generator=noise))
                     module.bias.add_(jitter * torch.randn(size, generator=noise))

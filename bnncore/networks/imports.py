@@ -19,8 +19,10 @@ def imported(name: str, key: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(despite_torchvision(importlib.import_module, module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise NetworkError(f"{key}: cannot import {name!r}: {error}") from error
+    except Exception as error:  # of the user's module: any kind
+        raise NetworkError(
+            f"{key}: cannot import {name!r}: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise NetworkError(f"{key}: expected {name!r} to be a function, got {found!r:.80}")
     return found

@@ -138,7 +138,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training images.
-        batch_size: images a step.
+        batch_size: images a step; two at least, which batch norms need.
         lr: learning rate at the start.
         optimizer: ``adam`` or ``adamw``.
         betas: the optimizer's.
@@ -175,7 +175,7 @@ class Recipe:
     """
 
     epochs: Annotated[Whole, Field(ge=0, le=MANY)] = 30
-    batch_size: Batch = 128
+    batch_size: Annotated[Batch, Field(ge=2)] = 128
     lr: Rate = 0.001
     optimizer: Literal["adam", "adamw"] = "adam"
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -322,8 +322,10 @@ class EnsemblesParams:
     def __post_init__(self) -> None:
         names = Counter(e.name for e in self.train)
         for name, count in names.items():
-            if name in ("fp32", "bnn") or count > 1:
-                raise ValueError(f"train: expected unique names other than fp32, bnn, got {name!r}")
+            if name in ("fp32", "bnn", "ensemble") or count > 1:
+                raise ValueError(
+                    f"train: expected unique names other than fp32, bnn, ensemble, got {name!r}"
+                )
             stem, _, member = name.rpartition(".")  # members trained apart are called NAME.MEMBER
             if stem in names and member.isdecimal():
                 raise ValueError(

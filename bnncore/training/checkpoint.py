@@ -76,9 +76,7 @@ class Checkpoint:
         with replaced(self.path, "the checkpoint") as new:
             save_file(state, new, {"history": json.dumps(history)})
 
-    def close(self, remove: bool = False) -> None:
-        if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def close(self) -> None:
         self._lock.close()
 
 

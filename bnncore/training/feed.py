@@ -88,7 +88,7 @@ class Feed:
             batches[-2:] = [torch.cat(batches[-2:])]
         if job.resample:
             rng = generator("resample", job.seed, *job.ids, epoch)
-            picks = [torch.randint(len(b), (len(b),), generator=rng).unique() for b in batches]
+            picks = [_drawn(len(b), rng) for b in batches]
             batches = [b[draw] for b, draw in zip(batches, picks, strict=True)]
         return [b.to(self.device) for b in batches]
 
@@ -104,6 +104,14 @@ class Feed:
         """The images (B, C, H, W) of an epoch's batches as they are, normalised."""
         for at in self.order(epoch):
             yield self.normalized(self.images[at])
+
+
+def _drawn(count: int, rng: torch.Generator) -> Tensor:
+    """The different ones of so many drawn with replacement; two at least, for batch norm."""
+    while True:
+        found = torch.randint(count, (count,), generator=rng).unique()
+        if len(found) > 1 or count == 1:
+            return found
 
 
 class FeedOfEach(Feed):

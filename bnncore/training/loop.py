@@ -150,6 +150,7 @@ class Trainer:
         if held == 1:
             return False
         images = math.ceil(recipe.batch_size / recipe.shards) * len(self.step.shards)
+        images *= max(1, len(self.job.each))
         need, free = self.saved_bytes(images), int(share * memory.available(self.device))
         replay = need > free
         log.log(
@@ -179,17 +180,14 @@ class Trainer:
         sent, waited = self.step.exchanged()
         number, recipe = len(history), self.job.recipe
         order = self.feed.order(number)
-        first, _ = phase(recipe, number)
-        binarize.real_weights(self.ensemble, recipe.two_step and first == 0)
-        self.step.begin(number)
-        self.ensemble.train()
+        self._begin(number)
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for step, batch in enumerate(self.feed.epoch(number, order)):
             done = (number + step / len(order)) / recipe.epochs
+            loss, logits = self._gradients(batch, number)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, history, done)
-            loss, logits = self._gradients(batch, number)
             self.optimizer.step()
             loss_sum += loss.detach() * len(batch.y)
             correct += (logits.argmax(-1) == batch.y).sum()
@@ -210,6 +208,13 @@ class Trainer:
             "seconds": time.perf_counter() - started,
         }
         return sums, outputs
+
+    def _begin(self, epoch: int) -> None:
+        """Make the network ready for an epoch."""
+        first, _ = phase(self.job.recipe, epoch)
+        binarize.real_weights(self.ensemble, self.job.recipe.two_step and first == 0)
+        self.step.begin(epoch)
+        self.ensemble.train()
 
     def _gradients(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
         """A step. Where the very first runs out of memory, it is taken again with replay."""
@@ -232,7 +237,7 @@ class Trainer:
         self._build(1, True, {k: v.detach().cpu().clone() for k, v in self._entries().items()})
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.step.begin(epoch)
+        self._begin(epoch)
         return self.step(batch.x, batch.y, batch.extra)
 
     def _diverged(self, total: float, epoch: int) -> TrainingError:

@@ -35,7 +35,7 @@ class Unit(nn.Module):
     """What some members of an ensemble compute behind its prefix, looped over (one) or stacked.
 
     Args:
-        apart: whether each member has images of its own, (B * m, C, H, W).
+        apart: whether each member of the ensemble has images of its own, (B * M, C, H, W).
 
     Attributes:
         ids: of the members.
@@ -47,6 +47,9 @@ class Unit(nn.Module):
     def __init__(self, ensemble: Ensemble, ids: Sequence[int], apart: bool = False):
         super().__init__()
         self.ids, m = tuple(ids), len(ids)
+        # Of images for each held member, those of these.
+        self.mine = [ensemble.ids.index(i) for i in ids] if apart and m < len(ensemble.ids) else []
+        self.held = len(ensemble.ids)
         members = [one for i, one in zip(ensemble.ids, ensemble.members, strict=True) if i in ids]
         prefix = ensemble.prefix()
         stems = [list(member.stem.children())[len(prefix) :] for member in members]
@@ -72,6 +75,8 @@ class Unit(nn.Module):
         Args:
             run: `Backbone.forward`, or a compiled one.
         """
+        if self.mine:
+            h = h.unflatten(0, (-1, self.held))[:, self.mine].flatten(0, 1)
         return run(self.network, h).unflatten(0, (-1, len(self.ids)))
 
 

@@ -72,7 +72,6 @@ class Step:
         within: how to add up with the processes that take the other shards of the same members.
         replay: forward once without gradients, then forward and backward unit by unit (`frugal`).
         stack: how many members make a unit.
-        run: `Backbone.forward`, or a compiled one.
 
     `begin` comes before an epoch's steps, `end` after them.
 
@@ -80,7 +79,10 @@ class Step:
         units: the held members, in the order of their ids, one by one or in stacks.
         leaves: all parameters that are trained, and the canonical names of what each holds.
         shared: those that members share; their gradients are exchanged.
+        run: `Backbone.forward`, or a compiled one.
     """
+
+    run: Run = staticmethod(Backbone.forward)
 
     def __init__(
         self,
@@ -91,14 +93,10 @@ class Step:
         within: Exchange,
         replay: bool = False,
         stack: int = 1,
-        run: Run = Backbone.forward,
     ):
         self.job, self.ensemble, self.shards = job, ensemble, shards
         self.exchange, self.within = exchange, within
-        self.replay, self.run = replay, run
-        # A user's network may change its inputs in place, or have a body of another kind.
-        ours = job.spec.model.backbone in BACKBONES and run is Backbone.forward
-        self.run_again = frugal if ours else run
+        self.replay = replay
         trained = {n: p for n, p in ensemble.parameters_by_name() if p.requires_grad}
         names = {id(p): n for n, p in trained.items()}
         self.units = units(ensemble, stack, apart=bool(job.each))
@@ -212,7 +210,7 @@ class Step:
                     z = p.outputs[k]
                     if self.replay:
                         self._enter(p.shard)
-                        z = unit(p.leaf, self.run_again)
+                        z = unit(p.leaf, self._run_again)
                     z.backward(grad[p.rows] if self._cut else grad)
                     if p.leaf.grad is not None:
                         p.h.backward(p.leaf.grad, retain_graph=True)
@@ -226,6 +224,13 @@ class Step:
         if self.shared:
             _given(self.shared, self.exchange.sum(shared.value()))
         return loss, logits
+
+    @property
+    def _run_again(self) -> Run:
+        """As the first time, to the same bits; with less memory where that can be."""
+        # A user's network may change its inputs in place, or have a body of another kind.
+        ours = self.job.spec.model.backbone in BACKBONES and self.run is Backbone.forward
+        return frugal if ours else self.run
 
     @property
     def _cut(self) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from bnncore.networks.backbones import BACKBONES, build
 from bnncore.networks.binarize import BinaryConv2d
-from bnncore.networks.parts import Dropout, ModelSpec
+from bnncore.networks.parts import Dropout, ModelSpec, NetworkError
 from bnncore.networks.sharing import weight_layers
 from bnncore.params import Binarizer
 from tests import tiny
@@ -117,6 +117,24 @@ def test_every_backbone_runs_and_every_parameter_gets_a_gradient(backbone, binar
     assert logits.shape == (3, 5)
     logits.square().sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_no_body_is_linear(backbone):
+    """Nor can it be made so: signs, or else something that is not linear."""
+    for act in (None, "prelu", "none"):
+        spec = tiny.model(backbone, 6, tiny.dataset((16, 12, 3), 5),
+                          binarizer=Binarizer("sign", "float", act=act))  # fmt: skip
+        if act == "none" and backbone not in ("nin", "fernet"):  # which pool by maxima
+            with pytest.raises(NetworkError, match=f"act: expected prelu.*{backbone} is linear"):
+                build(spec)
+            continue
+        net = build(spec).eval()
+        a = net.stem(torch.randn(3, 3, 16, 12))
+        b = torch.randn(a.shape)
+        both = net.body(a) + net.body(b)
+        apart = both - net.body(a + b) - net.body(torch.zeros_like(a))
+        assert apart.abs().max() > 0.01 * both.abs().max()
 
 
 @pytest.mark.parametrize(("backbone", "layers"), [("leanresnet8", 6), ("leanresnet20", 18)])

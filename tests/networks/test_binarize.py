@@ -202,6 +202,7 @@ a_number = 3
         ("{here}:a_number", WEIGHTS, r"expected '.*' to be a function, got 3"),
         ("{here}:nothing", WEIGHTS, r"cannot import"),
         ("no.such:module", WEIGHTS, r"cannot import"),
+        ("tests.networks.broken:weight", WEIGHTS, r"cannot import .*: NameError: name 'weights'"),
         (":", WEIGHTS, r"cannot import"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bnncore.lowering import lower
 from bnncore.networks.binarize import BinaryConv2d
@@ -188,6 +190,32 @@ def test_fresh_classifiers_differ_where_they_are_own():
     before = frozen.members[0].head.dense.weight.clone()
     frozen.diversify(seed=9, jitter=0.0, fresh_classifier=True)
     assert torch.equal(frozen.members[1].head.dense.weight, before)
+
+
+def test_rows_of_a_common_layer_start_fresh_or_as_the_networks_logits():
+    source = tiny.ensemble(1, "no_shared")
+    tiny.scramble(source)
+    x = torch.randn(4, 1, 8, 8)
+    expected = source.eval()(x)
+    made = partial(tiny.ensemble, 3, "tentaclenet", combine="sum", classifier="features")
+    ensemble, fresh = made(), made()
+    for one in (ensemble, fresh):
+        one.start_from(single_state(source.state()))
+    ensemble.diversify(seed=3, jitter=0.0, fresh_classifier=False)
+    torch.testing.assert_close(ensemble.eval()(x), expected)
+    fresh.diversify(seed=3, jitter=0.0, fresh_classifier=True)
+    a, b, _ = (m.head.dense.weight for m in fresh.members)
+    assert not torch.equal(a, b)
+    assert not fresh.bias.any()
+
+
+def test_norms_without_parameters_are_not_jittered():
+    ensemble = tiny.ensemble(2, "no_shared")
+    for member in ensemble.members:
+        for module in member.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.affine, module.weight, module.bias = False, None, None
+    ensemble.diversify(seed=5, jitter=0.1, fresh_classifier=False)
 
 
 def test_learned_scale_follows_the_weights_of_an_fp32_start():

@@ -69,16 +69,35 @@ def raising(trainer: Trainer, at: int) -> list[int]:
     return calls
 
 
+WARM = {"epochs": 2, "warmup": 1}  # begins with a rate of 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_first_step_that_does_not_fit_is_taken_again_with_replay(size, monkeypatch, caplog):
-    p, images = plan("fusion", "c1", members=4, subset=0.1, dropout=0.3, recipe={"stack": size})
+@pytest.mark.parametrize(
+    ("scheme", "recipe"),
+    [
+        ("fusion", {"stack": 1}),
+        ("fusion", {"stack": 2}),
+        ("fusion", {"stack": 2, **WARM}),
+        ("fusion", {"stack": 1, "two_step": True}),
+        ("voting", {"stack": 4, **WARM}),
+    ],
+)
+def test_a_first_step_that_does_not_fit_is_taken_again_with_replay(
+    scheme, recipe, monkeypatch, caplog
+):
+    recipe = dict(recipe)
+    two = recipe.pop("two_step", False)  # which parameters allow a single BNN alone
+    p, images = plan(scheme, "c1", members=4, subset=0.1, dropout=0.3, recipe=recipe)
     job = p.job((0, 1, 2, 3), "e")
+    job = replace(job, recipe=replace(job.recipe, two_step=two))
+    if scheme == "voting":
+        job = replace(job, each=tuple(p.member(i) for i in range(4)))
     monkeypatch.setattr(Trainer, "_must_replay", lambda *_: False)
     alone = replace(job, recipe=replace(job.recipe, stack=1))
     expected = Trainer(alone, images, replay=True)
     found = Trainer(job, images, replay=None)
-    raising(found, 2)
+    raising(found, 1 if len(found.step.units) == 1 else 2)
     with caplog.at_level(logging.WARNING, "bnncore"):
         for trainer in (expected, found):
             trainer.epoch([])

@@ -17,7 +17,7 @@ from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.sharing import SHARING
 from bnncore.params import ParamsError
-from bnncore.training import inference, plans, schemes
+from bnncore.training import feed, inference, plans, schemes
 from bnncore.training.ensembled import Ensembled
 from bnncore.training.feed import Feed
 from bnncore.training.jobs import Trained, TrainingError
@@ -178,6 +178,12 @@ def test_partition_is_disjoint_and_whole():
 def test_bagging_by_batch_resamples():
     _, watched, _ = run(scheme="bagging", sampling="batch", members=2)
     assert [(j.resample, j.indices) for j in watched.jobs] == [(True, None)] * 2
+
+
+def test_a_draw_has_the_two_images_that_batch_norm_needs():
+    draws = [feed._drawn(2, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert {tuple(found.tolist()) for found in draws} == {(0, 1)}
+    assert len(feed._drawn(1, torch.Generator())) == 1
 
 
 # -- boosting --------------------------------------------------------------------------------------

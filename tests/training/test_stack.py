@@ -12,6 +12,7 @@ import torch
 
 from bnncore.cluster.group import actors_of_use, blocks
 from bnncore.networks.binarize import BinaryConv2d
+from bnncore.networks.parts import Backbone
 from bnncore.training import loop, schemes, stack
 from bnncore.training.loop import Trainer
 from tests.small import GRID, differences, plan
@@ -117,6 +118,40 @@ def test_same_bits_however_stacks_are_spread(scheme, sharing, extra):
         state, losses = trained(job, images, Group(job, images, HALVES, depth, replay=replay))
         assert differences(alone[0], state) == []
         assert losses == alone[1]
+
+
+@pytest.mark.slow
+def test_members_that_are_trained_apart_are_replayed_one_by_one_where_memory_is_short(float64):
+    p, images = plan("voting", "shared_conv", members=3, subset=0.1, recipe={"stack": 3})
+    (job,) = jobs_of(p, images)
+    found = []
+    for options in ({}, {"replay": None, "memory_share": 1e-9}):
+        trainer = Trainer(job, images, **options)
+        (batch,) = itertools.islice(trainer.feed.epoch(0, trainer.feed.order(0)), 1)
+        trainer.step(batch.x.double(), batch.y, {})
+        found.append(trainer.step.gradients())
+    assert [len(unit.ids) for unit in trainer.step.units] == [1, 1, 1]
+    for name, value in found[0].items():
+        assert (found[1][name] - value).abs().max() <= 1e-9 * value.abs().max() + 1e-14, name
+    # What is kept grows with the images of all members.
+    for many in (64, 128):
+        kept = trainer.saved_bytes(many)
+        assert kept == pytest.approx(many / 64 * trainer.saved_bytes(64), rel=0.1)
+
+
+def test_a_compiled_step_is_compiled_in_both_passes_of_a_replay():
+    p, images = plan("fusion", "no_shared", members=2, subset=0.1)
+    trainer = Trainer(p.job((0, 1), "e"), images, replay=True)
+    called = []
+
+    def compiled(network, x):
+        called.append(torch.is_grad_enabled())
+        return Backbone.forward(network, x)
+
+    trainer.step.run = compiled
+    (batch,) = itertools.islice(trainer.feed.epoch(0, trainer.feed.order(0)), 1)
+    trainer.step(batch.x, batch.y, batch.extra)
+    assert called == [False, False, True, True]
 
 
 def test_members_that_are_trained_apart_see_and_make_what_they_do_alone():

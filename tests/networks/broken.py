@@ -1,0 +1,3 @@
+"""A user's module that cannot be imported, of an error that no import has of itself."""
+
+weight = weights  # noqa: F821

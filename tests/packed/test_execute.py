@@ -174,9 +174,8 @@ Z = np.array(
 
 
 def combined(combine, z=Z, **arrays):
-    program = with_combine(replace(random_program(2), members=3, classes=("a", "b", "c")),
-                           combine, **arrays)  # fmt: skip
-    return votes.combine(program, z)
+    program = replace(random_program(2, sort="floats"), members=3, classes=("a", "b", "c"))
+    return votes.combine(with_combine(program, combine, **arrays), z)
 
 
 def softmax(z):

@@ -287,7 +287,10 @@ def _in_place(code: Code, work: list[Step], lives: dict[int, plan.Lifetime]) -> 
                 source = step.start
             elif len(node.inputs) < 2 or source in step.made:
                 continue
-            after = [value, *(later for later, _ in step.links[at + 1 :])]
+            rest = step.links[at + 1 :]
+            if any(source in later.inputs for _, later in rest):
+                continue  # another number of this pixel would lie where it is read again
+            after = [value, *(number for number, _ in rest)]
             stored = [number for number in after if number in step.stored and number not in taken]
             whole = (step.anchor is None or source not in step.anchor.inputs) and source > 0
             if not stored or not whole or lives[source].last != time or source in found:

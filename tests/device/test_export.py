@@ -200,6 +200,26 @@ def test_cores_agree_with_the_evaluator(core, compiler, whole):
     assert device.sizes.ram >= device.made.arena
 
 
+@pytest.mark.parametrize("core", ["cortex-m0+", "riscv32"])
+@pytest.mark.skipif(bool(compilers.missing()), reason="needs the extra `device`")
+def test_the_stack_is_the_deepest_of_all_instructions(monkeypatch, core):
+    import unicorn
+
+    program = random_program(3)
+    device = emulate.Device(export.generate(program, "net"), core)
+    make, sp, depths = device._machine, device._register("SP"), set[int]()
+
+    def watched() -> unicorn.Uc:
+        machine = make()
+        machine.hook_add(unicorn.UC_HOOK_CODE, lambda m, *_: depths.add(m.reg_read(sp)))
+        return machine
+
+    monkeypatch.setattr(device, "_machine", watched)
+    device.call("scores", random_images(program, 1), 1, count=True)
+    # RISC-V aligns to 16 bytes, of which the last few may be of no use.
+    assert 0 <= max(depths) - min(depths) - device.deepest < (16 if core == "riscv32" else 1)
+
+
 @pytest.mark.parametrize(
     ("backbone", "sharing"), [("nin", "shared_conv"), ("resnet8", "no_shared")]
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore.device.arrays import Code, c_array, c_values
+from bnncore.device.arrays import Code, c_values
 from bnncore.device.steps import Step, steps
 from bnncore.device.write import Writer
 from bnncore.errors import UserError
@@ -328,17 +328,15 @@ def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt
         divisor = "(float)(m + 1)"
     elif program.combine == "soft_vote":
         totals = np.cumsum(program.tensors[program.combine_tensors["weight"]].data, dtype="<f8")
-        code.arrays.append(c_array("voted", "float", [totals.astype("<f4")], False))
-        divisor = "voted[m]"
+        divisor = f"{code.table('voted', 'float', totals.astype('<f4'))}[m]"
     output = program.nodes[-1]
 
     def softmax(to: str, weight: str) -> str:
         if output.op != "fixed":
             return code.call("softmax", to, f"V{last}", weight, n)
-        if "softmax_table" not in code.used:
-            code.arrays.append(c_array("powers", "uint16_t", [votes.TABLE], False))
+        powers = code.table("powers", "uint16_t", votes.TABLE.astype("<u2"))
         return code.call("softmax_table", to, f"V{last}", weight, output.attrs["fraction"],
-                         "powers", n)  # fmt: skip
+                         powers, n)  # fmt: skip
 
     if program.combine in ("mean", "sum"):
         count = [code.call("vote", "SUMS", f"V{last}", weight, n)]

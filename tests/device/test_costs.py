@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from bnncore.packed import integers, narrow, packfile
 from bnncore.packed.program import Program
 from bnncore.params import Binarizer, PackParams
 from tests import tiny
-from tests.graphs import random_images
+from tests.graphs import random_images, random_program
 
 # backbone, image, width, members (0: the FP32 network), integers
 NETWORKS = [
@@ -78,3 +79,22 @@ def test_a_drawing_has_the_figures_of_what_is_trained(stem, std):
     assert figures.ram == theirs.ram
     assert figures.instructions == theirs.instructions
     assert figures.constants == pytest.approx(theirs.constants, rel=0.05)
+
+
+BYTES = {"float": 4, "uint32_t": 4, "int32_t": 4, "uint16_t": 2, "int16_t": 2, "uint8_t": 1,
+         "int8_t": 1}  # fmt: skip
+
+
+def test_flash_is_all_arrays_of_the_source():
+    """Of weights, and of what votes take."""
+    taken = set[str]()
+    for seed in range(60):
+        program = random_program(seed)
+        code = export.generate(program, "model")
+        declared = r"\nstatic const (\w+) t\d+_(\w*)\[(\d+)\](?:\[(\d+)\])? ="
+        arrays = re.findall(declared, code.source)
+        size = sum(BYTES[kind] * int(n) * int(m or 1) for kind, _, n, m in arrays)
+        assert size == code.flash == costs.estimate(program).constants
+        assert len(arrays) == code.source.count("\nstatic const ")
+        taken.update(name for _, name, *_ in arrays)
+    assert {"voted", "powers"} <= taken

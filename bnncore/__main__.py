@@ -269,14 +269,15 @@ def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
     model.layers(images)
     runs = [model.layers(images) for _ in range(repeats)]
     operations = zip(program.nodes, costs.operations(program), strict=True)
-    products = {node.name: binary for node, (binary, _) in operations}
+    products = {(node.name, node.op): binary for node, (binary, _) in operations}
     medians = [
         statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)
     ]
     rows = [("step", "tile", "ms", "share", "binary MAC/ns", "of the tile's peak")]
     peak = functools.cache(peaks.products)
     for (step, _), seconds in zip(runs[0], medians, strict=True):
-        rate = products[step.about.rpartition(": ")[0]] * len(images) / seconds
+        layer, _, ops = step.about.rpartition(": ")
+        rate = products[layer, ops.split(", ")[0]] * len(images) / seconds
         tile = step.tile(len(images)) if step.tile else ""
         rows.append((
             printable(step.about),

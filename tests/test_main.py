@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from bnncore.__main__ import main
+from bnncore.lowering.lower import lower
 from bnncore.packed import compiled_kernels, costs, execute, packfile
+from tests import tiny
 from tests.graphs import random_images
 from tests.packed.test_execute import OPS, ensemble
 
@@ -103,7 +105,10 @@ def test_bench(net, capsys):
         assert f"{ops} " in out
 
 
-def test_bench_shows_what_each_layer_takes(net, capsys):
+def test_bench_shows_what_each_layer_takes(tmp_path, capsys):
+    net = tmp_path / "net.bnn"  # in which norms have the names of their convolutions
+    binarized = tiny.ensemble(1, "shared_conv", backbone="birealnet18")
+    packfile.save(lower(binarized, (0.5,), (0.2,), tuple("abcd")), net)
     assert main(["bench", str(net), "--batch", "2", "--repeats", "1", "--layers"]) == 0
     rows = capsys.readouterr().out.partition("one thread, one member:")[2].splitlines()[2:]
     steps = compiled_kernels.plan(packfile.load(net))

@@ -216,7 +216,9 @@ def _bench(options: argparse.Namespace) -> None:
     if min(options.batch, options.repeats) < 1:
         raise UserError("--batch and --repeats: expected at least 1")
     outputs = 4 * program.members * len(program.classes)
-    each = math.prod(program.image) + costs.peak_memory(program)[1] + outputs
+    # Kernels that lay values out round channels up.
+    values = max(costs.peak_memory(program)[1], execute.Model(program).memory)
+    each = math.prod(program.image) + values + outputs
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // each
     if options.batch > most:
         raise UserError(

@@ -371,8 +371,7 @@ class _Converter:
             kernel, stride, pad, reach = (
                 int(node.attrs[name]) for name in ("kernel", "stride", "pad", "include_pad")
             )
-            counts = borders.divisors(size[:2], out[:2], (kernel, kernel), stride, pad, reach * pad)
-            factor = math.lcm(*map(int, np.unique(counts)))
+            factor = borders.multiple(size[:2], out[:2], (kernel, kernel), stride, pad, reach * pad)
         else:
             factor = size[0] * size[1]
         real = self.within(source, MAX_INT // factor)

@@ -160,7 +160,7 @@ class Builder:
     def rescale(self, x: int, most: int, second: int | None = None) -> int:
         _, dims = self.values[x]
         largest = validate_to(self, x)
-        top = min(32767, (1 << 30) // largest)
+        top = min(32767, (1 << 30) // max(1, largest))
         slots = {"scale": self.tensor("int16", "scale", dims[-1:], top),
                  "shift": self.tensor("int32", "shift", dims[-1:], 1 << 20)}  # fmt: skip
         if self.maybe():
@@ -170,7 +170,8 @@ class Builder:
             same = [n for n, value in enumerate(self.values) if value == ("i32", dims)]
             inputs += [int(self.one(tuple(same)))] if same else []
         right = max(0, int(largest * top).bit_length() - most.bit_length() - self.pick(0, 2))
-        attrs = {"right": min(31, right), "low": -self.pick(0, most), "high": self.pick(1, most)}
+        low, high = (self.pick(k, most) * (self.pick(0, 9) > 0) for k in (0, 1))  # also nothing
+        attrs = {"right": min(31, right), "low": -low, "high": high}
         return self.node("rescale", inputs, "i32", dims, slots, attrs)
 
     def grow_conv(self, x: int) -> int | None:

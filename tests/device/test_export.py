@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnncore.device import compilers, emulate, export
+from bnncore.device import compilers, costs, emulate, export
 from bnncore.device.export import Exported, ExportError
 from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
-from bnncore.packed import execute, integers, narrow, votes
+from bnncore.packed import execute, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.params import Binarizer, PackParams
 from tests import tiny
 from tests.graphs import random_images, random_program
+from tests.packed.test_hostile import pooled, put_together
 
 STRICT = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-ffp-contract=off"]
 COMPILER = [shutil.which("gcc")] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
@@ -135,6 +136,14 @@ def differ(seed: int, folder: Path, *flags: str) -> None:
 @pytest.mark.parametrize("seed", [*range(12), 3222])  # the last: only directions are own
 def test_random_programs(tmp_path, seed):
     differ(seed, tmp_path)
+
+
+def test_sums_of_what_is_always_0(tmp_path):
+    program = packfile.decode(put_together(*pooled([5, 5, 1], (3, 2, 1))))
+    images = random_images(program, 2)
+    library = compiled(export.generate(program, "net"), tmp_path)
+    agree(program, images, 1, *called(library, program, images, 1))
+    assert costs.estimate(program).ram
 
 
 @pytest.mark.soak

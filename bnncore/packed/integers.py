@@ -4,7 +4,8 @@ Sums of binary layers are integers already. What floats did to them (scales, nor
 one `rescale` as soon as somebody needs the numbers, and moves into thresholds where only their sign
 matters. Numbers are held in *units*: an integer x stands for ``x / units``, and what is added has
 the same ones. Ranges, and so units, come from validation images (`ranges`), with room for twice as
-much; beyond, numbers saturate.
+much, but for what sums read that leave their terms few bits (`_Converter.within`); beyond, numbers
+saturate.
 
 Lossy: numbers are rounded to 16 bits, weights of floats to 8. What comes out computes the same
 integers everywhere (`docs/format.md`).
@@ -261,7 +262,7 @@ class _Converter:
         return self.reals[number] if self.reals[number].units else self.stored(number)
 
     def within(self, number: int, bound: int) -> _Real:
-        """The value as integers up to `bound`."""
+        """The value as integers up to `bound`, and without `ROOM`: a bit is worth more there."""
         real = self.reals[number]
         if bound > TOP or real.second is not None:
             real = self.alone(number)

@@ -183,7 +183,8 @@ def _shower(form: str, wide: int, top: int) -> Callable[[str, str | None, Best],
             print(json.dumps({"image": path, "label": label, "classes": dict(best)}))
         elif form == "csv":
             cells = [cell for name, p in best for cell in (name, f"{p:.4f}")]
-            write([printable(cell) for cell in (path, label or "unsure", *cells)])
+            answer = "unsure" if label is None else label
+            write([printable(cell) for cell in (path, answer, *cells)])
         else:
             unsure = ["unsure"] if label is None else []
             found = [f"{name} {100 * p:.1f} %" for name, p in best]

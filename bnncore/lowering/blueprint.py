@@ -282,8 +282,8 @@ def _sizes(
 ) -> tuple[_Sizes, _Sizes, int]:
     """(bytes of shared tensors, of one member's own, of the graph)."""
     if classes is None:
-        length = CLASS_NAME if end == "most" else 1
-        classes = tuple(_unlike(i, length) for i in range(len(program.classes)))
+        name = _unlike if end == "most" else partial(np.base_repr, base=36)
+        classes = tuple(map(name, range(len(program.classes))))
     if facts is None:
         facts = tuple(INFO.items()) if end == "most" else ()
     labelled = replace(program, classes=classes, info=dict(facts))
@@ -320,11 +320,11 @@ def _votes(combine: str, classifier: bool) -> bool:
     return combine != "mean" and not classifier
 
 
-def _unlike(index: int, length: int) -> str:
+def _unlike(index: int) -> str:
     """A made-up class name that compresses about as badly as real ones."""
     letters = "etaoinshrdlcumwfgypbvk"
     text, state = "", index + 1
-    for _ in range(length):
+    for _ in range(CLASS_NAME):
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
         text += letters[(state >> 16) % len(letters)]
     return text

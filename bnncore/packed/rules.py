@@ -57,8 +57,12 @@ def validate(program: Program) -> list[Shape]:
     require(elements <= MAX_VALUE, "image", f"at most {MAX_VALUE} elements", elements)
     classes = len(program.classes)
     require(1 <= classes <= MAX_CLASSES, "classes", f"1 to {MAX_CLASSES}", classes)
+    named: set[str] = set()
     for label in program.classes:
         _text("class name", label)
+        require(label != "", "class name", "at least one character", repr(label))
+        require(label not in named, "class name", "each once", repr(label))
+        named.add(label)
     for key, fact in program.info.items():
         _text("info key", key)
         _scalar(f"info {key!r}", fact)

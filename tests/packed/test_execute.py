@@ -330,6 +330,8 @@ def test_probabilities():
     assert np.allclose(mean, softmax(scores))
     shares = votes.probabilities(with_combine(small(), "hard_vote"), scores)
     assert shares.tolist() == [[0.5, 0.25, 0.25]]
+    none = votes.probabilities(with_combine(small(), "soft_vote"), 0 * scores)
+    assert none.tolist() == [[0, 0, 0]]
 
 
 def test_load(tmp_path):

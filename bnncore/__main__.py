@@ -183,7 +183,8 @@ def _shower(form: str, wide: int, top: int) -> Callable[[str, str | None, Best],
             print(json.dumps({"image": path, "label": label, "classes": dict(best)}))
         elif form == "csv":
             cells = [cell for name, p in best for cell in (name, f"{p:.4f}")]
-            write([printable(cell) for cell in (path, label or "unsure", *cells)])
+            answer = "unsure" if label is None else label
+            write([printable(cell) for cell in (path, answer, *cells)])
         else:
             unsure = ["unsure"] if label is None else []
             found = [f"{name} {100 * p:.1f} %" for name, p in best]
@@ -216,7 +217,9 @@ def _bench(options: argparse.Namespace) -> None:
     if min(options.batch, options.repeats) < 1:
         raise UserError("--batch and --repeats: expected at least 1")
     outputs = 4 * program.members * len(program.classes)
-    each = math.prod(program.image) + costs.peak_memory(program)[1] + outputs
+    # Kernels that lay values out round channels up.
+    values = max(costs.peak_memory(program)[1], execute.Model(program).memory)
+    each = math.prod(program.image) + values + outputs
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // each
     if options.batch > most:
         raise UserError(
@@ -269,14 +272,15 @@ def _bench_layers(program: Program, images: np.ndarray, repeats: int) -> None:
     model.layers(images)
     runs = [model.layers(images) for _ in range(repeats)]
     operations = zip(program.nodes, costs.operations(program), strict=True)
-    products = {node.name: binary for node, (binary, _) in operations}
+    products = {(node.name, node.op): binary for node, (binary, _) in operations}
     medians = [
         statistics.median(seconds for _, seconds in step) for step in zip(*runs, strict=True)
     ]
     rows = [("step", "tile", "ms", "share", "binary MAC/ns", "of the tile's peak")]
     peak = functools.cache(peaks.products)
     for (step, _), seconds in zip(runs[0], medians, strict=True):
-        rate = products[step.about.rpartition(": ")[0]] * len(images) / seconds
+        layer, _, ops = step.about.rpartition(": ")
+        rate = products[layer, ops.split(", ")[0]] * len(images) / seconds
         tile = step.tile(len(images)) if step.tile else ""
         rows.append((
             printable(step.about),

@@ -33,6 +33,7 @@ class Builder:
         self.nodes: list[Node] = []
         self.tensors: dict[str, Tensor] = {}
         self.members = pick(1, 3)
+        self.sort = "mixed"  # or of "integers" or "floats" alone
         # kind and dims of each value so far; here only, `validate` has its own opinion
         self.values: list[tuple[str, tuple[int, ...]]] = []
 
@@ -129,20 +130,48 @@ class Builder:
             return self.node("sumpool", [x], "i32", (*size, dims[2]), {}, attrs)
         return self.rescale(x, int(self.one((100, 3000, 32767, 1 << 20))))  # type: ignore
 
-    def rescale(self, x: int, most: int) -> int:
+    def grow_links(self, x: int) -> int:
+        """Operators on single numbers, each of any value so far; all is added up."""
+        whole = self.sort == "integers"
+        begin, read = x, len(self.nodes)
+        for _ in range(self.pick(2, 7)):
+            source = self.pick(begin, len(self.nodes))
+            links = [self.spread]
+            if self.values[source][0] == "i32" and self.sort != "floats":
+                links += [lambda source: self.rescale(source, 3000)] * 6
+            if not whole:
+                links += [self.grow_affine, self.grow_prelu, self.grow_plain]
+                links += [lambda source: self.add(source, self.pick(begin, len(self.nodes)))] * 6
+            x = self.one(tuple(links))(source)  # type: ignore[operator]
+        used = {source for node in self.nodes[read:] for source in node.inputs}
+        for value in range(begin, x):
+            if value not in used:
+                x = self.rescale(x, 3000, value) if whole else self.add(x, value)
+        return x
+
+    def add(self, a: int, b: int) -> int:
+        return self.node("add", [a, b], "f32", self.values[a][1])
+
+    def spread(self, x: int) -> int:
+        """A pooling that keeps the size, for it reads a map whole and not number by number."""
+        attrs = {"kernel": 3, "stride": 1, "pad": 1, "ceil": 0}
+        return self.node("maxpool", [x], *self.values[x], {}, attrs)
+
+    def rescale(self, x: int, most: int, second: int | None = None) -> int:
         _, dims = self.values[x]
         largest = validate_to(self, x)
-        top = min(32767, (1 << 30) // largest)
+        top = min(32767, (1 << 30) // max(1, largest))
         slots = {"scale": self.tensor("int16", "scale", dims[-1:], top),
                  "shift": self.tensor("int32", "shift", dims[-1:], 1 << 20)}  # fmt: skip
         if self.maybe():
             slots["slope"] = self.tensor("int16", "slope", dims[-1:], top)
-        inputs = [x]
-        if self.maybe():
+        inputs = [x] if second is None else [x, second]
+        if second is None and self.maybe():
             same = [n for n, value in enumerate(self.values) if value == ("i32", dims)]
             inputs += [int(self.one(tuple(same)))] if same else []
         right = max(0, int(largest * top).bit_length() - most.bit_length() - self.pick(0, 2))
-        attrs = {"right": min(31, right), "low": -self.pick(0, most), "high": self.pick(1, most)}
+        low, high = (self.pick(k, most) * (self.pick(0, 9) > 0) for k in (0, 1))  # also nothing
+        attrs = {"right": min(31, right), "low": -low, "high": high}
         return self.node("rescale", inputs, "i32", dims, slots, attrs)
 
     def grow_conv(self, x: int) -> int | None:
@@ -237,7 +266,7 @@ class Builder:
                 for number, value in enumerate(self.values)
                 if value[0] in numbers and value[1] == dims
             ]
-            return self.node("add", [x, int(self.one(tuple(others)))], "f32", dims)  # type: ignore
+            return self.add(x, int(self.one(tuple(others))))  # type: ignore[call-overload]
         others = [
             number
             for number, value in enumerate(self.values)
@@ -279,16 +308,17 @@ class Builder:
             self.tensors["combine.bias"] = Tensor("float32", "combine", (classes,), False, bias)
         return kind, slots
 
-    def program(self, steps: int = 8, side: int = 9) -> Program:
+    def program(self, steps: int = 8, side: int = 9, sort: str | None = None) -> Program:
         """A whole random Program of about so many nodes on maps up to side x side.
 
-        Half of them are of integers alone.
+        Half of them are of integers alone, a quarter of floats alone.
         """
-        whole = self.maybe()
+        self.sort = sort or str(self.one(("integers", "integers", "floats", "mixed")))
+        whole = self.sort == "integers"
         image = (self.pick(1, side), self.pick(1, side), int(self.one((1, 3, 4))))  # type: ignore
         classes = self.pick(1, 6)
         self.values = [("u8", image)]
-        if whole:
+        if whole or (self.sort == "mixed" and self.maybe()):
             x = self.whole_conv() if self.pick(0, 3) else self.rescale(0, 20000)
         else:
             slots = {
@@ -300,12 +330,13 @@ class Builder:
             kind, _ = self.values[x]
             if kind == "i32" and whole:
                 growers = [self.grow_bits] * 3 + [self.grow_whole] * 3 + [self.grow_maxpool]
-                growers += [self.grow_concat]
+                growers += [self.grow_concat, self.grow_links]
             elif kind == "bits":
                 growers = [self.grow_bconv] * 4 + [self.grow_join, self.grow_maxpool]
             else:
                 growers = [self.grow_bits] * 5 + [self.grow_affine, self.grow_prelu]
                 growers += [self.grow_plain, self.grow_pool, self.grow_join]
+                growers += [self.grow_links] * 3
                 growers += [self.grow_conv] * 2 if kind == "f32" else []
             grown = self.one(tuple(growers))(x)  # type: ignore[operator]
             x = x if grown is None else grown
@@ -372,10 +403,12 @@ def validate_to(builder: Builder, x: int) -> int:
     return validate(Program(tuple(nodes), kept, builder.members, "mean", image, classes))[x].bound
 
 
-def random_program(seed: int, steps: int = 8, side: int = 9) -> Program:
-    """The Program of a seed."""
+def random_program(seed: int, steps: int = 8, side: int = 9, sort: str | None = None) -> Program:
+    """The Program of a seed; of "integers" or "floats" alone, "mixed", or any."""
     rng = np.random.default_rng(seed)
-    return Builder(lambda low, high: int(rng.integers(low, high + 1)), rng).program(steps, side)
+    return Builder(lambda low, high: int(rng.integers(low, high + 1)), rng).program(
+        steps, side, sort
+    )
 
 
 @st.composite

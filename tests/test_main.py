@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from bnncore.__main__ import main
+from bnncore.lowering.lower import lower
 from bnncore.packed import compiled_kernels, costs, execute, packfile
+from tests import tiny
 from tests.graphs import random_images
 from tests.packed.test_execute import OPS, ensemble
 
@@ -19,6 +21,11 @@ def net(tmp_path):
     path = tmp_path / "net.bnn"
     packfile.save(ensemble(3), path)
     return path
+
+
+def lowered(backbone, **changes):
+    ensemble = tiny.ensemble(1, "shared_conv", backbone=backbone, **changes)
+    return lower(ensemble, (0.5,), (0.2,), tuple("abcd"))
 
 
 @pytest.fixture
@@ -103,7 +110,21 @@ def test_bench(net, capsys):
         assert f"{ops} " in out
 
 
-def test_bench_shows_what_each_layer_takes(net, capsys):
+def test_bench_counts_the_memory_of_every_kernel(tmp_path, monkeypatch, capsys):
+    """Of few channels, which the compiled kernels round up."""
+    net = tmp_path / "net.bnn"
+    program = lowered("resnet8", width=2)
+    packfile.save(program, net)
+    taken = execute.Model(program).memory
+    assert taken > 2 * costs.peak_memory(program)[1]
+    monkeypatch.setattr("os.sysconf", lambda name: 128 * taken if name == "SC_PAGE_SIZE" else 1)
+    assert main(["bench", str(net), "--batch", "64"]) == 1
+    assert "--batch: expected at most" in capsys.readouterr().err
+
+
+def test_bench_shows_what_each_layer_takes(tmp_path, capsys):
+    net = tmp_path / "net.bnn"  # in which norms have the names of their convolutions
+    packfile.save(lowered("birealnet18"), net)
     assert main(["bench", str(net), "--batch", "2", "--repeats", "1", "--layers"]) == 0
     rows = capsys.readouterr().out.partition("one thread, one member:")[2].splitlines()[2:]
     steps = compiled_kernels.plan(packfile.load(net))

@@ -10,6 +10,7 @@ from bnncore.device import sliced
 from bnncore.device.arrays import one_copy, words
 from bnncore.device.body import Body
 from bnncore.device.steps import BITS
+from bnncore.packed import borders
 from bnncore.packed.program import Node, Tensor
 
 FLOATS = {  # kind of weights -> kernel's ending, type in C
@@ -236,8 +237,12 @@ def _avgpool(body: Body, node: Node, value: int) -> None:
 
 def _sumpool(body: Body, node: Node, value: int) -> None:
     source = node.inputs[0]
-    multiple = body.shapes[value].bound // body.shapes[source].bound
-    _pool(body, node, value, int(node.attrs["include_pad"]), multiple)
+    kernel, stride, pad, include = (
+        int(node.attrs[name]) for name in ("kernel", "stride", "pad", "include_pad")
+    )
+    maps = body.map(source)[:2], body.map(value)[:2]
+    multiple = borders.multiple(*maps, (kernel, kernel), stride, pad, pad * include)
+    _pool(body, node, value, include, multiple)
 
 
 def _global(body: Body, node: Node, value: int) -> None:

@@ -49,6 +49,10 @@ class Code:
         return self._named((" ".join(names), layout), kind, own,
                            lambda m: make([one_copy(tensor, m) for tensor in tensors]))  # fmt: skip
 
+    def table(self, name: str, kind: str, values: np.ndarray) -> str:
+        """The name of an array of what is in no tensor."""
+        return self._named((name, ""), kind, False, lambda _: values)
+
     def _named(
         self, key: tuple[str, str], kind: str, own: bool, make: Callable[[int], np.ndarray]
     ) -> str:

@@ -142,8 +142,14 @@ class Device:
             self.visits[address, size] += 1
             low[0] = min(low[0], machine.reg_read(sp))
 
+        def write(machine: Any, access: int, address: int, *_: Any) -> None:
+            low[0] = min(
+                low[0], address
+            )  # also of a function of one block, which is seen too early
+
         if count:
             uc.hook_add(unicorn.UC_HOOK_BLOCK, block)
+            uc.hook_add(unicorn.UC_HOOK_MEM_WRITE, write, begin=STACK, end=STACK + STACK_BYTES)
         if (symbol := f"{name}_{function}") not in self.symbols:
             raise DeviceError(
                 "--optimize: expected flags that leave functions where they are: the linked code "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnncore.device.arrays import Code, c_array, c_values
+from bnncore.device.arrays import Code, c_values
 from bnncore.device.steps import Step, steps
 from bnncore.device.write import Writer
 from bnncore.errors import UserError
@@ -287,7 +287,10 @@ def _in_place(code: Code, work: list[Step], lives: dict[int, plan.Lifetime]) -> 
                 source = step.start
             elif len(node.inputs) < 2 or source in step.made:
                 continue
-            after = [value, *(later for later, _ in step.links[at + 1 :])]
+            rest = step.links[at + 1 :]
+            if any(source in later.inputs for _, later in rest):
+                continue  # another number of this pixel would lie where it is read again
+            after = [value, *(number for number, _ in rest)]
             stored = [number for number in after if number in step.stored and number not in taken]
             whole = (step.anchor is None or source not in step.anchor.inputs) and source > 0
             if not stored or not whole or lives[source].last != time or source in found:
@@ -325,17 +328,15 @@ def _votes(code: Code, name: str, work: list[Step], writers: list[Writer], doubt
         divisor = "(float)(m + 1)"
     elif program.combine == "soft_vote":
         totals = np.cumsum(program.tensors[program.combine_tensors["weight"]].data, dtype="<f8")
-        code.arrays.append(c_array("voted", "float", [totals.astype("<f4")], False))
-        divisor = "voted[m]"
+        divisor = f"{code.table('voted', 'float', totals.astype('<f4'))}[m]"
     output = program.nodes[-1]
 
     def softmax(to: str, weight: str) -> str:
         if output.op != "fixed":
             return code.call("softmax", to, f"V{last}", weight, n)
-        if "softmax_table" not in code.used:
-            code.arrays.append(c_array("powers", "uint16_t", [votes.TABLE], False))
+        powers = code.table("powers", "uint16_t", votes.TABLE.astype("<u2"))
         return code.call("softmax_table", to, f"V{last}", weight, output.attrs["fraction"],
-                         "powers", n)  # fmt: skip
+                         powers, n)  # fmt: skip
 
     if program.combine in ("mean", "sum"):
         count = [code.call("vote", "SUMS", f"V{last}", weight, n)]

@@ -221,6 +221,7 @@ def file_range(
     pack: PackParams | None = None,
     classes: Sequence[str] | None = None,
     info: dict[str, Any] | None = None,
+    alike: bool | None = None,
 ) -> tuple[int, int]:
     """The least and the most bytes that the packed file of `spec` can take once it is trained.
 
@@ -228,8 +229,9 @@ def file_range(
         pack: what the file keeps.
         classes, info: what the file will say of itself; where None, room for usual ones is in the
             most and nothing is in the least.
+        alike: whether channels of the image are `packed.integers.even`; None: not known.
     """
-    least, most = (_file_size(spec, pack, classes, info, end) for end in _ENDS)
+    least, most = (_file_size(spec, pack, classes, info, alike, end) for end in _ENDS)
     return least, most
 
 
@@ -238,9 +240,10 @@ def file_bound(
     pack: PackParams | None = None,
     classes: Sequence[str] | None = None,
     info: dict[str, Any] | None = None,
+    alike: bool | None = None,
 ) -> int:
     """The greater of `file_range`, alone."""
-    return _file_size(spec, pack, classes, info, "most")
+    return _file_size(spec, pack, classes, info, alike, "most")
 
 
 def _file_size(
@@ -248,12 +251,14 @@ def _file_size(
     pack: PackParams | None,
     classes: Sequence[str] | None,
     info: dict[str, Any] | None,
+    alike: bool | None,
     end: _End,
 ) -> int:
     program = getattr(draw(spec), end)
     known = tuple(classes) if classes is not None else None
     facts = tuple(info.items()) if info is not None else None
-    shared, own, graph = _sizes(program, pack or PackParams(), known, facts, end)
+    alike = end == "least" if alike is None else alike
+    shared, own, graph = _sizes(program, pack or PackParams(), known, facts, alike, end)
     sizes = {kind: shared[kind] + spec.members * own[kind] for kind in P.KINDS}
     digits = len(str(spec.members)) - 1
     if end == "most":
@@ -272,12 +277,13 @@ def _sizes(
     pack: PackParams,
     classes: tuple[str, ...] | None,
     facts: tuple[tuple[str, Any], ...] | None,
+    alike: bool,
     end: _End,
 ) -> tuple[_Sizes, _Sizes, int]:
     """(bytes of shared tensors, of one member's own, of the graph)."""
     if classes is None:
-        length = CLASS_NAME if end == "most" else 1
-        classes = tuple(_unlike(i, length) for i in range(len(program.classes)))
+        name = _unlike if end == "most" else partial(np.base_repr, base=36)
+        classes = tuple(map(name, range(len(program.classes))))
     if facts is None:
         facts = tuple(INFO.items()) if end == "most" else ()
     labelled = replace(program, classes=classes, info=dict(facts))
@@ -289,7 +295,7 @@ def _sizes(
             for name, t in program.tensors.items()
         }
         labelled = replace(labelled, tensors=tensors)
-    narrow = narrowed(labelled, pack)
+    narrow = narrowed(labelled, pack, alike=alike)
     sizes: tuple[_Sizes, _Sizes] = (dict.fromkeys(P.KINDS, 0), dict.fromkeys(P.KINDS, 0))
     for tensor in narrow.tensors.values():
         count = math.prod(P.stored_shape(tensor, 1))
@@ -314,11 +320,11 @@ def _votes(combine: str, classifier: bool) -> bool:
     return combine != "mean" and not classifier
 
 
-def _unlike(index: int, length: int) -> str:
+def _unlike(index: int) -> str:
     """A made-up class name that compresses about as badly as real ones."""
     letters = "etaoinshrdlcumwfgypbvk"
     text, state = "", index + 1
-    for _ in range(length):
+    for _ in range(CLASS_NAME):
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
         text += letters[(state >> 16) % len(letters)]
     return text

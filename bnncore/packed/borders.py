@@ -18,10 +18,22 @@ import numpy as np
 Array = np.ndarray
 
 
-def inside(size: int, kernel: int, stride: int, pad: int, out: int) -> Array:
-    """Booleans (out, kernel): whether a tap of a window lies in the map, along one axis."""
-    where = np.arange(out)[:, None] * stride - pad + np.arange(kernel)[None, :]
+def ends(out: int, kernel: int) -> Array:
+    """Of so many windows along an axis those near its ends: all others hold all their taps, as the
+    last of the first ones does."""
+    return np.unique(np.r_[: min(kernel, out), max(0, out - kernel) : out])
+
+
+def inside(windows: Array, size: int, kernel: int, stride: int, pad: int) -> Array:
+    """Booleans (windows, kernel): whether a tap lies in the map, along one axis."""
+    where = windows[:, None] * stride - pad + np.arange(kernel)[None, :]
     return (where >= 0) & (where < size)
+
+
+def taps(windows: Array, size: int, kernel: int, stride: int, pad: int) -> Array:
+    """How many taps of these windows lie in the map, along one axis."""
+    start = windows * stride - pad
+    return np.maximum(np.minimum(start + kernel, size) - np.maximum(start, 0), 0)
 
 
 def divisors(
@@ -34,10 +46,26 @@ def divisors(
 ) -> Array:
     """What an average divides by, float32 (Ho,Wo): the taps in the map with `reach` around it."""
     high, wide = (
-        inside(size + 2 * reach, taps, stride, pad - reach, out).sum(1)
-        for size, out, taps in zip(inputs, outputs, kernel, strict=True)
+        taps(np.arange(out), size + 2 * reach, k, stride, pad - reach)
+        for size, out, k in zip(inputs, outputs, kernel, strict=True)
     )
     return (high[:, None] * wide[None, :]).astype(np.float32)
+
+
+def multiple(
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: int,
+    pad: int,
+    reach: int,
+) -> int:
+    """The least common multiple of `divisors`, in little memory for maps of any size."""
+    found = 1
+    for size, out, k in zip(inputs, outputs, kernel, strict=True):
+        counts = taps(ends(out, k), size + 2 * reach, k, stride, pad - reach)
+        found *= math.lcm(*map(int, np.unique(counts)))
+    return found
 
 
 def factors(divisor: Array) -> Array:
@@ -86,11 +114,15 @@ class Window(NamedTuple):
         outputs: tuple[int, ...],
     ) -> Window:
         found = []
-        for size, taps, out in zip(inputs, kernel, outputs, strict=True):
+        for size, k, out in zip(inputs, kernel, outputs, strict=True):
+            near = ends(out, k)
             patterns, which = np.unique(
-                inside(size, taps, stride, pad, out), axis=0, return_inverse=True
+                inside(near, size, k, stride, pad), axis=0, return_inverse=True
             )
-            found += [patterns, which.reshape(-1)]
+            which = which.reshape(-1)
+            every = np.full(out, which[min(k, out) - 1])
+            every[near] = which
+            found += [patterns, every]
         return cls(kernel, stride, pad, inputs, *found)
 
     @property

@@ -58,6 +58,11 @@ class Model:
         self._layout = Layout(self._steps, self._last)
         self._arenas: list[Arena] = []  # of workers that are not at work
 
+    @property
+    def memory(self) -> int:
+        """Bytes an image of its values, where its kernels have them laid out."""
+        return self._layout.total
+
     def __call__(
         self, images: np.ndarray, members: int | None = None, batch: int = 64
     ) -> np.ndarray:

@@ -78,9 +78,10 @@ class Group:
         return False
 
     def _take_rescale(self, node: Node, number: int) -> bool:
-        if self.place > _ORDER.index(("affine", tiles.GROUP)):
+        second = _ORDER.index(("affine", tiles.GROUP))  # what adds, adds to integers
+        if self.place > second:
             return False
-        row, after = (tiles.GROUP, len(_ORDER)) if self.place else (0, _ORDER.index(("add", -1)))
+        row, after = (tiles.GROUP, len(_ORDER)) if self.place else (0, second)
         if len(node.inputs) == 2:
             if self.residual or node.inputs[0] != self.value:
                 return False

@@ -4,7 +4,8 @@ Sums of binary layers are integers already. What floats did to them (scales, nor
 one `rescale` as soon as somebody needs the numbers, and moves into thresholds where only their sign
 matters. Numbers are held in *units*: an integer x stands for ``x / units``, and what is added has
 the same ones. Ranges, and so units, come from validation images (`ranges`), with room for twice as
-much; beyond, numbers saturate.
+much, but for what sums read that leave their terms few bits (`_Converter.within`); beyond, numbers
+saturate.
 
 Lossy: numbers are rounded to 16 bits, weights of floats to 8. What comes out computes the same
 integers everywhere (`docs/format.md`).
@@ -45,7 +46,7 @@ TOP = 32767  # of 16 bits; the smallest is one further from 0, which processors 
 OUTPUT = 8191  # of members' outputs: 1,024 of them add up within 2**24
 ROOM = 2.0  # how much larger than on validation images numbers may become
 SHARED_VOTES, ALL_VOTES = 1 << 10, 1 << 23  # into how many parts votes are weighed
-EVEN = 0.15  # by which channels' scales may differ for binary weights of bytes to stay binary
+EVEN = 0.15  # by which scales of channels may differ, see `even`
 IMAGES = 256  # enough to see ranges
 SUMS = MAX_INT >> 3  # of products: leaves their factors ten bits of the 31 that a product has
 
@@ -101,17 +102,23 @@ def ranges(program: Program, images: Array) -> list[float]:
     return found
 
 
-def converted(program: Program, sizes: Sequence[float] | None) -> Program:
+def converted(program: Program, sizes: Sequence[float] | None, alike: bool = False) -> Program:
     """`program` with integers alone.
 
     Args:
         program: of floats, not narrowed.
         sizes: from `ranges`; None for a drawing, whose tensors take no memory, nor do these.
+        alike: of a drawing, whether the image's channels will be (`even`), which takes least.
 
     Raises:
         IntegerError: a layer needs larger integers than there are.
     """
-    return _Converter(program, sizes).run()
+    return _Converter(program, sizes, alike).run()
+
+
+def even(scale: Array) -> bool:
+    """Whether channels' scales differ so little that binary weights of bytes stay binary."""
+    return bool(np.ptp(scale) <= EVEN * np.abs(scale).max())
 
 
 def in_order(program: Program) -> Program:
@@ -138,8 +145,11 @@ def in_order(program: Program) -> Program:
 
 
 class _Converter:
-    def __init__(self, program: Program, sizes: Sequence[float] | None) -> None:
+    def __init__(
+        self, program: Program, sizes: Sequence[float] | None, alike: bool = False
+    ) -> None:
         self.program, self.drawn = program, sizes is None
+        self.alike = alike or program.image[2] == 1
         self.old = validate(program)
         self.sizes = [1.0] * len(self.old) if sizes is None else sizes
         self.users = [0] * len(self.old)
@@ -252,7 +262,7 @@ class _Converter:
         return self.reals[number] if self.reals[number].units else self.stored(number)
 
     def within(self, number: int, bound: int) -> _Real:
-        """The value as integers up to `bound`."""
+        """The value as integers up to `bound`, and without `ROOM`: a bit is worth more there."""
         real = self.reals[number]
         if bound > TOP or real.second is not None:
             real = self.alone(number)
@@ -362,8 +372,7 @@ class _Converter:
             kernel, stride, pad, reach = (
                 int(node.attrs[name]) for name in ("kernel", "stride", "pad", "include_pad")
             )
-            counts = borders.divisors(size[:2], out[:2], (kernel, kernel), stride, pad, reach * pad)
-            factor = math.lcm(*map(int, np.unique(counts)))
+            factor = borders.multiple(size[:2], out[:2], (kernel, kernel), stride, pad, reach * pad)
         else:
             factor = size[0] * size[1]
         real = self.within(source, MAX_INT // factor)
@@ -392,8 +401,7 @@ class _Converter:
         slots: dict[str, Tensor | str] = {}
         taps = math.prod(weight.shape[2:])
         if image:
-            even = np.ptp(real.scale) <= EVEN * np.abs(real.scale).max()
-            if not (binary and even):
+            if not (binary and (self.alike if self.drawn else even(real.scale))):
                 binary = False
                 weight = weight if self.drawn else weight * real.scale[:, None, None, None]
             zero = -real.shift / np.where(real.scale == 0, 1, real.scale)

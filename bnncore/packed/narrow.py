@@ -42,12 +42,15 @@ class NarrowError(UserError, ValueError):
     """A value does not fit the narrower type; names the layer and what to choose instead."""
 
 
-def narrowed(program: Program, pack: PackParams, images: np.ndarray | None = None) -> Program:
+def narrowed(
+    program: Program, pack: PackParams, images: np.ndarray | None = None, alike: bool = False
+) -> Program:
     """`program` with the kinds of tensors that `pack` asks for.
 
     Args:
         images: uint8 (B,H,W,C) that show the ranges of values, for `integer`; None for a drawing,
             which has no values.
+        alike: see `integers.converted`.
 
     Raises:
         NarrowError: a value is too large for float16; names the layer.
@@ -55,7 +58,7 @@ def narrowed(program: Program, pack: PackParams, images: np.ndarray | None = Non
     """
     if pack.integer:
         sizes = None if images is None else integers.ranges(program, images)
-        return integers.converted(program, sizes)
+        return integers.converted(program, sizes, alike)
     tensors = dict(program.tensors)
     nodes = []
     first = next((node for node in program.nodes if "weight" in node.tensors), None)

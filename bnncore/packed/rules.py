@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bnncore.packed.borders import divisors
+from bnncore.packed.borders import multiple
 from bnncore.packed.program import (
     COMBINES,
     KINDS,
@@ -53,10 +53,16 @@ def validate(program: Program) -> list[Shape]:
     require(len(program.image) == 3, "image", "(H, W, C)", program.image)
     for axis, size in zip("HWC", program.image, strict=True):
         _integer(f"image {axis}", size, 1, MAX_VALUE)
+    elements = math.prod(program.image)
+    require(elements <= MAX_VALUE, "image", f"at most {MAX_VALUE} elements", elements)
     classes = len(program.classes)
     require(1 <= classes <= MAX_CLASSES, "classes", f"1 to {MAX_CLASSES}", classes)
+    named: set[str] = set()
     for label in program.classes:
         _text("class name", label)
+        require(label != "", "class name", "at least one character", repr(label))
+        require(label not in named, "class name", "each once", repr(label))
+        named.add(label)
     for key, fact in program.info.items():
         _text("info key", key)
         _scalar(f"info {key!r}", fact)
@@ -73,8 +79,8 @@ def validate(program: Program) -> list[Shape]:
         _text(f"node {index} name", node.name)
         shapes.append(infer(index, node, program, shapes))
         total += math.prod(shapes[-1].dims)
+        require(total <= MAX_VALUES, "all values", f"at most {MAX_VALUES} elements", total)
         used.update(node.tensors.values())
-    require(total <= MAX_VALUES, "all values", f"at most {MAX_VALUES} elements", total)
     last = shapes[-1]
     expected = ("f32", (classes,))
     require(last[:2] == expected, "last node's output", expected, last[:2])
@@ -447,8 +453,8 @@ def _pool(look: _Look) -> tuple[str, tuple[int, ...]]:
         look.maybe("direction", ("binary",), x.dims[2])
     require(min(height, width) > 0, look.where, f"a map of at least {kernel}x{kernel}", x.dims)
     if look.node.op == "sumpool":
-        counts = divisors(x.dims[:2], (height, width), (kernel, kernel), stride, pad, reach)
-        look.bound *= math.lcm(*map(int, np.unique(counts)))
+        size = x.dims[:2], (height, width), (kernel, kernel)
+        look.bound *= multiple(*size, stride, pad, reach)
     return ("f32" if look.node.op == "avgpool" else x.kind), (height, width, x.dims[2])
 
 

@@ -45,7 +45,6 @@ _WIDE = "avx512f" in features()
 LANES = 16 if _WIDE else 8
 VECTOR = 4 * LANES  # bytes
 _VECTOR = ir.VectorType(_I32, LANES)
-_BYTES = ir.VectorType(_I8, 64)
 
 
 def _ternary(emit: _Emit, table: int, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:

@@ -93,7 +93,8 @@ def probabilities(program: Program, scores: np.ndarray) -> np.ndarray:
     """Scores as probabilities (B, classes): softmax of logits, shares of votes."""
     if program.combine in ("mean", "sum"):
         return softmax(scores)
-    return scores / scores.sum(1, keepdims=True)
+    # By a table, all classes of very many may round down to 0.
+    return scores / np.maximum(scores.sum(1, keepdims=True), np.finfo(scores.dtype).tiny)
 
 
 def stop(

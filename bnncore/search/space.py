@@ -29,7 +29,7 @@ from bnncore.lowering import blueprint, packing
 from bnncore.networks.backbones import build
 from bnncore.networks.ensemble import EnsembleSpec
 from bnncore.networks.sharing import SHARING
-from bnncore.packed import costs
+from bnncore.packed import costs, integers
 from bnncore.packed.narrow import narrowed
 from bnncore.packed.program import Program
 from bnncore.packed.rules import MAX_MEMBERS
@@ -158,27 +158,39 @@ class Cost:
         return over
 
 
-def cost(spec: EnsembleSpec, params: Params, classes: Sequence[str], count: str = "file") -> Cost:
-    """Count `spec`, packed as `params` say: one member is traced, the rest is multiplication."""
+def cost(
+    spec: EnsembleSpec,
+    params: Params,
+    classes: Sequence[str],
+    count: str = "file",
+    alike: bool | None = None,
+) -> Cost:
+    """Count `spec`, packed as `params` say: one member is traced, the rest is multiplication.
+
+    Args:
+        alike: see `blueprint.file_range`.
+    """
     drawing = blueprint.draw(spec)
     info = packing.facts(params, *model(params))
     if count == "file":
-        size = blueprint.file_bound(spec, params.pack, classes, info)
+        size = blueprint.file_bound(spec, params.pack, classes, info, alike)
         counted = size / 1024
     else:
-        counts = untrained.count(spec, params.pack, classes, info)
+        counts = untrained.count(spec, params.pack, classes, info, alike)
         size, counted = counts.file, getattr(counts, count) / 8 / 1024
     binary, real = drawing.macs(spec.members)
     limits = params.search
     limited = limits.ram_kib or limits.flash_kib or limits.minstructions
-    device = _device(drawing.most, params.pack, spec.members) if limited else None
+    device = None
+    if limited:
+        device = _device(drawing.most, params.pack, spec.members, bool(alike))
     activations = _activations(drawing.most) / 1024
     return Cost(size, counted, (real + binary / 64) / 1e6, activations, device)
 
 
 @lru_cache(maxsize=8192)
-def _device(program: Program, pack: PackParams, members: int) -> Figures:
-    return estimate(narrowed(program, pack), members)
+def _device(program: Program, pack: PackParams, members: int, alike: bool) -> Figures:
+    return estimate(narrowed(program, pack, alike=alike), members)
 
 
 @lru_cache(maxsize=4096)
@@ -197,6 +209,7 @@ class Space:
     def __init__(self, params: Params, data: Dataset):
         self.params, self.search = params, params.search
         self.image, self.classes = data.image, data.classes
+        self.alike = integers.even(1 / np.array(data.std))
         widths = params.search.space.width
         self.narrowest = WIDTHS[0] if widths == "auto" else min(widths)
         left_out = "width" if widths == "auto" else "fill"
@@ -305,7 +318,7 @@ class Space:
 
     def _cost(self, config: Config, pack: PackParams) -> Cost:
         p = replace(preset(self.params, config), pack=pack)
-        return cost(self.spec(config), p, self.classes, self.search.count)
+        return cost(self.spec(config), p, self.classes, self.search.count, self.alike)
 
     def problem(self, config: Config) -> str | None:
         """Why the configuration cannot be built, or None."""

@@ -20,10 +20,16 @@ SHAPES = {
 }
 
 
-def table(spec: EnsembleSpec, pack: PackParams | None = None) -> list[storage.Entry]:
-    """Every tensor of `spec`, of the largest kind that training can give, kept as `pack` says."""
+def table(
+    spec: EnsembleSpec, pack: PackParams | None = None, alike: bool | None = None
+) -> list[storage.Entry]:
+    """Every tensor of `spec`, of the largest kind that training can give, kept as `pack` says.
+
+    Args:
+        alike: see `blueprint.file_range`.
+    """
     drawn = blueprint.draw(spec).most
-    return storage.table(narrowed(drawn, pack) if pack else drawn, spec.members)
+    return storage.table(narrowed(drawn, pack, alike=bool(alike)) if pack else drawn, spec.members)
 
 
 def count(
@@ -31,13 +37,15 @@ def count(
     pack: PackParams | None = None,
     classes: Sequence[str] | None = None,
     info: dict[str, Any] | None = None,
+    alike: bool | None = None,
 ) -> storage.Count:
     """The counts of an ensemble before it is trained; see `blueprint.file_range` for `file`.
 
     Args:
         pack: what its file keeps; the defaults where None.
         classes, info: what the file will say of itself; room for usual ones where None.
+        alike: see `blueprint.file_range`.
     """
-    size = blueprint.file_range(spec, pack, classes, info)
+    size = blueprint.file_range(spec, pack, classes, info, alike)
     macs = blueprint.draw(spec).macs(spec.members)
-    return storage.Count(spec.members, tuple(table(spec, pack)), *size, *macs)
+    return storage.Count(spec.members, tuple(table(spec, pack, alike)), *size, *macs)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from bnncore.device import compilers, costs, emulate, export
@@ -10,11 +14,11 @@ from bnncore.lowering.lower import lower
 from bnncore.networks.ensemble import Ensemble, EnsembleSpec
 from bnncore.networks.parts import ModelSpec
 from bnncore.networks.sharing import SHARING
-from bnncore.packed import narrow
+from bnncore.packed import integers, narrow, packfile
 from bnncore.packed.program import Program
 from bnncore.params import Binarizer, PackParams
 from tests import tiny
-from tests.graphs import random_images
+from tests.graphs import random_images, random_program
 
 # backbone, image, width, members (0: the FP32 network), integers
 NETWORKS = [
@@ -26,13 +30,15 @@ NETWORKS = [
 ]
 
 
-def made(backbone, image, width, members, whole) -> tuple[Program, EnsembleSpec]:
-    binarizer = Binarizer() if members else None
+def made(
+    backbone, image, width, members, whole, std=0.25, stem="float"
+) -> tuple[Program, EnsembleSpec]:
+    binarizer = Binarizer(stem=stem) if members else None
     model = ModelSpec(backbone, image, 10, width, binarizer=binarizer)
     spec = EnsembleSpec(model, members or 1, SHARING["shared_conv" if members else "no_shared"])
     ensemble = Ensemble(spec, seed=1)
     tiny.scramble(ensemble)
-    plain = lower(ensemble, (0.5,) * image[2], (0.25,) * image[2], tuple("abcdefghij"))
+    plain = lower(ensemble, (0.5,) * image[2], np.broadcast_to(std, image[2]), tuple("abcdefghij"))
     pack = PackParams(integer=whole, weights="float32" if members else "int8")
     return narrow.narrowed(plain, pack, random_images(plain, 8)), spec
 
@@ -53,12 +59,42 @@ def test_figures_are_those_of_compiled_code(case):
         assert figures.instructions[members - 1] == pytest.approx(count, rel=0.1)
 
 
-def test_a_drawing_has_the_figures_of_what_is_trained():
-    """RAM and instructions to the byte and to the instruction, for any number of members."""
-    pack = PackParams(integer=True)
-    program, spec = made("leanresnet8", (16, 16, 3), 8, 3, True)
-    drawn = narrow.narrowed(blueprint.draw(spec).most, pack)
+@pytest.mark.parametrize(
+    ("stem", "std"), [("float", 0.25), ("binary", 0.25), ("binary", (0.25, 0.24, 0.15))], ids=str
+)
+def test_a_drawing_has_the_figures_of_what_is_trained(stem, std):
+    """RAM and instructions to the byte and to the instruction, for any number of members.
+
+    A stem stays binary where the image's channels are about as wide as each other.
+    """
+    pack, info = PackParams(integer=True), {"seed": 3}
+    program, spec = made("leanresnet8", (16, 16, 3), 8, 3, True, std, stem)
+    alike = integers.even(1 / np.array(std))
+    drawn = narrow.narrowed(blueprint.draw(spec).most, pack, alike=alike)
+    size = len(packfile.encode(replace(program, info=info)))
+    for known in (alike, None):
+        least, most = blueprint.file_range(spec, pack, program.classes, info, known)
+        assert least <= size <= most
     figures, theirs = costs.estimate(drawn, 3), costs.estimate(program)
     assert figures.ram == theirs.ram
     assert figures.instructions == theirs.instructions
     assert figures.constants == pytest.approx(theirs.constants, rel=0.05)
+
+
+BYTES = {"float": 4, "uint32_t": 4, "int32_t": 4, "uint16_t": 2, "int16_t": 2, "uint8_t": 1,
+         "int8_t": 1}  # fmt: skip
+
+
+def test_flash_is_all_arrays_of_the_source():
+    """Of weights, and of what votes take."""
+    taken = set[str]()
+    for seed in range(60):
+        program = random_program(seed)
+        code = export.generate(program, "model")
+        declared = r"\nstatic const (\w+) t\d+_(\w*)\[(\d+)\](?:\[(\d+)\])? ="
+        arrays = re.findall(declared, code.source)
+        size = sum(BYTES[kind] * int(n) * int(m or 1) for kind, _, n, m in arrays)
+        assert size == code.flash == costs.estimate(program).constants
+        assert len(arrays) == code.source.count("\nstatic const ")
+        taken.update(name for _, name, *_ in arrays)
+    assert {"voted", "powers"} <= taken

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnncore.device import compilers, emulate, export
+from bnncore.device import compilers, costs, emulate, export
 from bnncore.device.export import Exported, ExportError
 from bnncore.lowering.lower import lower
 from bnncore.networks.sharing import SHARING
-from bnncore.packed import execute, integers, narrow, votes
+from bnncore.packed import execute, integers, narrow, packfile, votes
 from bnncore.packed.program import Program
 from bnncore.params import Binarizer, PackParams
 from tests import tiny
 from tests.graphs import random_images, random_program
+from tests.packed.test_hostile import pooled, put_together
 
 STRICT = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-ffp-contract=off"]
 COMPILER = [shutil.which("gcc")] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
@@ -132,9 +133,17 @@ def differ(seed: int, folder: Path, *flags: str) -> None:
         agree(program, images, members, *called(library, program, images, members))
 
 
-@pytest.mark.parametrize("seed", [*range(12), 3152])  # the last: only directions are own
+@pytest.mark.parametrize("seed", [*range(12), 3222])  # the last: only directions are own
 def test_random_programs(tmp_path, seed):
     differ(seed, tmp_path)
+
+
+def test_sums_of_what_is_always_0(tmp_path):
+    program = packfile.decode(put_together(*pooled([5, 5, 1], (3, 2, 1))))
+    images = random_images(program, 2)
+    library = compiled(export.generate(program, "net"), tmp_path)
+    agree(program, images, 1, *called(library, program, images, 1))
+    assert costs.estimate(program).ram
 
 
 @pytest.mark.soak
@@ -200,6 +209,26 @@ def test_cores_agree_with_the_evaluator(core, compiler, whole):
     assert device.sizes.ram >= device.made.arena
 
 
+@pytest.mark.parametrize("core", ["cortex-m0+", "riscv32"])
+@pytest.mark.skipif(bool(compilers.missing()), reason="needs the extra `device`")
+def test_the_stack_is_the_deepest_of_all_instructions(monkeypatch, core):
+    import unicorn
+
+    program = random_program(3)
+    device = emulate.Device(export.generate(program, "net"), core)
+    make, sp, depths = device._machine, device._register("SP"), set[int]()
+
+    def watched() -> unicorn.Uc:
+        machine = make()
+        machine.hook_add(unicorn.UC_HOOK_CODE, lambda m, *_: depths.add(m.reg_read(sp)))
+        return machine
+
+    monkeypatch.setattr(device, "_machine", watched)
+    device.call("scores", random_images(program, 1), 1, count=True)
+    # RISC-V aligns to 16 bytes, of which the last few may be of no use.
+    assert 0 <= max(depths) - min(depths) - device.deepest < (16 if core == "riscv32" else 1)
+
+
 @pytest.mark.parametrize(
     ("backbone", "sharing"), [("nin", "shared_conv"), ("resnet8", "no_shared")]
 )
@@ -208,6 +237,50 @@ def test_the_arena_is_within_a_tenth_of_what_is_alive_at_one_time(backbone, shar
     made = export.generate(program, "net")
     assert made.arena <= 1.1 * made.alive
     assert made.alive <= made.arena
+
+
+def overwritten(program: Program) -> list[tuple[int, int]]:
+    """Steps and the values that they read where another value lies by then, run for two members."""
+    laid = export.lay_out(program, "net", dry=True)
+    memory = np.zeros(laid.arena, int)  # which value a byte is of
+    found = []
+
+    def room(value: int) -> np.ndarray:
+        at = laid.places[value]
+        return memory[at : at + export._bytes(laid.code, value)]
+
+    def run(time: int) -> None:
+        step = laid.work[time]
+
+        def read(*values: int) -> None:
+            found.extend((time, v) for v in values if v in laid.places and (room(v) != v).any())
+
+        def store(value: int) -> None:
+            if value in step.outputs:
+                room(value)[:] = value
+
+        whole = () if step.anchor is None or step.image else step.anchor.inputs
+        read(*whole, *(() if step.anchor else (step.start,)))
+        store(step.start)
+        for value, node in step.links:
+            read(*(source for source in node.inputs if source not in step.made))
+            store(value)
+        kept = [
+            v for v in whole if not (laid.writers[time].sliced and laid.code.kinds[v] == "bits")
+        ]
+        read(*kept)  # other pixels are yet to come
+
+    for own in (False, True, True):
+        for time, step in enumerate(laid.work):
+            if step.own == own:
+                run(time)
+    return found
+
+
+@pytest.mark.parametrize("start", range(0, 400, 100))
+def test_no_step_reads_what_has_been_overwritten(start):
+    for seed in range(start, start + 100):
+        assert not overwritten(random_program(seed)), seed
 
 
 @pytest.mark.parametrize("name", ["", "4members", "a b", "a-b", "été", "a;b"])

@@ -34,7 +34,7 @@ PROGRAMS = {
     "integers": lambda: network("leanresnet8", "shared_conv", whole=True),
     "hard votes of integers": lambda: network("fernet", "no_shared", "hard_vote", whole=True),
     "floats": lambda: network("resnet8", "tentaclenet", "sum"),
-    **{f"random {seed}": lambda seed=seed: random_program(seed) for seed in (3, 70, 3152)},
+    **{f"random {seed}": lambda seed=seed: random_program(seed) for seed in (3, 70, 3222)},
 }
 
 

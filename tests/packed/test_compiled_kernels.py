@@ -152,8 +152,13 @@ def one_layer(
     pad: int,
     side: tuple[int, int],
     chain: tuple[str, ...],
+    beside: bool = False,
 ) -> Program:
-    """normalize, sign, then one binary convolution and a chain of operators; dense at the end."""
+    """normalize, sign, then one binary convolution and a chain of operators; dense at the end.
+
+    Args:
+        beside: add ("add", "rescale+") another convolution's sums, not those of this one.
+    """
     table = {
         "in.scale": tensor("float32", "input", rng.normal(0, 0.02, channels)),
         "in.shift": tensor("float32", "input", rng.normal(0, 1, channels)),
@@ -167,26 +172,33 @@ def one_layer(
         Node("sign", "sign", (1,)),
         Node("bconv", "conv", (2,), {"weight": "w"}, {"stride": stride, "pad": pad, "biases": 0}),
     ]
+    if beside:
+        nodes.append(nodes[-1])
     for op in chain:
-        slots = {}
+        slots, attrs = {}, dict[str, int | float]()
         names = {
             "affine": ("scale", "shift"),
             "prelu": ("slope",),
+            "rescale": ("scale", "shift"),
             "threshold": ("threshold", "direction"),
             "interval": ("low", "high", "inside"),
-        }.get(op, ())
+        }.get(op.rstrip("+"), ())
         for slot in names:
             slots[slot] = f"{len(nodes)}.{slot}"
-            if slot in ("direction", "inside"):
+            if op.startswith("rescale"):
+                kind = {"scale": "int16", "shift": "int32"}[slot]
+                table[slots[slot]] = tensor(kind, slot, rng.integers(-99, 99, filters))
+                attrs = {"right": 5, "low": -3000, "high": 3000}
+            elif slot in ("direction", "inside"):
                 table[slots[slot]] = tensor("binary", "direction", rng.random(filters) < 0.5)
             else:
                 role = "threshold" if slot in ("low", "high") else slot
                 table[slots[slot]] = tensor("float32", role, rng.normal(0, 3, filters))
-        inputs = (len(nodes), 3) if op == "add" else (len(nodes),)
-        nodes.append(Node(op, op, inputs, slots))
+        inputs = (len(nodes), 3) if op in ("add", "rescale+") else (len(nodes),)
+        nodes.append(Node(op.rstrip("+"), op, inputs, slots, attrs))
         if op in LEVELS:
             table["w2"] = tensor("binary", "weight", rng.random((filters, 1, 1, filters)) < 0.5)
-            attrs: dict[str, int | float] = {"stride": 1, "pad": 0, "biases": 0}
+            attrs = {"stride": 1, "pad": 0, "biases": 0}
             nodes.append(Node("bconv", "back", (len(nodes),), {"weight": "w2"}, attrs))
     nodes.append(Node("global_avg", "mean", (len(nodes),)))
     nodes.append(Node("dense", "dense", (len(nodes),), {"weight": "dense"}))
@@ -201,6 +213,21 @@ CHAINS = [
     ("prelu", "relu", "interval"),
     ("affine", "add", "affine", "prelu", "affine", "sign"),
 ]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_every_order_of_what_follows_sums(beside: bool) -> None:
+    """Each three operators one after another, also where the first of them reads a stored value."""
+    rng = np.random.default_rng(0)
+    tried = 0
+    whole = ("rescale", "rescale+", "sign")  # a convolution follows a sign
+    for chain in itertools.product((*whole, "affine", "prelu", "add"), repeat=3):
+        if any("rescale" in b and a not in whole for a, b in itertools.pairwise(chain)):
+            continue  # of floats
+        program = one_layer(rng, 3, 5, 1, 1, 0, (2, 2), chain, beside)
+        check(program, random_images(program, 2), TILES[0])
+        tried += 1
+    assert tried == 144
 
 
 @pytest.mark.slow

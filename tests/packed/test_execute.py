@@ -174,9 +174,8 @@ Z = np.array(
 
 
 def combined(combine, z=Z, **arrays):
-    program = with_combine(replace(random_program(2), members=3, classes=("a", "b", "c")),
-                           combine, **arrays)  # fmt: skip
-    return votes.combine(program, z)
+    program = replace(random_program(2, sort="floats"), members=3, classes=("a", "b", "c"))
+    return votes.combine(with_combine(program, combine, **arrays), z)
 
 
 def softmax(z):
@@ -331,6 +330,8 @@ def test_probabilities():
     assert np.allclose(mean, softmax(scores))
     shares = votes.probabilities(with_combine(small(), "hard_vote"), scores)
     assert shares.tolist() == [[0.5, 0.25, 0.25]]
+    none = votes.probabilities(with_combine(small(), "soft_vote"), 0 * scores)
+    assert none.tolist() == [[0, 0, 0]]
 
 
 def test_load(tmp_path):

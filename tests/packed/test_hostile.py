@@ -235,7 +235,7 @@ def test_hostile_files_soak():
 
 
 def small():
-    return take_apart(packfile.encode(random_program(3)))
+    return take_apart(packfile.encode(random_program(3, sort="floats")))
 
 
 def deep():
@@ -285,6 +285,34 @@ def huge_image():
     return graph, parts
 
 
+def pooled(image, *pools):
+    """Poolings (kernel, stride, pad) of a huge image's bytes, times 0."""
+    graph, _ = small()
+    tensors = [["s", "int16", "scale", [1], 0], ["h", "int32", "shift", [1], 0]]
+    zero = {"right": 0, "low": 0, "high": 0}
+    sizes = [dict(zip(("kernel", "stride", "pad"), pool, strict=True)) for pool in pools]
+    nodes = [
+        ["rescale", "", [1], {"scale": 0, "shift": 1}, zero],
+        *(["sumpool", "", [1], {}, {**size, "ceil": 0, "include_pad": 1}] for size in sizes),
+        ["global_sum", "", [1], {}, {}],
+        ["fixed", "", [1], {}, {"fraction": 4}],
+    ]
+    graph |= {"image": image, "classes": ["a"], "tensors": tensors, "nodes": nodes}
+    return graph, {"int32": bytes(4), "int16": bytes(2)}
+
+
+def huge_area():
+    return pooled([2**20, 2**20, 1])
+
+
+def huge_values():
+    return pooled([2**12, 2**12, 1], *[(1, 1, 0)] * 4000)
+
+
+def long_pools():
+    return pooled([2**20, 1, 1], *[(255, 1, 127)] * 200)
+
+
 def huge_shape():
     graph, parts = small()
     graph["tensors"][0][3] = [2**31] * 4
@@ -321,9 +349,9 @@ def lone_surrogate():
 
 REFUSED = (
     *(deep, bomb, many_tensors, many_names, many_inputs, huge_image, huge_shape, huge_members),
-    *(cycle, infinite_number, twice_a_key, lone_surrogate),
+    *(cycle, infinite_number, twice_a_key, lone_surrogate, huge_area, huge_values),
 )
-VALID = (many_nodes, many_adds)
+VALID = (many_nodes, many_adds, long_pools)
 
 
 @pytest.mark.slow

@@ -17,6 +17,12 @@ typedef int16_t BNN_ALIAS bnn_i16;
 typedef int8_t BNN_ALIAS bnn_i8;
 typedef uint32_t BNN_ALIAS bnn_u32;
 
+/* gcc bug 110702: where a loop reads and writes the arena in elements of two sizes, gcc before 14
+   (12.4, 13.3) writes through 0 plus an offset, takes that for no write at all, and drops it. */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 14
+#pragma GCC optimize("no-delete-null-pointer-checks")
+#endif
+
 /* Functions that a compiler shall not copy into where they are called. */
 #if defined(__GNUC__)
 #define BNN_APART __attribute__((noinline))

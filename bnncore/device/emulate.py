@@ -143,9 +143,8 @@ class Device:
             low[0] = min(low[0], machine.reg_read(sp))
 
         def write(machine: Any, access: int, address: int, *_: Any) -> None:
-            low[0] = min(
-                low[0], address
-            )  # also of a function of one block, which is seen too early
+            # Also in a function of one block, which was seen before it pushed anything.
+            low[0] = min(low[0], address)
 
         if count:
             uc.hook_add(unicorn.UC_HOOK_BLOCK, block)

@@ -426,11 +426,11 @@ def test_other_processors(tmp_path: Path) -> None:
         "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt",
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-m", "not soak"]
+    command = [sys.executable, "-m", "pytest", "-v", "-x", __file__, "-m", "not soak"]
     names = "grid and (33 or 64) or integer_levels or sums_longer"
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*command, "-v", "-k", names], env=env, cwd=root, capture_output=True, text=True
+        [*command, "-k", names], env=env, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
     assert "[33-words] PASSED" in done.stdout

@@ -27,9 +27,9 @@ def descendants(pid: int | None = None) -> dict[int, str]:
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                command = (folder / "cmdline").read_bytes()  # which may be gone by now
                 if fields[0] != "Z":
                     parents[int(folder.name)] = int(fields[1])
-                    command = (folder / "cmdline").read_bytes()
                     commands[int(folder.name)] = command.replace(b"\0", b" ").decode()
     found: dict[int, str] = {}
     front = {os.getpid() if pid is None else pid}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -37,6 +38,7 @@ from bnncore.packed.program import Node, Program, Tensor, pack_bits
 from tests import tiny
 
 OPTIMIZE = "-O2"
+SMALL = 16 * 16  # numbers of an image up to which floats are counted in software, too
 # name: backbone, image, members, and whether it is packed with `integer`. All of width 16. Those of
 # floats are counted on Cortex-M4 alone: without a float unit an image takes hundreds of millions.
 NETWORKS = {
@@ -102,9 +104,10 @@ def stack(channels: int, size: int, layers: int) -> Program:
 
 def programs() -> Iterator[tuple[str, Program, bool]]:
     """(name, program, whether it is counted on cores without a float unit too): the trained files
-    that come with bnncore, small enough for that, and `NETWORKS`."""
+    that come with bnncore and `NETWORKS`."""
     for entry in zoo.entries():
-        yield f"zoo:{entry.name}", packfile.load(entry.path), True
+        program = packfile.load(entry.path)
+        yield f"zoo:{entry.name}", program, math.prod(program.image) <= SMALL
     for name, row in NETWORKS.items():
         yield name, network(*row), row[-1]
 

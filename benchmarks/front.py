@@ -323,7 +323,8 @@ def summary(pieces: Pieces, most: int) -> list[Row]:
                 labels[about].append(label)
     first = next((list(found[about].values()) for about in found if FIRST in labels[about]), None)
     rows = []
-    for about, runs in ((about, list(runs.values())) for about, runs in found.items()):
+    for about, by_name in found.items():
+        runs = list(by_name.values())
         top1 = [r["test_top1"] for r in runs]
         names = sorted(labels[about], key=lambda label: label != FIRST)
         row = {

@@ -217,15 +217,18 @@ def _bench(options: argparse.Namespace) -> None:
     if min(options.batch, options.repeats) < 1:
         raise UserError("--batch and --repeats: expected at least 1")
     outputs = 4 * program.members * len(program.classes)
-    # Kernels that lay values out round channels up.
-    values = max(costs.peak_memory(program)[1], execute.Model(program).memory)
-    each = math.prod(program.image) + values + outputs
-    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // each
-    if options.batch > most:
-        raise UserError(
-            f"--batch: expected at most {most}, which fill half of this machine's memory, got "
-            f"{options.batch}"
-        )
+
+    def require_room(values: int) -> None:
+        """For a batch, whose values have so many bytes an image."""
+        each = math.prod(program.image) + values + outputs
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // each
+        if options.batch > most:
+            raise UserError(
+                f"--batch: expected at most {most}, which fill half of this machine's memory, got "
+                f"{options.batch}"
+            )
+
+    require_room(costs.peak_memory(program)[1])
     images = np.random.default_rng(0).integers(
         0, 256, (options.batch, *program.image), dtype=np.uint8
     )
@@ -237,6 +240,7 @@ def _bench(options: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 # torch divides a batch itself; the others work on parts of it side by side.
                 model = execute.Model(program, ops, 1 if ops == "torch" else threads)
+                require_room(model.memory)  # kernels that lay values out round channels up
                 model(images, options.members, options.batch)
                 first = time.perf_counter() - start
                 models[ops, threads] = model

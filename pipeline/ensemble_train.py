@@ -10,14 +10,14 @@ from bnncore.cluster.cluster import Cluster
 from bnncore.training import plans, schemes
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
-from pipeline.stage import CHECKPOINTS, MODELS, run, stage
+from pipeline.stage import CHECKPOINTS, MODELS, folder, run, stage
 
 
 def main() -> None:
     with stage() as s:
         images = s.images()
-        fp32 = Ensembled.read(MODELS / "fp32").state
-        bnn = Ensembled.read(MODELS / "bnn").state
+        fp32 = Ensembled.read(folder("fp32")).state
+        bnn = Ensembled.read(folder("bnn")).state
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
         out.mkdir(parents=True)  # the list may be empty
@@ -36,7 +36,7 @@ def main() -> None:
                 plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained, cluster.device)
                 plan = plan.over(cluster.slots())
                 trained[ensemble.name] = schemes.train(plan, train_many)
-                trained[ensemble.name].save(out / ensemble.name)
+                trained[ensemble.name].save(folder(ensemble.name))
             params.save(s.params, out / "params.yaml")
 
 

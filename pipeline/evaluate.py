@@ -36,9 +36,10 @@ def main() -> None:
         taken = {r["name"]: r.pop("confusion") for r in found}
         wrong = np.sum([r.pop("wrong") for r in found], axis=0)
         results = report.complete(found)
+        trained = {name: curves(name) for name in names}
         histories: dict[str, list[dict]] = {}
         for name in names:
-            histories |= curves(name)
+            histories |= trained[name]
         prefixes = {r["name"]: r.pop("anytime") for r in results}
         narrower = {r["name"]: r.pop("options") for r in results}
         REPORTS.mkdir(exist_ok=True)
@@ -50,7 +51,7 @@ def main() -> None:
         shown = live.samples(images.test.images, images.test.labels, wrong)
         written = report.write(results, histories, REPORTS, prefixes, confusion, facts, shown)
         (REPORTS / "metrics.json").write_text(json.dumps(best(results), indent=1) + "\n")
-        log(s, results, histories, written)
+        log(s, results, trained, written)
     if "torch" in sys.modules:
         raise RuntimeError("the packed evaluator imported torch; expected to run without it")
 
@@ -233,8 +234,8 @@ def curves(name: str) -> dict[str, list[dict]]:
     return json.loads((folder(name) / "histories.json").read_text())
 
 
-def log(s: Stage, results: list[dict], histories: dict, written: list[Path]) -> None:
-    """Final figures of every model to MLflow, of cached stages too."""
+def log(s: Stage, results: list[dict], trained: dict[str, dict], written: list[Path]) -> None:
+    """Final figures of every model to MLflow, of cached stages too; `trained`: its `curves`."""
     plain = params.plain(s.params)
     for row in results:
         name = row["name"]
@@ -243,7 +244,7 @@ def log(s: Stage, results: list[dict], histories: dict, written: list[Path]) -> 
         }
         with s.tracker.model(name, {**described, "model": plain["model"]}) as child:
             # Members that are trained apart have curves, and runs, of their own.
-            child.history(histories.get(name) or metrics.mean_curve(curves(name)))
+            child.history(metrics.mean_curve(trained[name]))
             child.metrics({k: v for k, v in row.items() if isinstance(v, int | float)})
             child.metrics({"file_kib": row["file_bytes"] / 1024})
             child.artifact(PACKED / f"{name}.bnn")

@@ -4,7 +4,7 @@ from bnncore import check, params
 from bnncore.training import devices, loop, plans
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
-from pipeline.stage import CHECKPOINTS, MODELS, run, stage
+from pipeline.stage import CHECKPOINTS, folder, run, stage
 
 
 def main() -> None:
@@ -15,8 +15,8 @@ def main() -> None:
         with resumable(CHECKPOINTS / "pretrain") as checkpoints:
             place = devices.of_process(s.params.ray)
             (trained,) = loop.train_many([job], images, checkpoints, s.on_epoch, place)
-            Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(MODELS / "fp32")
-            params.save(s.params, MODELS / "fp32" / "params.yaml")
+            Ensembled(job.spec, trained.state, {"fp32": trained.history}).save(folder("fp32"))
+            params.save(s.params, folder("fp32") / "params.yaml")
 
 
 if __name__ == "__main__":

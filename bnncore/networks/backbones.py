@@ -400,11 +400,13 @@ def build(spec: ModelSpec) -> Backbone:
         builder, paper_width = BACKBONES[spec.backbone]
         width = spec.width or paper_width
         network = builder(spec.image[2], spec.classes, width, spec.dropout, spec.binarizer)
-        bent = any(isinstance(m, BENT) for m in network.body.modules())
-        if spec.binarizer is not None and spec.binarizer.activation == "float" and not bent:
+        binarizer = spec.binarizer
+        if binarizer is None or binarizer.activation != "float":
+            return network
+        if not any(isinstance(m, BENT) for m in network.body.modules()):
             raise NetworkError(
                 f"model.binarizer.act: expected prelu, rprelu or null with activation float, "
-                f"without which {spec.backbone} is linear, got {spec.binarizer.act}"
+                f"without which {spec.backbone} is linear, got {binarizer.act}"
             )
         return network
     if ":" not in spec.backbone:

@@ -249,6 +249,8 @@ class Ensemble(nn.Module):
         plus ``jitter * n``, n standard normal) and, if asked, every member a freshly initialised
         classifier, or rows of a common one, where it owns them.
         """
+        if fresh_classifier and self.bias is not None:
+            self.bias.zero_()
         for i, member in zip(self.ids, self.members, strict=True):
             if fresh_classifier:
                 fresh = self._member(self.spec, seed, i)
@@ -257,8 +259,6 @@ class Ensemble(nn.Module):
                         member.get_submodule(name).load_state_dict(
                             fresh.get_submodule(name).state_dict()
                         )
-                if self.bias is not None:
-                    self.bias.zero_()
             if i == 0 or jitter == 0:
                 continue
             noise = generator("jitter", seed, i)

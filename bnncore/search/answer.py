@@ -78,9 +78,10 @@ class Report:
         """Finalists with what cross-validation got right, the most accurate first; none before all
         of them have all folds, as one that was not compared cannot lose.
         """
-        told = [(r, right) for r in self.finalists if (right := self.right(r)) is not None]
+        finalists = self.finalists
+        told = [(r, right) for r in finalists if (right := self.right(r)) is not None]
         told.sort(key=lambda one: (-one[1].mean(), one[0]["file_bytes"]))
-        return told if len(told) == len(self.finalists) else []
+        return told if len(told) == len(finalists) else []
 
     @property
     def compared(self) -> list[Row]:

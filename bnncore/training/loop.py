@@ -126,7 +126,8 @@ class Trainer:
         self.load(state)
         passes = len(self.feed) * recipe.epochs * len(job.ids)
         if layers.worth_compiling(job, passes, self.device):
-            images = recipe.batch_size // recipe.shards * max(1, len(job.each))
+            images = recipe.batch_size // recipe.shards
+            images *= len(self.step.units[0].ids) if job.each else 1  # what a unit sees at a time
             what = (job.spec, size, images, bool(job.each), recipe.two_step, self.device)
             self.step.run = layers.compiled(self.ensemble, images, what)
         else:

@@ -82,8 +82,6 @@ class Step:
         run: `Backbone.forward`, or a compiled one.
     """
 
-    run: Run = staticmethod(Backbone.forward)
-
     def __init__(
         self,
         job: Job,
@@ -97,6 +95,7 @@ class Step:
         self.job, self.ensemble, self.shards = job, ensemble, shards
         self.exchange, self.within = exchange, within
         self.replay = replay
+        self.run: Run = Backbone.forward
         trained = {n: p for n, p in ensemble.parameters_by_name() if p.requires_grad}
         names = {id(p): n for n, p in trained.items()}
         self.units = units(ensemble, stack, apart=bool(job.each))

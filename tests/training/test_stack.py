@@ -13,7 +13,7 @@ import torch
 from bnncore.cluster.group import actors_of_use, blocks
 from bnncore.networks.binarize import BinaryConv2d
 from bnncore.networks.parts import Backbone
-from bnncore.training import loop, schemes, stack
+from bnncore.training import layers, loop, schemes, stack
 from bnncore.training.loop import Trainer
 from tests.small import GRID, differences, plan
 from tests.training.test_step import HALVES, MEMBERS, Group, trained
@@ -137,6 +137,31 @@ def test_members_that_are_trained_apart_are_replayed_one_by_one_where_memory_is_
     for many in (64, 128):
         kept = trainer.saved_bytes(many)
         assert kept == pytest.approx(many / 64 * trainer.saved_bytes(64), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 3 * 64), ({"replay": None, "memory_share": 1e-9}, 64)]
+)
+def test_a_step_is_compiled_for_the_images_that_a_unit_sees(options, expected, monkeypatch):
+    p, images = plan("voting", "no_shared", members=3, subset=0.1, recipe={"stack": 3})
+    (job,) = jobs_of(p, images)
+    made_for, seen = [], []
+
+    def compiled(network, count, what):
+        def run(unit, h):
+            seen.append(len(h))
+            return Backbone.forward(unit, h)
+
+        made_for.append(count)
+        return run
+
+    monkeypatch.setattr(layers, "worth_compiling", lambda *_: True)
+    monkeypatch.setattr(layers, "compiled", compiled)
+    trainer = Trainer(job, images, **options)
+    seen.clear()  # what measured the memory
+    (batch,) = itertools.islice(trainer.feed.epoch(0, trainer.feed.order(0)), 1)
+    trainer.step(batch.x, batch.y, batch.extra)
+    assert set(seen) == {made_for[-1]} == {expected}
 
 
 def test_a_compiled_step_is_compiled_in_both_passes_of_a_replay():

@@ -183,7 +183,7 @@ def measured(
         "worse": {name: 100 * metrics.accuracy(model.predict(spoil(images.test.images)), labels)
                   for name, spoil in WORSE.items()},
         "nll": metrics.nll(probabilities, labels),
-        "ece": metrics.calibration_error(probabilities, labels),
+        "ece": metrics.calibration_error(probabilities, predicted, labels),
         "passes": sum(epochs) * len(images.train),
         "cpu_s": round(cpu.seconds),
         "curves": {name: [[round(e["train_loss"], 4), round(e["val_top1"], 2)] for e in history]

@@ -160,9 +160,11 @@ def _predict(options: argparse.Namespace) -> int:
                 print(f"bnncore: {printable(str(error))}", file=sys.stderr)
         if not read:
             continue
-        scores = model(np.stack(images), options.members)
-        for path, row in zip(read, votes.probabilities(program, scores), strict=True):
-            order = np.argsort(-row, kind="stable")[:top]
+        scores, labels = votes.combine(program, model.outputs(np.stack(images), options.members))
+        found = votes.probabilities(program, scores)
+        for path, label, row in zip(read, labels, found, strict=True):
+            # First what the model answers: of classes with as many votes that is not the lowest.
+            order = sorted(range(len(row)), key=lambda k: (k != label, -row[k]))[:top]
             best = [(program.classes[k], float(row[k])) for k in order]
             show(str(path), best[0][0] if best[0][1] >= options.threshold else None, best)
     return failed

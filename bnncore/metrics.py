@@ -46,15 +46,19 @@ def confusion(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.n
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+def calibration_error(
+    probabilities: np.ndarray, predicted: np.ndarray, labels: np.ndarray, bins: int = 15
+) -> float:
     """Expected calibration error: ``sum_b |b| / B * |accuracy(b) - confidence(b)|``.
 
-    Over `bins` equal bins (low, high] of the best class's probability (Guo et al., "On Calibration
-    of Modern Neural Networks", 2017, eq. 3).
+    Over `bins` equal bins (low, high] of the predicted class's probability (Guo et al., "On
+    Calibration of Modern Neural Networks", 2017, eq. 3). `predicted` says the classes (B,), because
+    several can be the most probable, as in a vote.
     """
-    _same(probabilities.shape[:1], labels.shape)
-    confidence = probabilities.max(1).astype(np.float64)
-    right = (probabilities.argmax(1) == labels).astype(np.float64)
+    _same(probabilities.shape[:1], predicted.shape)
+    _same(predicted.shape, labels.shape)
+    confidence = probabilities[np.arange(len(labels)), predicted].astype(np.float64)
+    right = (predicted == labels).astype(np.float64)
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gap = np.bincount(index, right - confidence, bins)
     return float(np.abs(gap).sum() / len(labels))

@@ -79,7 +79,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         if part == "test":
             probabilities = votes.probabilities(program, scores)
             row = {
-                "ece": metrics.calibration_error(probabilities, split.labels),
+                "ece": metrics.calibration_error(probabilities, predicted, split.labels),
                 "disagreement": metrics.disagreement(outputs.argmax(2)),
                 "confusion": metrics.confusion(
                     predicted, split.labels, len(images.classes)

@@ -66,6 +66,25 @@ def test_predict_a_folder(net, folder, capsys, ops):
         assert len(rest) == 1
 
 
+@pytest.mark.parametrize("combine", ["mean", "sum", "soft_vote", "hard_vote"])
+def test_predict_answers_what_the_model_does(tmp_path, capsys, combine):
+    """Where members disagree, too: two that do are a tie of a hard vote."""
+    program = ensemble(4, combine)
+    packfile.save(program, tmp_path / "net.bnn")
+    images = random_images(program, 40)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index:02}.png")
+    arguments = ["predict", str(tmp_path / "net.bnn"), str(tmp_path), "--members", "2", "--json"]
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model = execute.Model(program, "numpy")
+    disagree = model.outputs(images, 2).argmax(2)
+    assert (disagree[0] > disagree[1]).any(), "the lower class would be right by chance"
+    labels = [program.classes[k] for k in model.predict(images, 2)]
+    assert [row["label"] for row in rows] == labels
+    assert [next(iter(row["classes"])) for row in rows] == labels
+
+
 @pytest.mark.parametrize("form", ["text", "json", "csv"])
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_predict_a_list(net, folder, capsys, monkeypatch, form, threshold):

@@ -24,10 +24,18 @@ def test_calibration_error_by_hand():
     probabilities = np.array([[0.85, 0.15], [0.85, 0.15], [0.35, 0.65]])
     labels = np.array([0, 1, 1])
     expected = 2 / 3 * abs(1 / 2 - 0.85) + 1 / 3 * abs(1 - 0.65)
-    assert metrics.calibration_error(probabilities, labels, bins=10) == pytest.approx(expected)
-    sure = np.eye(2)[[0, 1, 0]]
-    assert metrics.calibration_error(sure, np.array([0, 1, 0])) == 0
-    assert metrics.calibration_error(sure, np.array([1, 0, 1])) == 1
+    predicted = np.array([0, 0, 1])
+    error = metrics.calibration_error(probabilities, predicted, labels, bins=10)
+    assert error == pytest.approx(expected)
+    said = np.array([0, 1, 0])
+    assert metrics.calibration_error(np.eye(2)[said], said, said) == 0
+    assert metrics.calibration_error(np.eye(2)[said], said, 1 - said) == 1
+
+
+def test_calibration_error_is_of_the_class_that_was_said():
+    even, labels = np.full((2, 2), 0.5), np.array([1, 1])
+    assert metrics.calibration_error(even, np.array([1, 1]), labels) == 0.5
+    assert metrics.calibration_error(even, np.array([0, 1]), labels) == 0
 
 
 def test_nll_by_hand():

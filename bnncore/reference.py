@@ -23,8 +23,8 @@ HEAD = """\
 # All keys of `params.yaml`
 
 Made from the code by `python -m bnncore.reference > docs/params.md`. A key that is left out has its
-default (the `params.yaml` that comes with the project says other values). Unknown keys, and values
-that are not allowed, are refused before any work.
+default (the `params.yaml` that comes with the project says other values), but what `dvc.yaml`
+names DVC wants written. Unknown keys, and values that are not allowed, are refused before any work.
 """
 # Keys whose texts are names of these rows.
 NAMES: dict[str, Mapping[str, Any]] = {

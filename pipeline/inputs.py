@@ -24,6 +24,11 @@ PACKAGE = Path(params.__file__).parents[1]
 
 def main() -> None:
     p = params.load(ROOT / "params.yaml")
+    if missing := unwritten():
+        raise params.ParamsError(
+            f"params.yaml: expected {', '.join(missing)} to be written: stages of dvc.yaml depend on "
+            "them, and DVC knows no defaults (docs/params.md has them)"
+        )
     source = data.source(p.data, ROOT)
     images = fingerprint.contents(source, KEPT / "hashes.json")
     binarizer = p.model.binarizer
@@ -42,6 +47,23 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     for name, content in found.items():
         (OUT / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def unwritten() -> list[str]:
+    """Keys that a stage depends on and params.yaml does not have; DVC would ask for them when that
+    stage begins, after those before it have trained."""
+    if not (ROOT / "dvc.yaml").exists():  # run by hand, elsewhere
+        return []
+    stages = params.read_yaml(ROOT / "dvc.yaml")["stages"].values()
+    written = params.read_yaml(ROOT / "params.yaml")
+    keys = dict.fromkeys(key for stage in stages for key in stage.get("params", ()))
+    return [key for key in keys if not _has(written, key.split("."))]
+
+
+def _has(values: Any, path: list[str]) -> bool:
+    return not path or (
+        isinstance(values, dict) and path[0] in values and _has(values[path[0]], path[1:])
+    )
 
 
 def code(names: list[str]) -> dict[str, str]:

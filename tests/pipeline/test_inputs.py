@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -133,6 +134,37 @@ def touch(folder: Path) -> None:
 def append(folder: Path, name: str) -> None:
     with open(folder / "mine" / name, "a") as file:
         file.write("\nchanged = True\n")
+
+
+KEYS = sorted({key for stage in STAGES.values() for key in stage.get("params", ())})
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_dvc_wants_written_is_named_at_once(tmp_path, monkeypatch, key):
+    """bnncore has defaults, DVC has none, and asks when the stage begins."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    *above, last = key.split(".")
+    section = values
+    for name in above:
+        section = section[name]
+    del section[last]
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    params.load("params.yaml")
+    with pytest.raises(params.ParamsError, match=rf"expected (.+, )?{re.escape(key)}[, ]"):
+        inputs.main()
+
+
+def test_parameters_of_files_that_come_with_bnncore_are_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    files = [ROOT / "params.yaml", *(ROOT / "bnncore/zoo").glob("*.yaml"),
+             *(ROOT / "docs/reproduction/runs").glob("*/params.yaml")]  # fmt: skip
+    assert len(files) > 5
+    for file in files:
+        shutil.copy(file, "params.yaml")
+        assert inputs.unwritten() == [], file
 
 
 CHANGES = {

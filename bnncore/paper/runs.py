@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Setting:
         width: channels of the first convolution; None for the paper's.
         subset: fraction of the training images.
         epochs: of the model's own training; None where the run does not say.
+        how: every other parameter that the model comes from, as (key, value).
+        note: what of it is different where the rest is equal.
     """
 
     dataset: str
@@ -31,11 +33,13 @@ class Setting:
     width: int | None
     subset: float
     epochs: int | None
+    how: frozenset[tuple[str, str]] = frozenset()
+    note: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         width = "the paper's width" if self.width is None else f"width {self.width}"
         images = "" if self.subset == 1 else f", {self.subset:.0%} of the images"
-        return f"{width}{images}"
+        return f"{width}{images}{self.note}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Run:
 
 
 def collect(folders: Iterable[Path]) -> list[Run]:
-    """The finished runs below `folders`: every ``results.json``.
+    """The finished runs in or below `folders`: their ``results.json``, or that in ``reports``.
 
     What a row does not say itself (``dataset``, ``backbone``, ``width``, ``subset``, ``epochs``,
     ``seed``) is taken from the resolved parameters of the run: ``packed/params.yaml`` or
@@ -70,14 +74,25 @@ def collect(folders: Iterable[Path]) -> list[Run]:
     """
     runs: list[Run] = []
     for folder in folders:
-        # MLflow keeps copies of its own.
-        found = [f for f in sorted(folder.rglob("results.json")) if "mlruns" not in f.parts]
-        files = [folder] if folder.is_file() else found
+        files = [folder] if folder.is_file() else _results(folder)
         if not files:
             raise FiguresError(f"{folder}: expected a finished run, found no results.json below it")
         for file in files:
             runs += _read(file)
     return runs
+
+
+def _results(folder: Path) -> list[Path]:
+    for file in (folder / "results.json", folder / "reports" / "results.json"):
+        if file.is_file():  # a run: what lies deeper are copies of it, or not its own
+            return [file]
+    below = sorted(f for f in folder.glob("*/") if not f.is_symlink())
+    return [
+        file
+        for f in below
+        if f.name[0] != "." and f.name not in ("checkpoints", "mlruns")
+        for file in _results(f)
+    ]
 
 
 def _read(file: Path) -> list[Run]:
@@ -97,12 +112,9 @@ def _read(file: Path) -> list[Run]:
 
 def _parameters(file: Path) -> dict[str, Any]:
     for folder in (file.parent, file.parent.parent):
-        if (resolved := folder / "packed" / "params.yaml").exists():
-            return read_yaml(resolved)
-        if (written := folder / "params.yaml").exists():
-            found = read_yaml(written)
-            whole = found.get("scale") in (None, params.plain(params.Scale()))
-            return found if whole else params.plain(params.parse(found))
+        for path in (folder / "packed" / "params.yaml", folder / "params.yaml"):
+            if path.exists():
+                return params.plain(params.load(path))
     return {}
 
 
@@ -114,12 +126,11 @@ def _kind(row: dict[str, Any]) -> tuple[str, ...]:
 def _run(row: dict[str, Any], p: dict[str, Any], fp32: float | None) -> Run:
     kind = _kind(row)
     data, model = p.get("data", {}), p.get("model", {})
+    own: dict[str, Any] = {}
     section = {"fp32": p.get("pretrain"), "bnn": p.get("binarize")}.get(kind[0])
     if section is None:
         ensembles = p.get("ensembles", {})
-        own: dict[str, Any] = next(
-            (e for e in ensembles.get("train", ()) if e["name"] == row["name"]), {}
-        )
+        own = next((e for e in ensembles.get("train", ()) if e["name"] == row["name"]), {})
         section = {**ensembles.get("recipe", {}), **(own.get("recipe") or {})}
     backbone = str(row.get("backbone") or model["backbone"])
     width = row.get("width", model.get("width"))
@@ -128,18 +139,78 @@ def _run(row: dict[str, Any], p: dict[str, Any], fp32: float | None) -> Run:
     epochs = row.get("epochs", section.get("epochs"))
     # A folder is taken for the data set that it is named after.
     dataset = Path(data["path"]).name if data.get("name") == "folder" else data.get("name")
+    if not (dataset := row.get("dataset") or dataset):
+        raise ValueError("no dataset, and no params.yaml beside it or in the folder above")
     setting = Setting(
-        str(row.get("dataset") or dataset),
+        str(dataset),
         backbone,
         None if width is None else int(width),
         float(row.get("subset", data.get("subset", 1.0))),
         None if epochs is None else int(epochs),
+        _how(p, kind, own, section or {}),
     )
     members = 1 if len(kind) == 1 else int(row["members"])
     seed = int(row.get("seed", p.get("seed", 0)))
     size = row.get("file_bytes")
     return Run(setting, kind, members, seed, float(row["test_top1"]), fp32,
                None if size is None else int(size))  # fmt: skip
+
+
+# What Setting, Run or Series say themselves, and what changes no result.
+_ELSEWHERE = {
+    "name",
+    "path",
+    "download",
+    "subset",
+    "seed",
+    "backbone",
+    "width",
+    "scheme",
+    "members",
+}
+_ELSEWHERE |= {"compile", "stack", "deterministic", "shards"}
+
+
+def _how(
+    p: dict[str, Any], kind: tuple[str, ...], own: dict[str, Any], recipe: dict[str, Any]
+) -> frozenset[tuple[str, str]]:
+    """(key, value) of the parameters behind a model, those of what it starts from among them."""
+    found = {name: dict(p.get(name, {})) for name in ("data", "pack", "model", "pretrain")}
+    if kind == ("fp32",):
+        found["model"].pop("binarizer", None)
+    else:
+        found["binarize"] = p.get("binarize", {})
+    if len(kind) > 1:
+        found["ensemble"] = {**own, "recipe": recipe}
+    return frozenset(
+        (key, str(value)) for key, value in _flat(found) if key.rpartition(".")[2] not in _ELSEWHERE
+    )
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _noted(runs: Sequence[Run]) -> list[Run]:
+    """The same, their settings saying what is different of how they were trained."""
+    alike: dict[tuple[Any, ...], set[frozenset[tuple[str, str]]]] = {}
+    for run in runs:
+        alike.setdefault(_printed(run), set()).add(run.setting.how)
+    noted = []
+    for run in runs:
+        hows = alike[_printed(run)]
+        special = sorted(run.setting.how - frozenset.intersection(*hows))
+        note = "".join(f", {key} {value}" for key, value in special)
+        noted.append(replace(run, setting=replace(run.setting, note=note)))
+    return noted
+
+
+def _printed(run: Run) -> tuple[Any, ...]:
+    return *_key(run), run.setting.width, run.setting.subset, run.setting.epochs
 
 
 @dataclass(frozen=True)
@@ -186,6 +257,7 @@ def lines(runs: Sequence[Run], published: Sequence[Series]) -> list[Line]:
 
     A published value has a line for each setting in which it was run, or a blank one.
     """
+    runs = _noted(runs)
     found: list[Line] = []
     known = set()
     for series in published:
@@ -226,7 +298,7 @@ def _lines(runs: Sequence[Run], series: Series, members: int) -> list[Line]:
     return found or [Line(series, members)]
 
 
-def _nearness(setting: Setting) -> tuple[float, ...]:
+def _nearness(setting: Setting) -> tuple[Any, ...]:
     """Settings like the paper's first."""
     width, epochs = setting.width or 0, setting.epochs or 0
-    return (setting.width is not None, -width, -setting.subset, -epochs)
+    return (setting.width is not None, -width, -setting.subset, -epochs, setting.note)

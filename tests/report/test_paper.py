@@ -135,6 +135,48 @@ def test_a_seed_that_ran_twice_counts_once(tmp_path):
     assert (line.seeds, line.spread) == (1, None)
 
 
+def test_a_project_is_one_run_whatever_lies_deeper(tmp_path):
+    """Copies for MLflow of earlier evaluations, and runs that others committed."""
+    project = finished(tmp_path / "mine", 0, {"bnn": 45.0})
+    for deeper in ("checkpoints/mlflow/key/files/hash", "docs/runs/other/reports", "mlruns/0"):
+        (project / deeper).mkdir(parents=True)
+        earlier = [{"name": "bnn", "kind": "bnn", "backbone": "nin", "test_top1": 9.0}]
+        (project / deeper / "results.json").write_text(json.dumps(earlier))
+    assert [run.top1 for run in runs.collect([project])] == [45.0]
+    assert [run.top1 for run in runs.collect([project.parent])] == [45.0]
+
+
+def test_runs_that_were_trained_otherwise_are_not_averaged(tmp_path):
+    """Of one run or of two; and what differs is said."""
+    rows = {"a": 60.0, "b": 70.0}
+    train = [
+        {"name": "a", "scheme": "bagging", "sharing": "no_shared", "members": 4},
+        {"name": "b", "scheme": "bagging", "sharing": "no_shared", "members": 4,
+         "sampling": "batch", "recipe": {"lr": 0.1}},
+    ]  # fmt: skip
+    for seed in (0, 1):
+        folder = finished(tmp_path / f"{seed}", seed, {"bnn": 40.0 + seed})
+        results = json.loads((folder / "reports/results.json").read_text())
+        results += [{**results[0], **train[0], "name": name, "kind": "ensemble", "test_top1": top1}
+                    for name, top1 in rows.items()]  # fmt: skip
+        (folder / "reports/results.json").write_text(json.dumps(results))
+        parameters = yaml.safe_load((folder / "packed/params.yaml").read_text())
+        parameters["ensembles"]["train"] = train
+        if seed:
+            parameters["model"]["binarizer"] = {"weight": "sign"}
+        (folder / "packed/params.yaml").write_text(yaml.safe_dump(parameters))
+    found = runs.lines(runs.collect([tmp_path / "0", tmp_path / "1"]), PUBLISHED.series)
+    (bnn, other) = (x for x in found if x.row == "resnet20 cifar100 bnn")
+    assert {str(bnn.setting), str(other.setting)} == {
+        "the paper's width, model.binarizer.weight sign",
+        "the paper's width, model.binarizer.weight xnor",
+    }
+    bagged = [x for x in found if x.row == "resnet20 cifar100 bagging, no_shared, M = 4"]
+    assert sorted((x.ours, x.seeds) for x in bagged) == [(60.0, 1), (60.0, 1), (70.0, 1), (70.0, 1)]
+    assert sum("ensemble.sampling batch, model.binarizer.weight sign" in str(x.setting)
+               for x in bagged) == 1  # fmt: skip
+
+
 def test_a_row_may_say_everything_itself(tmp_path):
     row = {"name": "x", "kind": "ensemble", "scheme": "bagging", "sharing": "no_shared",
            "members": 12, "test_top1": 80.0, "dataset": "cifar10", "backbone": "nin",
@@ -154,6 +196,10 @@ def test_a_row_may_say_everything_itself(tmp_path):
         ('{"name": "bnn"}', "expected a list of objects"),
         ('[{"name": "x", "test_top1": 1.0}]', "no 'scheme'"),
         ('[{"name": "bnn", "test_top1": 1.0}]', "no 'backbone'"),
+        (
+            '[{"name": "bnn", "backbone": "nin", "test_top1": 1.0}]',
+            "no dataset, and no params.yaml",
+        ),
     ],
 )
 def test_unreadable_results_are_named(content, said, tmp_path, capsys):

@@ -26,8 +26,8 @@ def main() -> None:
     p = params.load(ROOT / "params.yaml")
     if missing := unwritten():
         raise params.ParamsError(
-            f"params.yaml: expected {', '.join(missing)} to be written: stages of dvc.yaml depend on "
-            "them, and DVC knows no defaults (docs/params.md has them)"
+            f"params.yaml: expected {', '.join(missing)} to be written: stages of dvc.yaml depend "
+            "on them, and DVC knows no defaults (docs/params.md has them)"
         )
     source = data.source(p.data, ROOT)
     images = fingerprint.contents(source, KEPT / "hashes.json")

@@ -12,7 +12,6 @@ from typing import Any
 from bnncore import params
 from bnncore.networks.backbones import BACKBONES
 from bnncore.paper.figures import FiguresError, Series
-from bnncore.params import read_yaml
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-from bnncore import data, metrics, params, report, storage
+from bnncore import data, metrics, params, report, storage, tracking
 from bnncore.device import costs
 from bnncore.errors import UserError
 from bnncore.packed import execute, exits, integers, narrow, packfile, votes
@@ -113,6 +113,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
         "width": info.get("width"),
         "scheme": info.get("scheme"),
         "sharing": info.get("sharing"),
+        "settings": settings(s.params, name),
         "members": program.members,
         "val_top1": top1["val"],
         "test_top1": top1["test"],
@@ -137,13 +138,23 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
     }
 
 
+def settings(p: params.Params, name: str) -> str | None:
+    """What an ensemble's section says beside scheme, sharing by name, and members; in words."""
+    section = next((e for e in p.ensembles.train if e.name == name), None)
+    if section is None:
+        return None
+    said = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)
+            if f.default != getattr(section, f.name) != {}}  # fmt: skip
+    said |= said.pop("recipe", {})
+    if not isinstance(section.sharing, str):
+        said["owning"] = " ".join((*section.sharing.own, "frozen" * section.sharing.frozen)).strip()
+    own = [k for k in said if k not in ("name", "scheme", "sharing", "members")]
+    return ", ".join(f"{k} {said[k]}" for k in own) or None
+
+
 def about(p: params.Params, images: data.Dataset) -> dict:
     """What was evaluated, when, of which commit."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
+    commit = tracking.commit(ROOT)
     counts = np.bincount(images.test.labels, minlength=1)
     parts = {part: len(getattr(images, part)) for part in ("train", "val", "test")}
     return {
@@ -153,7 +164,7 @@ def about(p: params.Params, images: data.Dataset) -> dict:
         "images": ", ".join(f"{count:,} {part}" for part, count in parts.items()),
         "chance_top1": 100 * float(counts.max() / counts.sum()),
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
-        "commit": commit or None,
+        "commit": commit and commit[:7] + commit[40:],
         "seed": p.seed,
         "params": params.plain(p),
     }

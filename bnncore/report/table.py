@@ -142,18 +142,26 @@ def families(results: Iterable[Row]) -> dict[str, list[dict[str, Any]]]:
     A family's name holds only what tells it from the others.
     """
     rows = [r for r in complete(results) if r["kind"] != "fp32" and r.get("members")]
-    keys = ("scheme", "sharing", "backbone", "width", "combine", "classifier")
+    keys = ("scheme", "sharing", "backbone", "width")
     texts = {k: [str(r[k]) for r in rows if r.get(k) is not None] for k in keys}
     usual = {k: max(t, key=t.count) for k, t in texts.items() if t}
     telling = [k for k in keys if len(set(texts[k])) > 1]
 
-    def family(row: Row) -> str:
+    def kin(row: Row) -> str:
         words = []
         for k in telling:
             if row.get(k) is None or (k in ("backbone", "width") and str(row[k]) == usual[k]):
                 continue
             words.append(f"{k} {row[k]}" if k == "width" else str(row[k]))
         return ", ".join(dict.fromkeys(words)) or KINDS[row["kind"]]
+
+    settings: dict[str, set[str]] = {}
+    for row in rows:
+        settings.setdefault(kin(row), set()).add(row.get("settings") or "")
+
+    def family(row: Row) -> str:
+        own = row.get("settings")
+        return f"{kin(row)}, {own}" if own and len(settings[kin(row)]) > 1 else kin(row)
 
     rows.sort(key=lambda r: (family(r), r["members"]))
     return {name: list(group) for name, group in groupby(rows, family)}

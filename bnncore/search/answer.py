@@ -166,6 +166,7 @@ def write(report: Report, out: Path) -> list[Path]:
     ]
     content = {
         "study": report.name,
+        "data": P.plain(report.params.data),
         "budget_bytes": round(1024 * search.budget_kib) if search.count == "file" else None,
         "budget_kib": search.budget_kib,
         "counted": search.count,

@@ -9,7 +9,7 @@ and what the store has is not sent again. So a server that is away, slow or hang
 but the wait in `Tracker.finish`.
 """
 
-from bnncore.tracking.runs import METRICS, NOWHERE, ModelRun, Tracker, resolve_uri
+from bnncore.tracking.runs import METRICS, NOWHERE, ModelRun, Tracker, commit, resolve_uri
 from bnncore.tracking.sync import merge, sync
 from bnncore.tracking.ui import compare_path
 
@@ -18,6 +18,7 @@ __all__ = [
     "NOWHERE",
     "ModelRun",
     "Tracker",
+    "commit",
     "compare_path",
     "merge",
     "resolve_uri",

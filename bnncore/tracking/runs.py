@@ -312,15 +312,32 @@ def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
 
 
+def commit(root: Path) -> str | None:
+    """The commit that is checked out in `root`, ``-dirty`` behind it where a file differs from it.
+
+    Not counting dvc.lock, which DVC writes as stages end. None where there is no repository.
+    """
+    git = ["git", "-C", str(root)]
+
+    def asked(*words: str) -> str:
+        done = subprocess.run(
+            [*git, *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = asked("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+        return asked("rev-parse", "HEAD") + "-dirty" * bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def origin(root: Path) -> dict[str, str]:
     """Tags that say where a run comes from: git, DVC, and this package's version."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run([*describe, "--exclude=*"], capture_output=True, text=True,
-                              timeout=10, check=True)  # fmt: skip
-        commit, _, dirty = done.stdout.strip().partition("-")
-        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(dirty)).lower()}
+    if found := commit(root):
+        head, _, dirty = found.partition("-")
+        tags |= {"mlflow.source.git.commit": head, "git.dirty": str(bool(dirty)).lower()}
     names = ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
     tags |= {name: os.environ[name] for name in names if os.environ.get(name)}
     with contextlib.suppress(metadata.PackageNotFoundError):

@@ -42,7 +42,8 @@ def a_search():
         {"rival": "wider BNN", "file_bytes": 22_000, "val_top1": 85.0, "about": "nin 40, one BNN"},
     ]
     more = {"winner": "wider BNN", "rivals": {"one that was tried": 3, "wider BNN": None}}
-    return {"budget_bytes": 24 * 1024, "trials": trials, **more}
+    of = {"data": {"name": "folder", "path": "pictures", "seed": 0}}
+    return {"budget_bytes": 24 * 1024, "trials": trials, **more, **of}
 
 
 CLASSES = ["zero", "one", HOSTILE, *(f"class {i}" for i in range(3, 10))]
@@ -54,7 +55,7 @@ ABOUT = {
     "date": "2026-01-02 03:04+00:00",
     "commit": "abc1234",
     "seed": 7,
-    "params": {"seed": 7, "model": {"backbone": "nin"}},
+    "params": {"seed": 7, "model": {"backbone": "nin"}, "data": {"name": "digits", "seed": 0}},
 }
 
 
@@ -308,6 +309,7 @@ def test_the_page_in_a_browser(reports, tmp_path):
         text = await browser.value(f"{search}.closest('section').textContent")
         for said in (
             "over the budget",
+            "On pictures. These are other images",
             "The best that fits, nin 40, one BNN",
             "one that was tried",
         ):
@@ -441,6 +443,13 @@ def test_a_search_alone_is_shown(tmp_path):
         assert "Models" not in await browser.value(
             "[...document.querySelectorAll('h2')].map((h) => h.textContent).join()"
         )
+        assert "On pictures. Budget" in text, "no models beside it, so no other images"
+        # A rival is the best of all, and ends the front.
+        steps = f"{CHART.format('Search under a budget')}.querySelector('path[fill=none][opacity]')"
+        marks = f"[...{CHART.format('Search under a budget')}.querySelectorAll('.point')]"
+        middles = f"{marks}.map((m) => m.getBBox()).map((b) => b.y + b.height / 2)"
+        top = await browser.value(f"Math.min(...{middles})")
+        assert abs(top - await browser.value(f"{steps}.getBBox().y")) < 1
         assert "Rivals within the same budget: int8 of the same bytes 88.0" in text
         assert "scored lower, down to 10.0" in text
         assert not browser.complaints()

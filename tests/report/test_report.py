@@ -176,6 +176,20 @@ def test_families_by_what_tells_them_apart():
     assert not any(r["kind"] == "fp32" for rows in families.values() for r in rows)
 
 
+def test_a_family_is_of_equal_settings():
+    """Two votes of as many members are not one curve."""
+    row = {"scheme": "voting", "sharing": "no_shared", "test_top1": 90.0}
+    rows = [
+        {**row, "name": "soft-2", "members": 2, "settings": None},
+        {**row, "name": "soft-4", "members": 4, "settings": None},
+        {**row, "name": "hard-4", "members": 4, "settings": "vote hard"},
+        {**row, "name": "fused-4", "scheme": "fusion", "members": 4, "settings": "jitter 0.5"},
+    ]
+    found = {name: [r["name"] for r in kin] for name, kin in table.families(rows).items()}
+    assert found == {"fusion": ["fused-4"], "voting": ["soft-2", "soft-4"],
+                     "voting, vote hard": ["hard-4"]}  # fmt: skip
+
+
 def test_importable_without_torch():
     code = "import sys, bnncore.report; assert not {'torch', 'mlflow'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -88,6 +88,7 @@ def test_the_best_is_the_best_of_everything_trained(tmp_path, case):
     assert ("it beat the best configuration of the search" in lines[at + 1]) == ("rival" in winner)
     content = json.loads((tmp_path / "front.json").read_text())
     assert content["winner"] == expected
+    assert content["data"] == P.plain(PARAMS.data)
     (last,) = [t for t in content["trials"] if t["front"] and t["val_top1"] == winner["val_top1"]]
     assert last.get("rival", last.get("number")) == expected
 

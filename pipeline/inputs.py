@@ -29,6 +29,7 @@ def main() -> None:
             f"params.yaml: expected {', '.join(missing)} to be written: stages of dvc.yaml depend "
             "on them, and DVC knows no defaults (docs/params.md has them)"
         )
+    p.ray.place()  # wrong, it would be met when the first ensemble trains
     source = data.source(p.data, ROOT)
     images = fingerprint.contents(source, KEPT / "hashes.json")
     binarizer = p.model.binarizer

@@ -92,7 +92,7 @@ GOOD: dict[str, dict[str, set[str]]] = {
     },
     "EvaluateParams": {"ops": set(), "batch": WHOLE, "threads": WHOLE},
     "RayParams": {
-        "address": TEXT, "actors": {"null", *MANY}, "cpus_per_actor": WHOLE,
+        "address": set(), "actors": {"null", *MANY}, "cpus_per_actor": WHOLE,
         "gpus_per_actor": {"null", "0", "1", "0.25"}, "wait_s": {"0", "10**5", "10**9", *NUMBER},
         "replay": {"null", "true"},
     },

@@ -28,7 +28,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bnncore.cluster.actor import Actor
-from bnncore.cluster.connect import LOST, ClusterError, address, connect
+from bnncore.cluster.connect import LOST, ClusterError, connect
 from bnncore.cluster.group import Group, GroupLost, actors_of_use
 from bnncore.data import Dataset
 from bnncore.params import RayParams
@@ -218,7 +218,7 @@ class Cluster:
     def _wait_for_nodes(self) -> None:
         wanted, waited = self.params.actors or 1, 0.0
         # A cluster that was started here does not grow.
-        local = self._owner and address(self.params) == "local"
+        local = self._owner and self.params.place() == "local"
         if self.slots() < wanted and not local and self.params.wait_s:
             waited = self.params.wait_s
             place = placement_group(self._bundles(wanted))  # an autoscaler adds nodes for it

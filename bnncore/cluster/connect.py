@@ -48,18 +48,13 @@ class ClusterError(UserError, RuntimeError):
     """The cluster is not there, lacks what was asked for, or lost it too often; says what."""
 
 
-def address(params: RayParams) -> str:
-    """RAY_ADDRESS, else what the parameters say."""
-    return os.environ.get("RAY_ADDRESS") or params.address
-
-
 def connect(params: RayParams, **options: Any) -> None:
     """`ray.init` as the parameters and RAY_ADDRESS say; `options` are its own.
 
     Raises:
         ClusterError: there is no cluster at the address, or the one of here does not start.
     """
-    place = address(params)
+    place = params.place()
     options = {"logging_level": "ERROR", "log_to_driver": False, **options}
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # they are raised here all the same
     token.guard(create=place == "local" and os.environ.get("RAY_AUTH_MODE", "token") == "token")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from collections import Counter
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -383,13 +385,18 @@ class EvaluateParams:
     threads: Threads = 1
 
 
+# How Ray takes them, without a server of jobs, which only `ray job` and `make submit` ask.
+ADDRESS = r"local|auto|ray://\S+|[^/\s]+:[0-9]{1,5}"
+ADDRESSES = "local, auto, HOST:PORT or ray://HOST:PORT"
+
+
 @dataclass(frozen=True, config=SECTION)
 class RayParams:
     """The cluster.
 
     Attributes:
-        address: ``local`` starts one on this machine; else that of a running cluster. The
-            environment variable RAY_ADDRESS goes first.
+        address: ``local`` starts one on this machine; ``auto``, HOST:PORT and ray://HOST:PORT are
+            running ones. The environment variable RAY_ADDRESS goes first.
         actors: at most so many at once; None for as many as the cluster's CPUs or GPUs allow.
         cpus_per_actor: what one actor takes, and how many threads it runs.
         gpus_per_actor: fractions are allowed; None for 1 where the cluster has GPUs, else 0.
@@ -409,6 +416,20 @@ class RayParams:
         gpus = self.gpus_per_actor or 0.0
         if gpus > 1 and not math.isclose(gpus, round(gpus)):
             raise ValueError(f"gpus_per_actor: expected a whole number above 1, got {gpus}")
+        if not re.fullmatch(ADDRESS, self.address):
+            raise ValueError(f"address: expected {ADDRESSES}, got {self.address!r}")
+
+    def place(self) -> str:
+        """RAY_ADDRESS, else `address`.
+
+        Raises:
+            ParamsError: RAY_ADDRESS is of another form.
+        """
+        place = os.environ.get("RAY_ADDRESS") or self.address
+        if not re.fullmatch(ADDRESS, place):
+            more = "; http:// is for jobs, `make submit`" * place.startswith("http")
+            raise ParamsError(f"RAY_ADDRESS: expected {ADDRESSES}, got {place!r}{more}")
+        return place
 
 
 @dataclass(frozen=True, config=SECTION)

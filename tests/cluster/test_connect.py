@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from bnncore import params
 from bnncore.cluster import connect, token
 from bnncore.cluster.connect import LOST, ClusterError
 from bnncore.params import RayParams
+from pipeline import inputs
 from tests import processes
 
 # All that Ray has, so that what a new version brings is looked at before it is used.
@@ -83,6 +85,28 @@ def test_an_unreachable_cluster_is_named(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match=r"127.0.0.1:9"):
         connect.connect(RayParams(address="127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("place", ["head", "http://127.0.0.1:8265", "head:", ":1", "a b:1"])
+def test_what_is_no_clusters_address_is_refused_before_any_work(tmp_path, monkeypatch, place):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(params.ParamsError, match=r"ray.address: expected local, auto, HOST:PORT"):
+        params.parse({"ray": {"address": place}})
+    monkeypatch.setenv("RAY_ADDRESS", place)
+    with pytest.raises(params.ParamsError, match="RAY_ADDRESS: expected local, auto, HOST:PORT"):
+        connect.connect(RayParams())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("{}")
+    with pytest.raises(params.ParamsError, match="RAY_ADDRESS"):
+        inputs.main()
+
+
+@pytest.mark.parametrize("place", ["local", "auto", "[::1]:6379", "head.lan:6379", "ray://h:10001"])
+def test_addresses_as_ray_takes_them(monkeypatch, place):
+    monkeypatch.setenv("RAY_ADDRESS", place)
+    assert RayParams().place() == place
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert RayParams(address=place).place() == place
 
 
 @pytest.mark.parametrize(

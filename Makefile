@@ -6,21 +6,23 @@ STAMP := .venv/.installed
 # file share what is slow to make, and stay in one.
 SPREAD := -n 3 --dist loadfile --no-loadscope-reorder
 
+CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "expected Python 3.11 to 3.13, got " + sys.version)
+
 .PHONY: help env repro submit search test check soak ui report paper clean
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 env: $(STAMP)  ## build or update .venv
 $(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or later, got " + sys.version)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PYTHON) -c '$(CHECK)'
+	$(BIN)/python -c '$(CHECK)' 2> /dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
 repro: $(STAMP)  ## the whole pipeline on the parameters in params.yaml, then its table
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@$(BIN)/python -m bnncore.report
-	@echo; echo "plots and tables: $(CURDIR)/reports    MLflow's store: $(CURDIR)/mlflow.db, shown by 'make ui'"
+	@echo; echo "plots and tables: $(CURDIR)/reports    runs in MLflow: make ui"
 
 submit: $(STAMP)  ## the pipeline as a job on a cluster: make submit RAY_ADDRESS=http://HEAD:8265 (docs/cluster.md)
 	$(BIN)/python -m pipeline.submit $(SUBMIT)
@@ -49,5 +51,5 @@ report: $(STAMP)  ## reports/index.html, one page that needs no network
 paper: $(STAMP)  ## finished runs in the form of the papers' tables and figures: make paper RESULTS="DIR ..."
 	$(BIN)/python -m bnncore.paper $(RESULTS)
 
-clean:  ## remove what the pipeline made; keeps .venv
-	rm -rf models packed reports checkpoints mlruns mlflow.db*
+clean:  ## remove what the pipeline's stages made; searches, MLflow's store, DVC's cache and .venv stay
+	rm -rf models packed reports/*.* $(addprefix checkpoints/,inputs pretrain binarize ensemble-train)

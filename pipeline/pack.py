@@ -13,33 +13,53 @@ from bnncore.lowering import packing, parity
 from bnncore.networks.ensemble import Ensemble
 from bnncore.packed import execute, packfile, votes
 from bnncore.packed.program import Program
-from bnncore.training import ensembled
+from bnncore.training import ensembled, plans
 from pipeline.stage import PACKED, folder, run, stage
 
 
 def main() -> None:
     with stage() as s:
         images = s.images()
-        read = {name: ensembled.Ensembled.read(folder(name)) for name in s.models()}
+        read = {name: trained(name, s.params, images) for name in s.models()}
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)
-        for name, trained in read.items():
+        for name, model in read.items():
             section = next((e for e in s.params.ensembles.train if e.name == name), None)
             parts = ("val", "test")
-            found = packing.packed(trained, s.params, images, name, section, parts)
+            found = packing.packed(model, s.params, images, name, section, parts)
             size = packfile.save(found.program, PACKED / f"{name}.bnn")
             np.savez(PACKED / "torch" / f"{name}.npz", val=found.theirs["val"],
                      test=found.theirs["test"])  # fmt: skip
             taken = packing.words(found.pack)
             # Rounded numbers flip signs; only those of exact files want an explanation.
             flips = [] if taken else differences(
-                trained.ensemble(), found.program, images, found.theirs["test"])  # fmt: skip
+                model.ensemble(), found.program, images, found.theirs["test"])  # fmt: skip
             (PACKED / "torch" / f"{name}.flips.json").write_text(json.dumps(flips))
             cost = (
                 f"  {taken}, {0.0 - found.drop:+.2f} points of validation accuracy" if taken else ""
             )
             print(f"{name:>16}: {size:8,} bytes{cost}", flush=True)
         params.save(s.params, PACKED / "params.yaml")
+
+
+def trained(name: str, p: params.Params, images: data.Dataset) -> ensembled.Ensembled:
+    """A model, which must be what the parameters say: its file will say it of itself.
+
+    Raises:
+        ModelError: it is another one, of other parameters, or none; names its folder.
+    """
+    found = ensembled.Ensembled.read(folder(name))
+    section = next((e for e in p.ensembles.train if e.name == name), None)
+    if section is None:
+        expected = plans.single_spec(p, images.image, len(images.classes), binary=name == "bnn")
+    else:
+        expected = plans.ensemble_spec(p, section, images.image, len(images.classes))
+    if found.spec != expected:
+        raise ensembled.ModelError(
+            f"{folder(name)}: expected a model of today's params.yaml, it was trained by others; "
+            "`dvc repro` trains it anew"
+        )
+    return found
 
 
 def differences(

@@ -59,7 +59,7 @@ OPTIONAL = {"null"}
 PATH = {"null", "'1'", "no-break", "long"}
 GOOD: dict[str, dict[str, set[str]]] = {
     "DataParams": {
-        "name": set(), "path": {"null"}, "download": FLAG, "val_fraction": {"0.25"},
+        "name": set(), "path": {"null"}, "download": set(), "val_fraction": {"0.25"},
         "test_fraction": {"0.25"}, "seed": {"0", *MANY, "10**9"}, "size": {"null", "1"},
         "channels": {"null", "1"}, "subset": {"1", "0.25"},
     },

@@ -79,6 +79,11 @@ class DataParams:
                 "path: expected none where name is digits, which come with scikit-learn, got "
                 f"{self.path!r}; name: folder reads one's own"
             )
+        if self.download and self.name not in ("cifar10", "cifar100"):
+            raise ValueError(
+                f"download: expected false where name is {self.name} (cifar10 and cifar100 can be "
+                "fetched), got True"
+            )
         if self.test_fraction >= 1 - self.val_fraction:
             raise ValueError(
                 f"test_fraction: expected less than 1 - val_fraction ({1 - self.val_fraction:g}), "

@@ -41,7 +41,7 @@ def of_params(path: Path) -> int:
             image = (p.data.size, p.data.size, image[2])
         image = (*image[:2], p.data.channels or image[2])
     else:
-        images = data.load(p.data, path.parent)
+        images = data.load(p.data, Path())  # relative to where one is, as in all stages
         image, names, classes = images.image, images.classes, len(images.classes)
     check.check(p, image, classes)
     specs = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 
 from bnncore import storage
@@ -339,6 +340,21 @@ ensembles:
     path.write_text("model: {backbone: resnet21}\n")
     assert main(["--params", str(path)]) == 1
     assert "resnet20" in capsys.readouterr().err
+
+
+def test_params_command_finds_images_as_the_stages_do(tmp_path, capsys, monkeypatch):
+    """Relative to where it is run, wherever the file of parameters lies."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (9, 9), i).save(tmp_path / "mine" / name / f"{i}.png")
+    path = tmp_path / "reports" / "search" / "best.yaml"
+    path.parent.mkdir(parents=True)
+    model = {"backbone": "resnet8", "width": 8}
+    path.write_text(yaml.safe_dump({"model": model, "data": {"name": "folder", "path": "mine"}}))
+    assert main(["--params", str(path)]) == 0
+    assert "== bnn ==" in capsys.readouterr().out
 
 
 def test_params_command_counts_the_images_and_the_packing_that_are_asked_for(tmp_path, capsys):

@@ -19,6 +19,8 @@ from bnncore.training import loop, plans
 from bnncore.training.jobs import State
 
 ROOT = Path(__file__).parent.parent
+# What a trained file depends on; all other sections change no result.
+SECTIONS = ("seed", "data", "model", "pretrain", "binarize", "ensembles", "pack")
 
 
 def seeded(p: Params, seed: int) -> Params:

@@ -10,8 +10,9 @@ Last come ensembles, on digits: with and without a teacher, and single students 
 are of the validation part; the test part is not looked at.
 
 Rows that the JSON file holds already are not trained again, so it can be stopped and started; it
-is written after each. The table and the plot stand beside it. CIFAR-10 is looked for in
-BNNCORE_DATA and left out where it is not.
+is written after each. A row of other parameters, or a data set of other images, is refused; all
+that helped is trained anew once it is made of something else. The table and the plot stand beside
+it. CIFAR-10 is looked for in BNNCORE_DATA and left out where it is not.
 """
 
 from __future__ import annotations
@@ -164,31 +165,40 @@ def together(rows: list[Row], name: str) -> tuple[list[str], Change]:
     return [row for _, row, _ in best.values()], merged
 
 
-def run(rows: list[Row], names: list[str], seeds: list[int], path: Path) -> None:
-    def known(name: str, seed: int, row: str) -> bool:
-        return any((r["data"], r["seed"], r["row"]) == (name, seed, row) for r in rows)
+def run(found: dict[str, Any], names: list[str], seeds: list[int], path: Path) -> None:
+    rows: list[Row] = found["rows"]
 
-    def add(name: str, seed: int, row: str, values: Row) -> None:
-        rows.append({"data": name, "seed": seed, "row": row, **values})
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+    def known(name: str, seed: int, row: str, change: Change) -> bool:
+        mine = [r for r in rows if (r["data"], r["seed"], r["row"]) == (name, seed, row)]
+        if mine and mine[0]["of"] != params.digest(SETTINGS[name], change):
+            sys.exit(f"{path}: expected {row!r} of {name}, seed {seed}, by these parameters, got "
+                     "it by others; name another file with --json")  # fmt: skip
+        return bool(mine)
+
+    def add(name: str, seed: int, row: str, change: Change, values: Row) -> None:
+        of = params.digest(SETTINGS[name], change)
+        rows.append({"data": name, "seed": seed, "row": row, "of": of, **values})
+        path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{time.process_time():6.0f} s {name} {seed} {row:>24}: {values['val_top1']:.2f} %")
 
     for name in names:
         for seed in seeds:
             for (_, row), change in SINGLE.items():
-                if not known(name, seed, row):
-                    add(name, seed, row, single(name, seed, change))
+                if not known(name, seed, row, change):
+                    add(name, seed, row, change, single(name, seed, change))
         helped, change = together(rows, name)
+        rows[:] = [r for r in rows if r["data"] != name or r.get("made_of", helped) == helped]
         for seed in seeds:
-            if not known(name, seed, TOGETHER):
+            if not known(name, seed, TOGETHER, change):
                 values = single(name, seed, change)
-                add(name, seed, TOGETHER, {**values, "made_of": helped})
+                add(name, seed, TOGETHER, change, {**values, "made_of": helped})
     for name in set(names) & {"digits"}:  # on one core the other would take half a day
+        sections = {section["name"]: section for section in ENSEMBLES}
         for seed in seeds:
-            if not all(known(name, seed, e["name"]) for e in ENSEMBLES):
+            if not all(known(name, seed, row, section) for row, section in sections.items()):
                 for row, values in ensembles(name, seed):
-                    if not known(name, seed, row):
-                        add(name, seed, row, values)
+                    if not known(name, seed, row, sections[row]):
+                        add(name, seed, row, sections[row], values)
 
 
 def spread(values: list[float]) -> float:
@@ -260,15 +270,22 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="train nothing; write what is known")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Row] = json.loads(args.json.read_text()) if args.json.exists() else []
-    found = []
+    found: dict[str, Any] = {"images": {}, "rows": []}  # their digests (null: not known), results
+    if args.json.exists():
+        found = json.loads(args.json.read_text())
+    rows: list[Row] = found["rows"]
+    names = []
     for name in () if args.table else args.data:
         try:
-            data.load(parsed(SETTINGS[name], 0, {}).data)
-            found.append(name)
+            images = data.load(parsed(SETTINGS[name], 0, {}).data).digest
         except data.DataError as error:
             print(f"{name} is left out: {error}")
-    run(rows, found, args.seeds, args.json)
+            continue
+        if found["images"].setdefault(name, images) != images:
+            parser.error(f"{args.json}: expected results of the images of {name} that there are, "
+                         "got others or unknown ones; name another file with --json")  # fmt: skip
+        names.append(name)
+    run(found, names, args.seeds, args.json)
     if rows:
         args.json.with_suffix(".md").write_text(markdown(rows))
         plot(rows, args.json.with_suffix(".png"))

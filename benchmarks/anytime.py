@@ -9,7 +9,9 @@ prefixes 1..M (``recipe: {prefixes: true}``). Accuracies are of packed files on 
 Early exit: an image stops when the margin of the averaged scores passes a threshold, chosen on the
 validation part so that it loses at most 0.2 points there.
 
-Seeds that the JSON file holds already are not trained again. Table and plot stand beside it.
+Seeds that the JSON file holds already are not trained again. Table and plot stand beside it;
+`--table` trains nothing and writes them from it. The committed file is of earlier parameters, as it
+says; a run by today's needs another, `--json`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 
 Needs the extra `device`. Code is compiled by zig, for Cortex-M4 by Arm's gcc too where it is
 installed, and runs on unicorn's cores; instructions are counted, so the figures are the same
-everywhere; they are not cycles. Networks have random weights, on which counts hardly depend.
+everywhere; they are not cycles. Networks beside the zoo's have random weights, on which counts
+hardly depend.
 
 The peer is int8 ResNet-8 of MLPerf Tiny through CMSIS-NN, compiled by gcc -O3 and counted alike.
 """
@@ -208,7 +209,7 @@ TEXT = """# Networks on microcontrollers
 
 Made by `python benchmarks/device.py --write` with {compilers}, at `{optimize}`, contraction
 off. Instructions an image, counted on emulated cores: exact, the same everywhere, not cycles. Bytes
-are those of the linked code. Random weights.
+are those of the linked code. Weights are trained in the networks of the zoo, random elsewhere.
 
 ## Binary 3x3 layers, from bits to bits, zero padding exact
 

@@ -5,7 +5,8 @@
 For each seed (of the split and of all training) it trains what params.yaml names, and single BNNs
 made wider until their packed file is as large as that of the largest ensemble of each kind. All
 accuracies are of the packed files on the test part. Seeds that the JSON file holds already are not
-trained again, so it can be stopped and started. The table and the plot stand beside the JSON.
+trained again, so it can be stopped and started. The table and the plot stand beside the JSON;
+`--table` trains nothing and writes them from it.
 """
 
 from __future__ import annotations
@@ -120,7 +121,12 @@ def markdown(table: list[dict]) -> str:
         "bytes",
         "seeds",
     )
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines = [
+        "Epochs are not equal: fusion and voting start from the trained BNN and have an ensemble's "
+        "epochs on top, which wider BNNs have not; TentacleNets, from Hadamard filters, have these "
+        "alone.", "",
+        f"| {' | '.join(head)} |", "|" + " --- |" * len(head),
+    ]  # fmt: skip
     for r in table:
         lines.append(
             f"| {r['name']} | {r['members']} | {r['mean']:.1f} ± {r['sd']:.1f} | "

@@ -13,10 +13,13 @@ once.
 Everything is written when it is done, training goes on from its last epoch, and what the JSON file
 holds is not done again: it can be stopped and started at any time (ended, not halted by SIGSTOP:
 Ray gives up a worker that does not answer). Each process trains the configurations of one network
-and seed, which share what they start from.
+and seed, which share what they start from. Checkpoints and trained files lie in a folder of
+`checkpoints` that has the JSON file's name; what was trained there by other parameters, or on other
+images, is refused.
 
-Intervals are 95 %: of a difference, from what differs image by image (averaged over seeds) and from
-the spread over seeds where both have several.
+Intervals are 95 %. A difference is taken seed by seed, over the seeds that both rows have, and
+image by image; it varies with images and, where there are several, with seeds. With one seed it is
+of these trained networks alone, not of their recipes: "images only".
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ import numpy as np
 
 from benchmarks import seeds
 from benchmarks.pieces import Pieces
+from benchmarks.rows import commit
 from bnncore import data, metrics, params
 from bnncore.cluster.cluster import Cluster
 from bnncore.device import costs
@@ -58,9 +62,11 @@ from bnncore.training import loop, plans, schemes
 from bnncore.training.ensembled import Ensembled
 
 ROOT = Path(__file__).parent.parent
+PARAMS = Path(__file__).with_name("front16.yaml")
 SUBSET = 0.2  # of the training images, in the search
 FIRST, SECOND, MEMBERS, STUDENT = "search", "search, second", "search, ensemble", "student"
 SEEDS = {FIRST: 3, SECOND: 3, WIDER: 3}  # all others have one
+MOST = max(SEEDS.values())
 Config = dict[str, Any]
 Row = dict[str, Any]
 
@@ -108,6 +114,11 @@ def piece(label: str, config: Config, seed: int) -> str:
     return f"{space.described(_bare(config))}{taught}/{seed}"
 
 
+def place(name: str, scratch: Path) -> Path:
+    """Where a result is written; its trained file and its parameters lie beside it."""
+    return scratch / "pieces" / f"{name.replace('/', ' seed ')}.json"
+
+
 def _bare(config: Config) -> Config:
     return {k: config[k] for k in space.KEYS}
 
@@ -131,22 +142,33 @@ def wanted(configs: dict[str, Config], most: int) -> Iterator[tuple[str, Config,
 # -- training ----------------------------------------------------------------------------------
 
 
+def resolved(p: Params, label: str, config: Config) -> Params:
+    """What a result is trained by: the full recipes."""
+    q = space.preset(p, _bare(config))
+    if label != STUDENT:
+        return q
+    (above,) = q.ensembles.train
+    taught = replace(above, name="taught", teacher=above.name)
+    recipe = replace(q.ensembles.recipe, distill=0.5, temperature=2.0)
+    return replace(q, ensembles=replace(q.ensembles, recipe=recipe, train=(above, taught)))
+
+
 def group(
-    p: Params, jobs: list[tuple[str, Config]], seed: int, known: Config, scratch: Path
-) -> str:
+    p: Params, jobs: list[tuple[str, Config]], seed: int, known: Config, scratch: Path,
+    origin: dict[str, str],
+) -> str:  # fmt: skip
     """Train configurations of one network, and its student, each into a file of its own."""
     p = seeds.seeded(p, seed)
     images = data.load(p.data, ROOT)
     (scratch / "pieces").mkdir(parents=True, exist_ok=True)
     for label, config in jobs:
         name = piece(label, config, seed)
-        path = scratch / "pieces" / f"{name.replace('/', ' seed ')}.json"
-        if not path.exists():
-            row = measured(p, label, config, known, images, scratch / f"seed-{seed}", path)
-            path.with_suffix(".new").write_text(json.dumps({name: row}))
-            os.replace(path.with_suffix(".new"), path)
-            print(f"{name}: validation {row['val_top1']:.2f} %, test {row['test_top1']:.2f} %, "
-                  f"{row['file_bytes']:,} bytes", flush=True)  # fmt: skip
+        path = place(name, scratch)
+        row = measured(p, label, config, known, images, scratch / f"seed-{seed}", path) | origin
+        path.with_suffix(".new").write_text(json.dumps({name: row}))
+        os.replace(path.with_suffix(".new"), path)
+        print(f"{name}: validation {row['val_top1']:.2f} %, test {row['test_top1']:.2f} %, "
+              f"{row['file_bytes']:,} bytes", flush=True)  # fmt: skip
     return f"seed {seed}: {', '.join(label for label, _ in jobs)}"
 
 
@@ -156,11 +178,12 @@ def measured(
 ) -> Row:  # fmt: skip
     cpu = Clock(path.with_suffix(".cpu"))
     train_many = partial(loop.train_many, data=images, checkpoints=folder, on_epoch=cpu)
+    q = resolved(p, label, config)
     if label == STUDENT:
-        _, above = trained(p, known, images, train_many)
-        q, made = student(p, config, above, images, train_many)
+        above = trained(resolved(p, MEMBERS, known), images, train_many)
+        made = student(q, above, images, train_many)
     else:
-        q, made = trained(p, config, images, train_many)
+        made = trained(q, images, train_many)
     section = q.ensembles.train[-1] if q.ensembles.train else None
     done = packing.packed(made, q, images, section.name if section else "fp32", section)
     content = packfile.encode(done.program)
@@ -198,31 +221,23 @@ def bases(p: Params, images: data.Dataset, train_many: schemes.TrainMany) -> tup
     return fp32.state, bnn.state
 
 
-def trained(
-    p: Params, config: Config, images: data.Dataset, train_many: schemes.TrainMany
-) -> tuple[Params, Ensembled]:
-    """A configuration by the full recipes, what it starts from included."""
-    q = space.preset(p, _bare(config))
+def trained(q: Params, images: data.Dataset, train_many: schemes.TrainMany) -> Ensembled:
+    """A configuration, what it starts from included."""
     if not q.ensembles.train:
         (fp32,) = train_many([plans.first_job(q, images, None)])
-        return q, Ensembled(fp32.job.spec, fp32.state, {fp32.job.name: fp32.history})
+        return Ensembled(fp32.job.spec, fp32.state, {fp32.job.name: fp32.history})
     plan = plans.plan(q, q.ensembles.train[0], images, *bases(q, images, train_many))
-    return q, schemes.train(plan, train_many)
+    return schemes.train(plan, train_many)
 
 
 def student(
-    p: Params, config: Config, teacher: Ensembled, images: data.Dataset,
-    train_many: schemes.TrainMany,
-) -> tuple[Params, Ensembled]:  # fmt: skip
+    q: Params, teacher: Ensembled, images: data.Dataset, train_many: schemes.TrainMany
+) -> Ensembled:
     """The same of one that is taught by a trained ensemble."""
-    q = space.preset(p, _bare(config))
-    (above,) = q.ensembles.train
-    taught = replace(above, name="taught", teacher=above.name)
-    recipe = replace(q.ensembles.recipe, distill=0.5, temperature=2.0)
-    q = replace(q, ensembles=replace(q.ensembles, recipe=recipe, train=(above, taught)))
+    above, taught = q.ensembles.train
     fp32, bnn = bases(q, images, train_many)
     plan = plans.plan(q, taught, images, fp32, bnn, {above.name: teacher})
-    return q, schemes.train(plan, train_many)
+    return schemes.train(plan, train_many)
 
 
 def noise(images: np.ndarray) -> np.ndarray:
@@ -260,6 +275,7 @@ class Clock:
 
 def train(p: Params, pieces: Pieces, workers: int, most: int, scratch: Path) -> None:
     configs = pieces.known["search"]["configs"]
+    origin = {"commit": commit(), "data": pieces.known["data"]}
     groups: dict[tuple, list[tuple[str, Config]]] = {}
     seen = set()
     for label, config, seed in wanted(configs, most):
@@ -274,21 +290,38 @@ def train(p: Params, pieces: Pieces, workers: int, most: int, scratch: Path) -> 
     for after in (False, True):
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             running = [
-                pool.submit(group, p, jobs, key[0], teacher(configs), scratch)
+                pool.submit(group, p, jobs, key[0], teacher(configs), scratch, origin)
                 for key, jobs in groups.items() if (key[1] == "after") == after
             ]  # fmt: skip
             for one in as_completed(running):
                 print(f"done: {one.result()}", flush=True)
-                gather(pieces, scratch)
+                gather(pieces, scratch, p)
 
 
-def gather(pieces: Pieces, scratch: Path) -> None:
-    for path in sorted((scratch / "pieces").glob("*.json")):
-        for name, row in json.loads(path.read_text()).items():
-            # Here alone: by the estimate as it is now, whenever the file was trained.
-            row |= figures(packfile.load(path.with_suffix(".bnn")))
-            if pieces.known.get(name) != row:
-                pieces[name] = row
+def gather(pieces: Pieces, scratch: Path, p: Params | None = None) -> None:
+    """Take in what was trained.
+
+    Args:
+        p: by which it has to be trained, as the parameters beside each result say; those of
+            `PARAMS` by default. Results that say nothing of their images are older than that.
+    """
+    p = p or params.load(PARAMS)
+    for label, config, seed in wanted(pieces.known["search"]["configs"], MOST):
+        path = place(name := piece(label, config, seed), scratch)
+        if not path.exists():
+            continue
+        row = json.loads(path.read_text())[name]
+        asked, got = resolved(seeds.seeded(p, seed), label, config), path.with_suffix(".yaml")
+        other = [k for k in seeds.SECTIONS if getattr(params.load(got), k) != getattr(asked, k)]
+        if row.get("data", pieces.known.get("data")) != pieces.known.get("data"):
+            other.append("images")
+        if other:
+            said = f"expected what {pieces.path} asks for, got other {', '.join(other)}"
+            sys.exit(f"{path}: {said}; move it away, or name another file with --json")
+        # Here alone: by the estimate as it is now, whenever the file was trained.
+        row |= figures(packfile.load(path.with_suffix(".bnn")))
+        if pieces.known.get(name) != row:
+            pieces[name] = row
 
 
 def figures(program: Program) -> Row:
@@ -307,51 +340,73 @@ def right(row: Row) -> np.ndarray:
     return np.unpackbits(bits, count=row["images"]).astype(float)
 
 
-MEANS = ("ece", "nll", "ram", "minstructions")
+RANGED = ("ece", "nll")  # beside WORSE: with their range over seeds
 
 
 def summary(pieces: Pieces, most: int) -> list[Row]:
     if "search" not in pieces:
         return []
-    found: dict[str, dict[str, Row]] = {}
+    found: dict[str, dict[int, Row]] = {}
     labels: dict[str, list[str]] = {}
     for label, config, seed in wanted(pieces.known["search"]["configs"], most):
         if (name := piece(label, config, seed)) in pieces:
             about = name.rsplit("/", 1)[0]
-            found.setdefault(about, {})[name] = pieces.known[name]
+            found.setdefault(about, {})[seed] = pieces.known[name]
             if label not in labels.setdefault(about, []):
                 labels[about].append(label)
-    first = next((list(found[about].values()) for about in found if FIRST in labels[about]), None)
+    first = next((found[about] for about in found if FIRST in labels[about]), {})
     rows = []
-    for about, by_name in found.items():
-        runs = list(by_name.values())
-        top1 = [r["test_top1"] for r in runs]
+    for about, by_seed in found.items():
+        runs = list(by_seed.values())
         names = sorted(labels[about], key=lambda label: label != FIRST)
         row = {
             "label": " = ".join(names), "about": about, "seeds": len(runs),
-            "mean": statistics.mean(top1), "bytes": max(r["file_bytes"] for r in runs),
+            "mean": statistics.mean(r["test_top1"] for r in runs),
+            "half": 100 * half([right(r) for r in runs]),
+            "bytes": max(r["file_bytes"] for r in runs),
             "val": statistics.mean(r["val_top1"] for r in runs),
-            **{k: statistics.mean(r[k] for r in runs) for k in MEANS},
-            **{k: statistics.mean(r["worse"][k] for r in runs) for k in WORSE},
+            **{k: statistics.mean(r[k] for r in runs) for k in ("ram", "minstructions")},
+            **{k: [r[k] for r in runs] for k in RANGED},
+            **{k: [r["worse"][k] for r in runs] for k in WORSE},
             "anytime": np.mean([r["anytime"] for r in runs], axis=0).tolist(),
-            "half": 100 * 1.96 * _error([runs]),
             "passes": statistics.mean(r["passes"] for r in runs),
             "hours": statistics.mean(r["cpu_s"] for r in runs) / 3600,
         }  # fmt: skip
-        if first is not None and FIRST not in labels[about]:
-            row["difference"] = statistics.mean(r["test_top1"] for r in first) - row["mean"]
-            row["difference_half"] = 100 * 1.96 * _error([first, runs])
+        common = first.keys() & by_seed.keys() if FIRST not in labels[about] else ()
+        if common:
+            each = [right(first[seed]) - right(by_seed[seed]) for seed in common]
+            row |= {"difference": 100 * float(np.mean(each)), "common": len(each),
+                    "difference_half": 100 * half(each)}  # fmt: skip
         rows.append(row)
     return rows
 
 
-def _error(groups: list[list[Row]]) -> float:
-    """The standard error of a mean accuracy, or of the difference of two."""
-    each = [np.mean([right(r) for r in runs], axis=0) for runs in groups]
-    image = each[0] - each[1] if len(each) == 2 else each[0]
-    seeds = [statistics.variance(right(r).mean() for r in runs) / len(runs)
-             for runs in groups if len(runs) > 1]  # fmt: skip
-    return math.sqrt(image.var(ddof=1) / len(image) + sum(seeds))
+def half(each: list[np.ndarray]) -> float:
+    """Half of the 95 % interval of a mean over images and seeds.
+
+    Images vary around the mean over seeds, and seeds around one another. Student's t, its degrees
+    of freedom by Welch and Satterthwaite: those of so many images count as infinite.
+
+    Args:
+        each: of every seed, a value an image.
+    """
+    from scipy import stats
+
+    n = len(each)
+    images = np.mean(each, axis=0).var(ddof=1) / len(each[0])
+    seeds = statistics.variance(float(values.mean()) for values in each) / n if n > 1 else 0.0
+    freedom = (n - 1) * ((images + seeds) / seeds) ** 2 if seeds else math.inf
+    return float(stats.t.ppf(0.975, freedom) * math.sqrt(images + seeds))
+
+
+def spread(half: float, seeds: int) -> str:
+    return f"{half:.2f}{' (images only)' if seeds == 1 else ''}"
+
+
+def ranged(values: list[float], digits: int) -> str:
+    """The mean and, of several, the lowest and the highest."""
+    mean, *ends = (f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({' to '.join(ends)})" if len(values) > 1 else mean
 
 
 def markdown(p: Params, pieces: Pieces, rows: list[Row]) -> str:
@@ -374,22 +429,32 @@ def markdown(p: Params, pieces: Pieces, rows: list[Row]) -> str:
     if rows:
         lines += [
             "## Trained on all images", "",
+            "± is a 95 % interval, over images and seeds; of one seed, over images only. *Search "
+            "minus this* is over the seeds that both have. *Image passes* are of all that a row "
+            "starts from, except a student's teacher; *processor hours* are of what was trained "
+            "for this row: what it shares with others of its network and seed (FP32 network, BNN) "
+            "counts for whichever came first. The papers' ensembles are on "
+            f"{p.model.backbone} of width {p.model.width}, whatever backbone the search found: its "
+            "table says how far single networks on both are apart.", "",
             "| what | network | seeds | test, % | search minus this, points | validation, % | "
             "bytes | million image passes | processor hours |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]  # fmt: skip
     for r in sorted(rows, key=lambda r: -r["mean"]):
-        less = f"{r['difference']:+.2f} ± {r['difference_half']:.2f}" if "difference" in r else ""
+        less = ""
+        if "difference" in r:
+            less = f"{r['difference']:+.2f} ± {spread(r['difference_half'], r['common'])}"
         lines.append(
-            f"| {r['label']} | {r['about']} | {r['seeds']} | {r['mean']:.2f} ± {r['half']:.2f} | "
-            f"{less} | {r['val']:.2f} | {r['bytes']:,} | "
-            f"{r['passes'] / 1e6:.2f} | {r['hours']:.2f} |"
+            f"| {r['label']} | {r['about']} | {r['seeds']} | "
+            f"{r['mean']:.2f} ± {spread(r['half'], r['seeds'])} | {less} | {r['val']:.2f} | "
+            f"{r['bytes']:,} | {r['passes'] / 1e6:.2f} | {r['hours']:.2f} |"
         )
     if rows:
         lines += [
             "", "## What else they differ in", "",
             "On the test images; *noise* is Gaussian of standard deviation 20 (of 255), *blur* a "
-            "mean of 3x3 pixels; RAM and instructions an image are estimates of Cortex-M4.", "",
+            "mean of 3x3 pixels; in brackets the range over seeds, where there are several. RAM "
+            "and instructions an image are estimates of Cortex-M4.", "",
             "| what | test, % | with noise | with blur | negative log-likelihood | "
             "calibration error | first 1, 2, .. members | RAM, bytes | million instructions |",
             "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
@@ -397,12 +462,12 @@ def markdown(p: Params, pieces: Pieces, rows: list[Row]) -> str:
     for r in sorted(rows, key=lambda r: -r["mean"]):
         few = ", ".join(f"{top1:.1f}" for top1 in r["anytime"])
         lines.append(
-            f"| {r['label']} | {r['mean']:.2f} | {r['noise']:.2f} | {r['blur']:.2f} | "
-            f"{r['nll']:.3f} | {r['ece']:.3f} | {few} | {r['ram']:,.0f} | "
-            f"{r['minstructions']:.2f} |"
+            f"| {r['label']} | {r['mean']:.2f} | {ranged(r['noise'], 2)} | "
+            f"{ranged(r['blur'], 2)} | {ranged(r['nll'], 3)} | {ranged(r['ece'], 3)} | {few} | "
+            f"{r['ram']:,.0f} | {r['minstructions']:.2f} |"
         )
-    missing = sum(piece(*one) not in pieces for one in wanted(pieces.known["search"]["configs"], 3)
-                  ) if "search" in pieces else 0  # fmt: skip
+    meant = wanted(pieces.known["search"]["configs"], MOST) if "search" in pieces else ()
+    missing = sum(piece(*one) not in pieces for one in meant)
     if missing:
         lines += ["", f"**{missing} trainings of those meant are missing.**"]
     return "\n".join(lines) + "\n"
@@ -421,7 +486,7 @@ def plot(p: Params, pieces: Pieces, rows: list[Row], path: Path) -> None:
                     capsize=3, label=name)  # fmt: skip
     ax.axvline(p.search.budget_kib, color="black", linestyle=":", linewidth=1)
     ax.set_xlabel("packed file, KiB")
-    ax.set_ylabel("test accuracy, % (95 % interval)")
+    ax.set_ylabel("test accuracy, % (95 % interval; of one seed, over images only)")
     ax.set_title(f"{p.data.name}{' (JPEG copy)' if p.data.name == 'cifar10' else ''}, "
                  f"{p.search.budget_kib:g} KiB", fontsize=10)  # fmt: skip
     ax.grid(alpha=0.3)
@@ -431,8 +496,8 @@ def plot(p: Params, pieces: Pieces, rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--params", type=Path, default=Path(__file__).with_name("front16.yaml"))
-    parser.add_argument("--seeds", type=int, default=3, help="the most of one configuration")
+    parser.add_argument("--params", type=Path, default=PARAMS)
+    parser.add_argument("--seeds", type=int, default=MOST, help="the most of one configuration")
     parser.add_argument("--workers", type=int, default=2, help="processes, a thread each")
     parser.add_argument("--json", type=Path, help="results; in docs/reproduction by default")
     parser.add_argument("--table", action="store_true", help="train nothing")
@@ -440,7 +505,7 @@ def main() -> None:
     p = params.load(args.params)
     results = ROOT / "docs" / "reproduction" / f"{args.params.stem}.json"
     pieces = Pieces(args.json or results)
-    scratch = ROOT / "checkpoints" / args.params.stem
+    scratch = ROOT / "checkpoints" / pieces.path.stem
     sections = params.read_yaml(args.params).items()  # those that change no result left out
     asked = params.digest({k: v for k, v in sections if k not in ("ray", "mlflow", "evaluate")})
     if "asked" not in pieces:
@@ -456,13 +521,18 @@ def main() -> None:
             plot(p, pieces, rows, pieces.path.with_suffix(".png"))
 
     if not args.table:
+        digest = data.load(p.data, ROOT).digest
+        if pieces.known.setdefault("data", digest) != digest:
+            parser.error(f"{pieces.path}: expected results of the images in {p.data.name}, got "
+                         "those of others; name another file with --json")  # fmt: skip
         if "search" not in pieces:
             pieces["search"] = searched(p, scratch)
+        gather(pieces, scratch, p)
         report()
         try:
             train(p, pieces, args.workers, args.seeds, scratch)
         finally:
-            gather(pieces, scratch)
+            gather(pieces, scratch, p)
     report()
     print(pieces.path.with_suffix(".md").read_text())
 

@@ -12,9 +12,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,24 @@ def processor() -> tuple[str, set[str]]:
     return name or platform.processor(), set(flags.split())
 
 
+def commit() -> str:
+    """Of what runs here; "-dirty" where code or parameters are no longer those of the commit.
+
+    Results are tracked, too, and a benchmark writes them: they do not count.
+    """
+    code = ["*.py", "*.yaml", "*.c", "*.h"]
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", *code])
+    said = []
+    for command in commands:
+        try:
+            done = subprocess.run(["git", *command], cwd=Path(__file__).parents[1],
+                                  capture_output=True, text=True)  # fmt: skip
+        except OSError:  # no git
+            return "unknown"
+        said.append(done.stdout.strip())
+    return f"{said[0] or 'unknown'}{'-dirty' if said[1] else ''}"
+
+
 # Without them torch's half precision takes many times longer.
 BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"})
 
@@ -43,6 +63,7 @@ class Bench:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
+        self.origin = f"{date.today().isoformat()}, commit {commit()}"  # when it begins
         self.rows: list[Row] = []
         self.notes: list[str] = []
 
@@ -82,14 +103,14 @@ class Bench:
         print(f"\n{text}\n", flush=True)
 
     def write(self, about: str, json_file: Path | None, markdown: Path | None) -> None:
-        """The rows as JSON; command, machine, table and notes as Markdown."""
+        """The rows as JSON; command, day, commit, machine, table and notes as Markdown."""
         if json_file:
             json_file.write_text(json.dumps(self.rows, indent=1) + "\n")
         if markdown:
             script = Path(sys.argv[0]).name
             command = " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]])
-            text = [f"`{command}`", "", *about.splitlines(), "", *table(self.rows), *self.notes]
-            markdown.write_text("\n".join(text) + "\n")
+            head = [f"`{command}`, {self.origin}", "", *about.splitlines(), ""]
+            markdown.write_text("\n".join([*head, *table(self.rows), *self.notes]) + "\n")
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -10,9 +10,10 @@ is not done again, so it can be stopped and started at any time.
   and what they take, in CPU time of the thread, those seen for the first time included.
 * ``studies``: for each budget and seed one study, as the parameters say.
 * ``retrain``: the best of a study, its rivals, and all ensembles of params.yaml that fit the
-  budget, trained in full on splits of the data that no study has seen, one seed for the split and
-  all training; test accuracy of the packed file. Splits are dealt out to the studies of a budget:
-  the first of them to the first seed's, the next to the second's.
+  budget, trained in full on splits that no study has seen, one seed for the split and all
+  training; test accuracy of the packed file. The images are the studies', split anew: most that are
+  tested on were in their training or validation part. Splits are dealt out to the studies of a
+  budget: the first of them to the first seed's, the next to the second's.
 * ``workers``: one study of 20 configurations with one Ray worker and with two. Nothing else should
   run meanwhile, so it must be asked for.
 
@@ -275,7 +276,8 @@ def markdown(pieces: Pieces, found: dict[float, dict[str, Any]], trials: int) ->
             few = f" ({r['splits']} splits)" if r["splits"] < len(part["splits"]) else ""
             top1 = spread(r["mean"], r["half"])
             lines.append(f"| {r['label']}{few} | {top1} | {less} | {r['bytes']:,.0f} |")
-        lines += ["", "± is a 95 % interval over splits; differences are paired by split.", ""]
+        lines += ["", "± is a 95 % interval over splits, which are new ones of the images that the "
+                  "studies had; differences are paired by split.", ""]  # fmt: skip
         if len(part["splits"]) < 10 or len(part["seeds"]) < 3:
             lines += [
                 "**Short of what was meant** (3 study seeds, 10 splits): take these as a trial run "

@@ -488,8 +488,8 @@ def plot(p: Params, pieces: Pieces, rows: list[Row], path: Path) -> None:
     ax.set_xlabel("packed file, KiB")
     ax.set_ylabel("test accuracy, %")
     ax.set_title(f"{p.data.name}{' (JPEG copy)' if p.data.name == 'cifar10' else ''}, "
-                 f"{p.search.budget_kib:g} KiB; bars are 95 % intervals, of one seed over images only",
-                 fontsize=10)  # fmt: skip
+                 f"{p.search.budget_kib:g} KiB; bars are 95 % intervals, of one seed over images "
+                 "only", fontsize=10)  # fmt: skip
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=7, ncols=1, frameon=False)
     figure.savefig(path, metadata={"Software": None})

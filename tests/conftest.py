@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 LONG = [
     "pipeline/test_pipeline.py",
     "cluster/test_failures.py",
+    "cluster/test_drivers_and_nodes.py",
     "search/test_run.py",
     "cluster/test_submit.py",
     "cluster/test_group.py",

@@ -24,7 +24,6 @@ from tests.driver import EPOCHS
 from tests.small import differences, plan
 
 
-
 @pytest.fixture
 def pair(cluster):
     """A handle of two slots, and no actors of other tests."""

@@ -385,7 +385,7 @@ def test_kills_at_any_moment_lose_and_double_nothing(root):
                     history.append({"epoch": epoch, "time": time.time(), "val_top1": 50.0 + epoch})
                     place.with_suffix(".new").write_text(json.dumps(history))
                     place.with_suffix(".new").rename(place)
-                    time.sleep(0.05)
+                    time.sleep(0.03)
                 run.epoch(epoch, history[epoch - 1])
             run.metrics({"test_top1": 60.0})
 

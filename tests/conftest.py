@@ -13,19 +13,24 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A process takes whole files (`make test`), so the long ones come first, longest first.
 LONG = [
     "pipeline/test_pipeline.py",
-    "cluster/test_failures.py",
     "search/test_run.py",
+    "cluster/test_drivers_and_nodes.py",
+    "cluster/test_failures.py",
     "cluster/test_submit.py",
     "cluster/test_group.py",
     "packed/test_compiled_kernels.py",
-    "tracking/test_tracking.py",
-    "cluster/test_connect.py",
+    "storage/test_storage.py",
     "cluster/test_cluster.py",
+    "cluster/test_connect.py",
     "device/test_export.py",
-    "training/test_layers.py",
-    "pipeline/test_presets.py",
+    "training/test_compile.py",
+    "training/test_loop.py",
+    "training/test_stack.py",
+    "tracking/test_tracking.py",
     "training/test_step.py",
     "training/test_schemes.py",
+    "pipeline/test_presets.py",
+    "training/test_layers.py",
 ]
 
 

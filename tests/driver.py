@@ -1,8 +1,9 @@
 """A driver to be killed: trains a small ensemble on a Ray cluster, with checkpoints.
 
-``python tests/driver.py FOLDER EPOCHS [STRIKE]``: writes FOLDER/result.safetensors at the end. With
-STRIKE, a number, the process kills itself in the middle of writing the checkpoint of that epoch;
-with ``node:PID`` it kills that node when the first state has been answered and not yet fetched.
+``python tests/driver.py FOLDER [STRIKE]``: writes FOLDER/result.safetensors at the end. After each
+epoch it waits for a line on its input, or for that to be closed. With STRIKE, a number, the process
+kills itself in the middle of writing the checkpoint of that epoch; with ``node:PID`` it kills that
+node when the first state has been answered and not yet fetched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ from bnncore.params import RayParams
 from bnncore.training import checkpoint, schemes
 from tests import processes
 from tests.small import plan
+
+EPOCHS = 6
+
+
+def work():
+    """The plan and the data set that are trained."""
+    return plan("tentaclenet", "tentaclenet", members=4, epochs=EPOCHS)
 
 
 def strike_at(epoch: int) -> None:
@@ -60,16 +68,17 @@ def strike_node(pid: int) -> None:
     Group._get, Group.state = told, asked
 
 
-def main(folder: Path, epochs: int, strike: str) -> None:
+def main(folder: Path, strike: str) -> None:
     logging.basicConfig()
     if strike.startswith("node:"):
         strike_node(int(strike.removeprefix("node:")))
     elif strike:
         strike_at(int(strike))
-    p, images = plan("tentaclenet", "tentaclenet", members=4, epochs=epochs, subset=0.5)
+    p, images = work()
 
     def told(job, epoch):
         print(f"epoch {epoch['epoch']} actors {epoch.get('actors', 1)}", flush=True)
+        sys.stdin.readline()
 
     with Cluster(RayParams(actors=2, wait_s=60)) as cluster:
         trained = schemes.train(
@@ -81,4 +90,4 @@ def main(folder: Path, epochs: int, strike: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), "".join(sys.argv[3:]))
+    main(Path(sys.argv[1]), "".join(sys.argv[2:]))

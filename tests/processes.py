@@ -27,10 +27,10 @@ def descendants(pid: int | None = None) -> dict[int, str]:
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                command = (folder / "cmdline").read_bytes()  # which may be gone by now
+                command = (folder / "cmdline").read_text(errors="replace")  # may be gone by now
                 if fields[0] != "Z":
                     parents[int(folder.name)] = int(fields[1])
-                    commands[int(folder.name)] = command.replace(b"\0", b" ").decode()
+                    commands[int(folder.name)] = command.replace("\0", " ")
     found: dict[int, str] = {}
     front = {os.getpid() if pid is None else pid}
     while front:
@@ -99,7 +99,6 @@ def two_nodes(
 
     With a dashboard, which takes jobs, RAY_ADDRESS of the environment is its address.
     """
-    port, client, http, *others = free_ports(11)
     env = environment(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
@@ -111,21 +110,25 @@ def two_nodes(
     )
     ray_start = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
     ray_start += ["--disable-usage-stats"]
-    head = [f"--port={port}", "--head", f"--ray-client-server-port={client}"]
-    head += ["--node-ip-address=127.0.0.1", f"--include-dashboard={str(dashboard).lower()}"]
-    head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={http}"]
-    worker = [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.1"]
     nodes: list[subprocess.Popen] = []
     # Folders of their own, as on two machines; a socket's path has 107 characters at most.
     temporary = Path(tempfile.mkdtemp(prefix="ray"))
     logs = [open(folder / f"node{k}.log", "w") for k in range(2)]  # noqa: SIM115
     try:
-        for k, (own, log) in enumerate(zip((head, worker), logs, strict=True)):
-            own += [f"--temp-dir={temporary / str(k)}"]
-            metrics, agent, grpc = others[3 * k : 3 * k + 3]
-            own += [f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={agent}"]
-            own += [f"--dashboard-agent-grpc-port={grpc}"]
+        for k, log in enumerate(logs):
             for _ in range(3):  # Ray gives a node 30 s, which is short beside other work
+                # Anew each time: another process may have taken one in between.
+                metrics, agent, grpc, *ports = free_ports(6)
+                if k == 0:
+                    port, client, http = ports
+                    own = [f"--port={port}", "--head", f"--ray-client-server-port={client}"]
+                    own += [f"--include-dashboard={str(dashboard).lower()}"]
+                    own += ["--dashboard-host=127.0.0.1", f"--dashboard-port={http}"]
+                else:
+                    own = [f"--address=127.0.0.1:{port}"]
+                own += ["--node-ip-address=127.0.0.1", f"--temp-dir={temporary / str(k)}"]
+                own += [f"--metrics-export-port={metrics}", f"--dashboard-agent-grpc-port={grpc}"]
+                own += [f"--dashboard-agent-listen-port={agent}"]
                 nodes[k:] = [subprocess.Popen([*ray_start, *own], env=env, stdout=log, stderr=log)]
                 if _wait_for_line(folder / log.name, "Ray runtime started", nodes[k]):
                     break

@@ -224,17 +224,17 @@ def test_names_from_files_are_printed_harmlessly(tmp_path, capsys):
 
 
 def _inspected(folder: Path, count: int) -> int:
-    """How many calls it takes to inspect a graph of `count` nodes, most of which join 64 values."""
+    """How many calls it takes to inspect a graph of `count` nodes, most of which join 32 values."""
     one = np.ones(1, np.float32)
     tensors = {n: Tensor("float32", "input", (1,), False, one) for n in ("scale", "shift")}
-    tensors["weight"] = Tensor("float32", "weight", (2, 64), True, np.ones((3, 2, 64), np.float32))
+    tensors["weight"] = Tensor("float32", "weight", (2, 32), True, np.ones((3, 2, 32), np.float32))
     nodes = [Node("normalize", "in", (0,), {"scale": "scale", "shift": "shift"})]
-    line = [1]  # values of one channel, each from the last; what joins 64 of them nothing reads
+    line = [1]  # values of one channel, each from the last; what joins 32 of them nothing reads
     while len(nodes) < count - 4:
         nodes.append(Node("relu", f"relu{len(nodes)}", (line[-1],)))
         line.append(len(nodes))
-        nodes.append(Node("concat", f"concat{len(nodes)}", tuple(line[-64:])))
-    nodes.append(Node("concat", "concat", tuple(line[-64:])))
+        nodes.append(Node("concat", f"concat{len(nodes)}", tuple(line[-32:])))
+    nodes.append(Node("concat", "concat", tuple(line[-32:])))
     nodes.append(Node("global_avg", "mean", (len(nodes),)))
     nodes.append(Node("dense", "out", (len(nodes),), {"weight": "weight"}))
     program = Program(tuple(nodes), tensors, 3, "mean", (4, 4, 1), ("a", "b"))
@@ -256,10 +256,10 @@ def _inspected(folder: Path, count: int) -> int:
 
 @pytest.mark.slow
 def test_inspecting_takes_as_long_as_the_graph_is(tmp_path, capsys):
-    quarter, whole = (_inspected(tmp_path, count) for count in (256, 1024))
+    quarter, whole = (_inspected(tmp_path, count) for count in (128, 512))
     assert whole < 5 * quarter
-    # 64 maps of 4 x 4 floats wait to be joined in one; the members' own part is small.
-    assert f"activations of one image: {2 * 64 * 4 * 4 * 4:,} bytes" in capsys.readouterr().out
+    # 32 maps of 4 x 4 floats wait to be joined in one; the members' own part is small.
+    assert f"activations of one image: {2 * 32 * 4 * 4 * 4:,} bytes" in capsys.readouterr().out
 
 
 def test_a_reader_that_leaves_early_is_no_error(odd):

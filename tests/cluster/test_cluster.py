@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -41,15 +42,15 @@ def _asked(params: RayParams) -> list[list[dict[str, float]]]:
         while not ended.wait(0.1):
             found.extend(bundles for bundles in _pending() if bundles not in found)
 
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        with Cluster(params) as cluster:
-            assert cluster.slots() == 4
-    finally:
-        ended.set()
-        watcher.join()
-        assert _pending() == [], "nodes that came for it may go"
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            with Cluster(params) as cluster:
+                assert cluster.slots() == 4
+        finally:
+            ended.set()
+            looking.result()  # or what went wrong in it
+            assert _pending() == [], "nodes that came for it may go"
     return found
 
 

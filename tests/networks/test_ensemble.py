@@ -215,7 +215,9 @@ def test_norms_without_parameters_are_not_jittered():
         for module in member.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.affine, module.weight, module.bias = False, None, None
+    before = {name: value.clone() for name, value in ensemble.state_dict().items()}
     ensemble.diversify(seed=5, jitter=0.1, fresh_classifier=False)
+    assert all(torch.equal(value, before[name]) for name, value in ensemble.state_dict().items())
 
 
 def test_learned_scale_follows_the_weights_of_an_fp32_start():
@@ -238,9 +240,10 @@ def test_learned_scales_survive_a_start_from_a_trained_bnn():
             layer.scale.data.fill_(0.7)
     target = tiny.ensemble(2, "shared_conv", **changes)
     target.start_from(single_state(source.state()))
-    for layer in target.modules():
-        if isinstance(layer, BinaryConv2d):
-            assert layer.scale.unique().tolist() == [pytest.approx(0.7)]
+    layers = [m for m in target.modules() if isinstance(m, BinaryConv2d)]
+    assert layers
+    for layer in layers:
+        assert layer.scale.unique().tolist() == [pytest.approx(0.7)]
 
 
 def test_hadamard_starts_differ_between_members():

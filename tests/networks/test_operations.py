@@ -205,7 +205,6 @@ ANY = Ensemble(EnsembleSpec(tiny.model("nin", 8, DATA), 1, SHARING["no_shared"])
 ANY.shared = []
 SPEC = ModelSpec("tests:net", DATA.image, 4)
 IMAGES = DATA.val.images[:6]
-ROUNDS = 16
 FUZZED = [t for t in TABLE if t not in OURS]
 
 
@@ -217,14 +216,19 @@ def _packed_equals(ensemble: Ensemble, expected: torch.Tensor, x: torch.Tensor) 
     assert apart.sum() <= 1, (ours, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rounds",  # each optional argument has its turn in 8
+    [pytest.param(8, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.soak)],
+)
 @pytest.mark.parametrize("target", FUZZED, ids=lambda t: getattr(t, "__name__", str(t)))
-def test_random_arguments_give_torchs_values_or_are_refused_by_name(target):
+def test_random_arguments_give_torchs_values_or_are_refused_by_name(target, rounds):
     """By `lower`, and by the template in both twins."""
     rng = random.Random(f"{target}"[:40])
     x = tiny.normalized(DATA, IMAGES)
     accepted = 0
-    for turn in range(ROUNDS):
+    for turn in range(8 * rounds):
+        if turn >= rounds and accepted:
+            break
         torch.manual_seed(rng.randrange(1 << 30))
         forms = ("map", "map", "map", "pooled", "vector")
         before = rng.choice(forms[-1:] if target is nn.Linear else forms)

@@ -38,14 +38,17 @@ def test_a_stage_ends_with_what_started_it(tmp_path, started, words, ends):
     starter = subprocess.Popen(
         [sys.executable, "-c", STARTER, command], env=env, stdout=subprocess.PIPE, text=True
     )
-    assert starter.stdout.readline() == "began\n"
-    those = list(processes.descendants(starter.pid))
-    (child,) = (p for p, line in processes.descendants(starter.pid).items() if "child.py" in line
-                and not line.startswith("sh"))  # fmt: skip
+    those: dict[int, str] = {}
     try:
+        assert starter.stdout.readline() == "began\n"
+        those = processes.descendants(starter.pid)
+        (child,) = (p for p, line in those.items()
+                    if "child.py" in line and not line.startswith("sh"))  # fmt: skip
         starter.kill()
         starter.wait()
         assert processes.gone([child], 60 if ends else 2) == ends
     finally:
-        processes.kill(those)
+        processes.kill(those or processes.descendants(starter.pid))
+        starter.kill()
+        starter.wait()
         starter.stdout.close()

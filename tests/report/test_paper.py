@@ -41,6 +41,12 @@ def finished(folder, seed, rows, *, dataset="cifar100", backbone="resnet20", sub
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the figures, which take seconds."""
+    monkeypatch.setattr(report.plots, "write", lambda lines, out: [])
+
+
 def table(out):
     with open(out / "paper.csv", newline="") as file:
         return {(row["place"], row["row"], row["subset"]): row for row in csv.DictReader(file)}
@@ -72,8 +78,7 @@ def test_every_published_accuracy_has_its_line():
     assert by_row["TentacleNet, Table 2", "resnet9 benn_boosting, 25"] == -4.77
 
 
-@pytest.mark.slow
-def test_runs_stand_beside_what_was_published(tmp_path):
+def test_runs_stand_beside_what_was_published(tmp_path, undrawn):
     a = {"fp32": 61.0, "bnn": 47.0, "fusion/shared_conv/4": 50.0, "fusion/shared_conv/3": 49.0}
     b = {"fp32": 62.0, "bnn": 47.5, "fusion/shared_conv/4": 51.0}
     folders = [finished(tmp_path / "a", 0, a), finished(tmp_path / "b", 1, b)]
@@ -95,8 +100,7 @@ def test_runs_stand_beside_what_was_published(tmp_path):
     assert rows["Kim et al., Figure 5A", "voting, M = 4", ""]["ours"] == ""
 
 
-@pytest.mark.slow
-def test_differences_to_fp32_are_those_of_the_same_run(tmp_path):
+def test_differences_to_fp32_are_those_of_the_same_run(tmp_path, undrawn):
     name = "tentaclenet/tentaclenet/3"
     kwargs = {"dataset": "fer2013", "backbone": "fernet"}
     folders = [
@@ -232,7 +236,7 @@ def test_an_unresolved_scale_is_worked_in(tmp_path):
     assert (run.setting.epochs, run.setting.subset) == (5, 0.25)
 
 
-def test_tables_of_rivals_follow_with_their_plot(tmp_path, capsys):
+def test_tables_of_rivals_follow_with_their_plot(tmp_path, capsys, undrawn):
     rivals = tmp_path / "front16.md"
     rivals.write_text("# 16 KiB\n\n## Trained\n\n| what | % |\n| --- | ---: |\n| a # b | 1 |\n")
     out = tmp_path / "out"
@@ -253,8 +257,9 @@ def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert "none: expected a finished run" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_folder_is_the_set_it_is_named_after_and_runs_beside_the_papers_are_told(tmp_path):
+def test_a_folder_is_the_set_it_is_named_after_and_runs_beside_the_papers_are_told(
+    tmp_path, undrawn
+):
     rows = {
         "fp32": 90.0,
         "bnn": 80.0,

@@ -22,7 +22,7 @@ from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.crew import Crew, Work, WorkError
 from bnncore.packed import packfile
 from bnncore.params import RayParams
-from bnncore.search import answer, rivals, space
+from bnncore.search import answer, rivals, space, trial
 from bnncore.search import study as S
 from bnncore.search.run import study_name
 from bnncore.training.jobs import TrainingError
@@ -175,22 +175,56 @@ def quiet(cluster, tmp_path_factory) -> list[space.Row]:
         return found.run(cluster).rows
 
 
-def test_a_worker_is_killed_in_the_middle_of_a_trial(cluster, quiet, tmp_path):
+def test_a_worker_is_killed_in_the_middle_of_a_trial(cluster, quiet, tmp_path, monkeypatch):
     """Its trial is trained again, and the study is as if nothing had happened."""
-    killed: list[int] = []
+    mark = tmp_path / "mark"
 
-    def kill(line: str) -> None:
-        # Between a trial's result and the next: kill a worker that is at it.
-        for pid, command in processes.descendants().items():
-            if not killed and command.startswith("ray::trial"):
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+    def struck(*args):
+        if not mark.exists():  # its own copy of the module: trained, it dies before it is assessed
+            mark.touch()
+            trial.assess = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        return trial.train(*args)
 
-    with search(tmp_path / "search", parse(**SMALL), say=kill) as found:
+    monkeypatch.setattr(trial, "train", struck)
+    with search(tmp_path / "search", parse(**SMALL)) as found:
         report = found.run(cluster)
-    assert killed
+    assert mark.exists()
     assert report.retried >= 1
     assert comparable(report.rows) == comparable(quiet)
+
+
+TOLD = re.compile(r" +\d+/4 (trial-\d+)")  # that a trial is finished
+
+
+def _goes_on(cluster, folder: Path, told: list[str], quiet: list[space.Row]) -> None:
+    """No finished trial is lost, none counted twice, and the study ends as if nothing had been."""
+    finished = {m[1] for line in told if (m := TOLD.match(line))}
+    assert 1 <= len(finished) < 4, told
+    lines: list[str] = []
+    with search(folder / "search", parse(**SMALL), say=lines.append) as found:
+        rows = found.run(cluster).rows
+    assert "goes on after" in lines[0]
+    assert not any(f"{name} " in line for name in finished for line in lines)
+    assert comparable(rows) == comparable(quiet)
+
+
+def test_an_interrupted_search_finishes_what_runs_and_goes_on(cluster, quiet, tmp_path, capsys):
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        if TOLD.match(line) and sum(map(bool, map(TOLD.match, told))) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with search(tmp_path / "search", parse(**SMALL), say=say) as found:
+        report = found.run(cluster)
+    assert report.ended == "interrupted"
+    answer.write(report, tmp_path / "reports")
+    answer.show(report)
+    assert "ended because interrupted" in capsys.readouterr().out
+    content = json.loads((tmp_path / "reports/front.json").read_text())
+    assert 1 <= len(counted(content["trials"])) < 4
+    _goes_on(cluster, tmp_path, told, quiet)
 
 
 SCRIPT = """
@@ -198,55 +232,38 @@ import sys
 from pathlib import Path
 from bnncore.cluster.cluster import Cluster
 from bnncore.params import RayParams
-from bnncore.search import answer
 from tests.search import studies
 from tests.search.test_run import SMALL
-folder = Path(sys.argv[1])
-say = lambda line: print(line, flush=True)
-with studies.search(folder / "search", studies.parse(**SMALL), say=say) as found:
+def say(line):
+    print(line, flush=True)
+    sys.stdin.readline()
+with studies.search(Path(sys.argv[1]) / "search", studies.parse(**SMALL), say=say) as found:
     with Cluster(RayParams(actors=2, gpus_per_actor=0.0)) as cluster:
-        report = found.run(cluster)
-answer.write(report, folder / "reports")
-answer.show(report)
-sys.exit(130 if report.ended == "interrupted" else 0)
+        found.run(cluster)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_ends_in_the_middle_and_goes_on(cluster, quiet, tmp_path, how):
-    """No finished trial is lost, none counted twice, and the study ends as if nothing had been."""
+def test_a_killed_search_goes_on(cluster, quiet, tmp_path):
     running = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=environment(PYTHONPATH="."),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     children: dict[int, str] = {}
-    seen: list[str] = []
+    told: list[str] = []
     try:
         for line in running.stdout:
-            seen.append(line)
-            if re.match(r" +\d+/4 trial", line):
+            told.append(line)
+            print(file=running.stdin, flush=True)  # it goes on to its next line, and no further
+            if TOLD.match(line):
                 break
         children = processes.descendants(running.pid)
-        running.send_signal(how)
-        output, _ = running.communicate(timeout=300)
+        running.kill()
+        running.communicate(timeout=300)
     finally:
         running.kill()
         processes.kill(children)
-    finished = {m[1] for line in seen if (m := re.match(r" +\d+/4 (trial-\d+)", line))}
-    assert finished, seen
-    if how == signal.SIGINT:  # finishes what runs, reports what there is
-        assert running.returncode == 130, output
-        assert "ended because interrupted" in output
-        content = json.loads((tmp_path / "reports/front.json").read_text())
-        assert 1 <= len(counted(content["trials"])) < 4
-    else:
-        assert running.returncode == -signal.SIGKILL
-    lines: list[str] = []
-    with search(tmp_path / "search", parse(**SMALL), say=lines.append) as found:
-        rows = found.run(cluster).rows
-    assert "goes on after" in lines[0]
-    assert not any(f"{name} " in line for name in finished for line in lines)
-    assert comparable(rows) == comparable(quiet)
+    assert running.returncode == -signal.SIGKILL, told
+    _goes_on(cluster, tmp_path, told, quiet)
 
 
 # -- as a user runs it -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -384,7 +385,7 @@ def test_kills_at_any_moment_lose_and_double_nothing(root):
                     history.append({"epoch": epoch, "time": time.time(), "val_top1": 50.0 + epoch})
                     place.with_suffix(".new").write_text(json.dumps(history))
                     place.with_suffix(".new").rename(place)
-                    time.sleep(0.02)
+                    time.sleep(0.03)
                 run.epoch(epoch, history[epoch - 1])
             run.metrics({"test_top1": 60.0})
 
@@ -393,17 +394,17 @@ def test_kills_at_any_moment_lose_and_double_nothing(root):
             sync(root)
             time.sleep(0.001)
 
-    kills = 0
+    kills = [0, 0]
     for _ in range(12):
         both = [forked(train), forked(carry)]
         time.sleep(random.uniform(0.01, 0.4))
         for pid, _ in both:
             os.kill(pid, signal.SIGKILL)
-        ends = [joined(*one)[0] for one in both]
-        kills += sum(code == -signal.SIGKILL for code in ends)
+        for i, one in enumerate(both):
+            kills[i] += joined(*one)[0] == -signal.SIGKILL
     train()
     assert sync(root) == 0
-    assert kills >= 12
+    assert min(kills) > 2, "of either, at work"
     assert set(rows(root).values()) == {1}
     (parent,), children = runs(root)
     assert curve(root, children["bnn"]) == [(e, 50.0 + e) for e in range(1, last + 1)]
@@ -544,7 +545,7 @@ def test_a_hanging_server_does_not_hold_up_training(root, capfd, monkeypatch):
     assert missed(root) == {"parent", "model-bnn"}
 
 
-def test_a_store_in_trouble_is_asked_again_later(root, capfd):
+def test_a_store_in_trouble_is_asked_again_later(root, capfd, monkeypatch):
     """One hangs, one refuses, one is away (a file where its folder should be), one is there."""
     away = root / "away"
     away.touch()
@@ -552,15 +553,27 @@ def test_a_store_in_trouble_is_asked_again_later(root, capfd):
     port = refusing.getsockname()[1]
     refusing.close()
     back = f"sqlite:///{away}/mlflow.db"
-    with hanging_server() as (hanging, held):
+    asked, now, bring = [], 0.0, Store._bring
+
+    def counted(store, folder, parent, todo):
+        asked.append(parent["uri"])
+        bring(store, folder, parent, todo)
+
+    with hanging_server() as (hanging, _), monkeypatch.context() as patch:
+        patch.setattr(Store, "_bring", counted)
+        clock = SimpleNamespace(monotonic=lambda: now)  # a busy machine takes long for anything
+        patch.setattr(sys.modules[Store.__module__], "time", clock)
         uris = [back, hanging, f"http://127.0.0.1:{port}", None]
         for i, uri in enumerate(uris):
             a_stage(root, f"model{i}", uri=uri)
         store = Store()
         left = sync(root, store)
-        asked = len(held)
-        assert sync(root, store) == left, "not at once"
-        assert len(held) == asked == 1
+        assert len(asked) == len(set(asked)) == 4
+        assert sync(root, store) == left
+        assert len(asked) == 4, "not at once"
+        now = 60.0
+        assert sync(root, store) == left
+        assert sorted(asked[4:]) == sorted(uris[:3])
     assert list(runs(root)[1]) == ["model3"]
     assert missed(root) == {"parent", "model-model0", "model-model1", "model-model2"}
     error = capfd.readouterr().err
@@ -598,11 +611,14 @@ def test_the_follower_of_a_killed_stage_ends_and_loses_nothing(root):
         [sys.executable, "-c", script, str(root)],
         cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    follower = int(stage.stdout.readline())
-    assert stage.wait() == -signal.SIGKILL
-    until(lambda: not alive(follower))
-    stage.stdin.close()
-    stage.stdout.close()
+    try:
+        follower = int(stage.stdout.readline())
+        assert stage.wait() == -signal.SIGKILL
+        until(lambda: not alive(follower))
+    finally:
+        stage.kill()
+        stage.stdin.close()  # which its child waits for
+        stage.stdout.close()
     (parent,), children = runs(root)
     assert curve(root, children["bnn"]) == FULL
     assert parent.info.status == "RUNNING"

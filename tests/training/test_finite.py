@@ -86,10 +86,15 @@ def poison(trainer: Trainer, moment: str, name: str, value: float) -> None:
 QUICK = (GAMMA, "shared.stem.conv.weight", "shared.weights")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in KINDS]
-)
+def cases():
+    """Some kinds at every moment, each other one at one, and in soak at the rest."""
+    for turn, name in enumerate(KINDS):
+        for k, moment in enumerate(MOMENTS):
+            late = pytest.mark.slow if k == turn % len(MOMENTS) else pytest.mark.soak
+            yield pytest.param(name, moment, marks=() if name in QUICK else late)
+
+
+@pytest.mark.parametrize(("name", "moment"), list(cases()))
 def test_nothing_that_is_not_finite_is_kept_or_returned(tmp_path, name, moment):
     spoilt, value, start = name, KINDS[name], job()
     checkpoint = Checkpoint(tmp_path, "e")

@@ -142,10 +142,15 @@ def _margin(network: Backbone, x: torch.Tensor) -> float:
     return min(margins)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)  # a compiler suffers beside other work
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("float64", 1e-9)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param("float32", 2e-3, marks=pytest.mark.slow),
+        pytest.param("float64", 1e-9, marks=pytest.mark.soak),  # test_compile has whole networks
+    ],
+)
 def test_compiled_gradients_are_those_of_plain_autograd_in_float64(dtype, tolerance):
     """Where no value is so near to a jump that rounding decides, as it else may.
 

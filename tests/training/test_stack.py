@@ -79,11 +79,13 @@ def float64():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "sharing", "extra"), ROWS, ids=map(str, range(len(ROWS))))
-def test_stacked_is_looped_in_float64(scheme, sharing, extra, float64):
+@pytest.mark.parametrize("turn", range(len(ROWS)))
+def test_stacked_is_looped_in_float64(turn, float64):
+    scheme, sharing, extra = ROWS[turn]
     p, images = plan(scheme, sharing, members=3, subset=0.1, **extra)
     looped = stepped(p, images, 1)
-    for size, replay in ((3, False), (2, True)):  # all at once; a stack of two, and one alone
+    ways = ((3, False), (2, True))  # all at once; a stack of two, and one alone, replayed
+    for size, replay in ways[: 1 + (turn % 3 == 0)]:  # the second has few cases of its own
         for found, expected in zip(stepped(p, images, size, replay), looped, strict=True):
             assert found.keys() == expected.keys()
             for name, value in expected.items():

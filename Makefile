@@ -16,7 +16,7 @@ env: $(STAMP)  ## build or update .venv
 $(STAMP): pyproject.toml
 	$(PYTHON) -c '$(CHECK)'
 	$(BIN)/python -c '$(CHECK)' 2> /dev/null || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 repro: $(STAMP)  ## the whole pipeline on the parameters in params.yaml, then its table

@@ -111,13 +111,13 @@ def test_predict_reads_what_training_reads(kind, channels, tmp_path, monkeypatch
     save(path)
     packfile.save(network(5, 5, channels), tmp_path / "net.bnn")
     seen: list[np.ndarray] = []
-    run = execute.Model.__call__
+    run = execute.Model.outputs
 
     def spy(self, images, *rest):
         seen.append(images)
         return run(self, images, *rest)
 
-    monkeypatch.setattr(execute.Model, "__call__", spy)
+    monkeypatch.setattr(execute.Model, "outputs", spy)
     status = main(["predict", str(tmp_path / "net.bnn"), str(path), "--ops", "numpy"])
     said = capsys.readouterr().err
     params = data.DataParams(

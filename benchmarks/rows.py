@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bnncore import tracking
+
+ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
 
 
@@ -37,17 +39,7 @@ def commit() -> str:
 
     Results are tracked, too, and a benchmark writes them: they do not count.
     """
-    code = ["*.py", "*.yaml", "*.c", "*.h"]
-    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", *code])
-    said = []
-    for command in commands:
-        try:
-            done = subprocess.run(["git", *command], cwd=Path(__file__).parents[1],
-                                  capture_output=True, text=True)  # fmt: skip
-        except OSError:  # no git
-            return "unknown"
-        said.append(done.stdout.strip())
-    return f"{said[0] or 'unknown'}{'-dirty' if said[1] else ''}"
+    return tracking.commit(ROOT, ["*.py", "*.yaml", "*.c", "*.h"], digits=7) or "unknown"
 
 
 # Without them torch's half precision takes many times longer.

@@ -140,7 +140,7 @@ def evaluated(s: Stage, name: str, images: data.Dataset) -> dict:
 
 def settings(p: params.Params, name: str) -> str | None:
     """What an ensemble's section says beside scheme, sharing by name, and members; in words."""
-    section = next((e for e in p.ensembles.train if e.name == name), None)
+    section = p.ensembles.named(name)
     if section is None:
         return None
     said = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)
@@ -154,7 +154,6 @@ def settings(p: params.Params, name: str) -> str | None:
 
 def about(p: params.Params, images: data.Dataset) -> dict:
     """What was evaluated, when, of which commit."""
-    commit = tracking.commit(ROOT)
     counts = np.bincount(images.test.labels, minlength=1)
     parts = {part: len(getattr(images, part)) for part in ("train", "val", "test")}
     return {
@@ -164,7 +163,7 @@ def about(p: params.Params, images: data.Dataset) -> dict:
         "images": ", ".join(f"{count:,} {part}" for part, count in parts.items()),
         "chance_top1": 100 * float(counts.max() / counts.sum()),
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
-        "commit": commit and commit[:7] + commit[40:],
+        "commit": tracking.commit(ROOT, digits=7),
         "seed": p.seed,
         "params": params.plain(p),
     }

@@ -24,7 +24,7 @@ def main() -> None:
         shutil.rmtree(PACKED, ignore_errors=True)
         (PACKED / "torch").mkdir(parents=True)
         for name, model in read.items():
-            section = next((e for e in s.params.ensembles.train if e.name == name), None)
+            section = s.params.ensembles.named(name)
             parts = ("val", "test")
             found = packing.packed(model, s.params, images, name, section, parts)
             size = packfile.save(found.program, PACKED / f"{name}.bnn")
@@ -49,7 +49,7 @@ def trained(name: str, p: params.Params, images: data.Dataset) -> ensembled.Ense
         ModelError: it is another one, of other parameters, or none; names its folder.
     """
     found = ensembled.Ensembled.read(folder(name))
-    section = next((e for e in p.ensembles.train if e.name == name), None)
+    section = p.ensembles.named(name)
     if section is None:
         expected = plans.single_spec(p, images.image, len(images.classes), binary=name == "bnn")
     else:

@@ -347,6 +347,10 @@ class EnsemblesParams:
                 )
             known.append(ensemble.name)
 
+    def named(self, name: str) -> EnsembleParams | None:
+        """The ensemble of this name; None where there is none, as for fp32 and bnn."""
+        return next((e for e in self.train if e.name == name), None)
+
 
 @dataclass(frozen=True, config=SECTION)
 class PackParams:

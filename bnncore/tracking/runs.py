@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -312,10 +312,14 @@ def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
 
 
-def commit(root: Path) -> str | None:
+def commit(root: Path, files: Sequence[str] = (".", ":!dvc.lock"), digits: int = 40) -> str | None:
     """The commit that is checked out in `root`, ``-dirty`` behind it where a file differs from it.
 
-    Not counting dvc.lock, which DVC writes as stages end. None where there is no repository.
+    None where there is no repository.
+
+    Args:
+        files: git's patterns of those that count; not dvc.lock, which DVC writes as stages end.
+        digits: of the commit's hash.
     """
     git = ["git", "-C", str(root)]
 
@@ -326,8 +330,8 @@ def commit(root: Path) -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = asked("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
-        return asked("rev-parse", "HEAD") + "-dirty" * bool(changed)
+        changed = asked("status", "--porcelain", "--untracked-files=no", "--", *files)
+        return asked("rev-parse", "HEAD")[:digits] + "-dirty" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None
 

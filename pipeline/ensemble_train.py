@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 
 from bnncore import params
 from bnncore.cluster.cluster import Cluster
+from bnncore.params import EnsembleParams
 from bnncore.training import plans, schemes
 from bnncore.training.checkpoint import resumable
 from bnncore.training.ensembled import Ensembled
@@ -21,22 +23,29 @@ def main() -> None:
         out = MODELS / "ensembles"
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
         out.mkdir(parents=True)  # the list may be empty
-        trained: dict[str, Ensembled] = {}
+        todo = s.params.ensembles
+        made: list[str] = []
+
+        def make(
+            ensemble: EnsembleParams,
+            train_many: schemes.TrainMany,
+            result_of: Callable[[str], Ensembled],
+        ) -> Ensembled:
+            earlier = {e.name: result_of(e.name) for e in todo.train if e.name == ensemble.teacher}
+            plan = plans.plan(s.params, ensemble, images, fp32, bnn, earlier, cluster.device)
+            trained = schemes.train(plan.over(cluster.slots()), train_many)
+            trained.save(folder(ensemble.name))
+            made.append(ensemble.name)
+            print(f"{ensemble.name}: trained, {len(made)} of {len(todo.train)}", flush=True)
+            return trained
+
         print("starting Ray", flush=True)
         with (
             Cluster(s.params.ray) as cluster,
             resumable(CHECKPOINTS / "ensemble-train") as checkpoints,
         ):
-            train_many = partial(
-                cluster.train_many, data=images, checkpoints=checkpoints, on_epoch=s.on_epoch
-            )
-            todo = s.params.ensembles.train
-            for i, ensemble in enumerate(todo):
-                print(f"{ensemble.name}: ensemble {i + 1} of {len(todo)}", flush=True)
-                plan = plans.plan(s.params, ensemble, images, fp32, bnn, trained, cluster.device)
-                plan = plan.over(cluster.slots())
-                trained[ensemble.name] = schemes.train(plan, train_many)
-                trained[ensemble.name].save(folder(ensemble.name))
+            makers = {e.name: partial(make, e) for e in todo.train}
+            cluster.side_by_side(makers, images, checkpoints, s.on_epoch)
             params.save(s.params, out / "params.yaml")
 
 

@@ -3,7 +3,7 @@
 `Cluster.train_many` gives what `train.train_many` gives. The loop over epochs and the checkpoints
 stay in the driver: a thread a running job runs `train.drive` around a `Group` of actors. A lost
 group costs its job the epoch it was in: the job goes on with a new group on what the cluster has
-left.
+left. `Cluster.side_by_side` is for what makes one job of another's results, several at once.
 
 Where actors are is Ray's to say: a group asks for a placement group, which is had whole or not at
 all, waits in Ray's queue, and is what an autoscaler adds nodes for. Actors that a job is done with
@@ -18,10 +18,11 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -37,8 +38,12 @@ from bnncore.training.checkpoint import Checkpoint
 from bnncore.training.devices import Place
 from bnncore.training.jobs import Epoch, Job, Trained
 from bnncore.training.loop import OnEpoch, drive
+from bnncore.training.schemes import TrainMany
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+# What has jobs trained by the first argument, and waits by the second for another one's result.
+Maker = Callable[[TrainMany, Callable[[str], T]], T]
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
 ATTEMPTS = 3
@@ -131,6 +136,7 @@ class Cluster:
         self._gpu: int | None = None
         self._idle: list[Seat] = []
         self._busy: list[Gang] = []
+        self._queue: dict[object, int] = {}  # jobs that wait for actors, and how many
         self._free = threading.Condition(threading.RLock())
         self._data: tuple[Dataset, ray.ObjectRef] | None = None
 
@@ -265,25 +271,47 @@ class Cluster:
                 self._free.notify_all()
 
     def _take(self, job: Job) -> Gang:
-        """As many actors as are of use to a job and the cluster holds beside our others."""
+        """As many actors as are of use to a job and the cluster holds beside our others.
+
+        Jobs are served in the order in which they came; one that waits for more actors than are
+        free lets those pass that need no more.
+        """
+        ticket = object()
         with self._free:
-            while True:
-                slots = self.slots()
-                if slots == 0:
-                    raise ClusterError("ray: expected room for at least 1 actor, found none left")
-                size = actors_of_use(job, slots, self.device)
-                if size > len(self._idle) and not self._busy:
-                    self._end_idle()  # they may hold the room
-                new = max(0, size - len(self._idle))
-                busy = [seat for gang in self._busy for seat in gang.seats]
-                held = sum(room.size for room in {seat.room for seat in [*self._idle, *busy]})
-                if len(busy) + size <= slots and (not new or held + new <= slots):
-                    break
-                self._free.wait(timeout=5)
+            try:
+                while True:
+                    slots = self.slots()
+                    if slots == 0:
+                        raise ClusterError(
+                            "ray: expected room for at least 1 actor, found none left"
+                        )
+                    self._queue[ticket] = size = actors_of_use(job, slots, self.device)
+                    first = next(iter(self._queue)) is ticket
+                    if first and size > len(self._idle) and not self._busy:
+                        self._end_idle()  # they may hold the room
+                    served = (t for t, asked in self._queue.items() if self._fits(asked, slots))
+                    if next(served, None) is ticket:
+                        break
+                    self._free.wait(timeout=5)
+            finally:
+                self._queue.pop(ticket, None)
+                self._free.notify_all()
+            new = self._missing(size)
             seats, self._idle = self._idle[:size], self._idle[size:]
             gang = Gang(seats, Room(self._bundles(new)) if new else None)
             self._busy.append(gang)
             return gang
+
+    def _missing(self, size: int) -> int:
+        """How many of `size` actors are not there, idle."""
+        return max(0, size - len(self._idle))
+
+    def _fits(self, size: int, slots: int) -> bool:
+        """Whether `size` actors can be had now."""
+        new = self._missing(size)
+        busy = [seat for gang in self._busy for seat in gang.seats]
+        held = sum(room.size for room in {seat.room for seat in [*self._idle, *busy]})
+        return len(busy) + size <= slots and (not new or held + new <= slots)
 
     def _wait_for(self, refs: list[ray.ObjectRef], gang: Gang) -> None:
         patience = self.params.wait_s + START_S
@@ -348,30 +376,47 @@ class Cluster:
                 checkpoints.
             ClusterError: the cluster has no room left, or a job lost its actors too often.
         """
-        if not jobs:
-            return []
-        if checkpoints is None:
-            with tempfile.TemporaryDirectory() as folder:
-                return self.train_many(jobs, data, Path(folder), on_epoch)
-        run = _Run(self, data, checkpoints, on_epoch)
-        threads = min(len(jobs), max(1, self.slots()))
-        with ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(run.train, job) for job in jobs]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                failed = [f for f in done if f.exception()]
-            except BaseException:
-                run.stop(futures)
-                raise
-            if failed:
-                run.stop(futures)
-        if failed:
-            raise failed[0].exception()  # type: ignore[misc]
-        return [future.result() for future in futures]
+        with self._run(data, checkpoints, on_epoch) as run:
+            return run.train_many(jobs)
+
+    def side_by_side(
+        self,
+        makers: Mapping[str, Maker[T]],
+        data: Dataset,
+        checkpoints: Path | None = None,
+        on_epoch: OnEpoch | None = None,
+    ) -> dict[str, T]:
+        """Results of functions that have jobs trained; the jobs of all of them share the cluster.
+
+        A scheme that trains one job after another, or one with fewer members than there are actors,
+        leaves actors idle, which the others use. How many actors a job has, and so its bits, do
+        not depend on what else is trained.
+
+        Args:
+            makers: by name, functions of ``(train_many, result_of)``, where ``result_of(name)``
+                waits for another one's result. They run by turns, one at a time but for these two
+                calls: what builds networks sets torch's global random state.
+            data, checkpoints, on_epoch: as of `train_many`.
+
+        Raises:
+            Exception: the first of a maker; the others' jobs are stopped and keep their
+                checkpoints.
+        """
+        with self._run(data, checkpoints, on_epoch) as run:
+            return run.side_by_side(makers)
+
+    @contextlib.contextmanager
+    def _run(
+        self, data: Dataset, checkpoints: Path | None, on_epoch: OnEpoch | None
+    ) -> Iterator[_Run]:
+        with contextlib.ExitStack() as stack:
+            if checkpoints is None:
+                checkpoints = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            yield _Run(self, data, checkpoints, on_epoch)
 
 
 class _Run:
-    """One call of `Cluster.train_many`: what its threads share."""
+    """One call of `Cluster.train_many` or `side_by_side`: what its threads share."""
 
     def __init__(
         self, cluster: Cluster, data: Dataset, checkpoints: Path, on_epoch: OnEpoch | None
@@ -381,16 +426,71 @@ class _Run:
         self.ref = cluster.put(data)
         self.running: dict[str, Gang] = {}
         self.lock = threading.RLock()
-        self.stopped = False
+        self.error: BaseException | None = None  # why it was stopped
 
-    def stop(self, futures: list[Future[Trained]]) -> None:
-        """Jobs that have not begun never will; those that run lose their actors."""
+    def train_many(self, jobs: list[Job]) -> list[Trained]:
+        return self._at_once([partial(self.train, job) for job in jobs], self.cluster.slots())
+
+    def side_by_side(self, makers: Mapping[str, Maker[T]]) -> dict[str, T]:
+        turn, names = threading.Lock(), list(makers)
+        futures: list[Future[T]] = []
+
+        def without_turn(call: Callable[..., Any], *args: Any) -> Any:
+            turn.release()
+            try:
+                return call(*args)
+            finally:
+                turn.acquire()
+
+        def result_of(name: str) -> T:
+            return futures[names.index(name)].result()
+
+        def make(maker: Maker[T]) -> T:
+            with turn:
+                return maker(
+                    partial(without_turn, self.train_many), partial(without_turn, result_of)
+                )
+
+        calls = [partial(make, maker) for maker in makers.values()]
+        return dict(zip(names, self._at_once(calls, len(calls), futures), strict=True))
+
+    def _at_once(
+        self,
+        calls: Sequence[Callable[[], T]],
+        threads: int,
+        futures: list[Future[T]] | None = None,
+    ) -> list[T]:
+        """What `calls` return, in their order; the first that fails stops the whole run.
+
+        Args:
+            futures: an empty list, to be filled with the calls' futures.
+        """
+        futures = [] if futures is None else futures
+        with ThreadPoolExecutor(max(1, min(threads, len(calls)))) as pool:
+            try:
+                for call in calls:  # one by one: a call may wait for an earlier one's future
+                    futures.append(pool.submit(call))
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future in done:
+                        future.result()
+            except BaseException as error:
+                raise self._stop(error, futures) from None
+        return [future.result() for future in futures]
+
+    def _stop(self, error: BaseException, futures: list[Future[T]]) -> BaseException:
+        """Jobs that have not begun never will; those that run lose their actors.
+
+        Returns:
+            Why the run was stopped, which may be an earlier error than this one.
+        """
         with self.lock:
-            self.stopped = True
+            self.error = self.error or error
             for future in futures:
                 future.cancel()
             for gang in self.running.values():
                 gang.end()
+            return self.error
 
     def train(self, job: Job) -> Trained:
         checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
@@ -411,7 +511,7 @@ class _Run:
                     return self._attempt(job, checkpoint, finished)
                 except GroupLost as error:
                     lost += 1
-                    if self.stopped:
+                    if self.error:
                         raise
                     if lost >= ATTEMPTS:
                         raise ClusterError(
@@ -429,10 +529,10 @@ class _Run:
             checkpoint.close()
 
     def _attempt(self, job: Job, checkpoint: Checkpoint, finished: OnEpoch) -> Trained:
+        self._go_on(job)
         with self.cluster._gang(job) as gang:
             with self.lock:
-                if self.stopped:
-                    raise GroupLost(f"{job.name}: stopped")
+                self._go_on(job)
                 self.running[job.name] = gang
             try:
                 group = Group(job, self.ref, gang.actors, **self.cluster._options())
@@ -444,6 +544,10 @@ class _Run:
         if trained.history:
             _tell(job, trained.history[-1])
         return trained
+
+    def _go_on(self, job: Job) -> None:
+        if self.error:
+            raise GroupLost(f"{job.name}: stopped")
 
 
 def _tell(job: Job, epoch: Epoch) -> None:

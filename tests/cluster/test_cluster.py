@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
+import torch
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.connect import ClusterError
 from bnncore.params import RayParams
 from bnncore.training import loop, schemes
+from bnncore.training.jobs import TrainingError
 from tests.small import differences, plan
 
 
@@ -165,3 +168,81 @@ def test_what_a_lost_actor_leaves_is_given_back(cluster):
     while ray.available_resources().get("CPU") != 4:
         assert time.monotonic() < deadline, "what was reserved is not given back"
         time.sleep(0.1)
+
+
+def _maker(p, name: str, after: str = ""):
+    """Trains plan `p` under a name of its own, when another's is trained."""
+
+    def make(train_many, result_of):
+        if after:
+            result_of(after)
+        named = dataclasses.replace(p, params=dataclasses.replace(p.params, name=name))
+        return schemes.train(named, train_many)
+
+    return make
+
+
+@pytest.mark.slow
+def test_side_by_side_fills_the_actors_in_turn_and_gives_the_same_bits(cluster):
+    """Two actors: what trains member after member leaves one idle, which `small` has; `wide` needs
+    both, and has them as soon as a member is done."""
+    cluster.params = RayParams(actors=2)
+    cluster._end_idle()
+    made = {
+        "chain": plan("snapshot", "no_shared", members=3, epochs=6),
+        "small": plan("voting", "no_shared", members=1, epochs=2),
+        "wide": plan("fusion", "no_shared", members=2, epochs=2),
+        "late": plan("fusion", "no_shared", members=1, epochs=1),
+    }
+    images = made["wide"][1]
+    told: list[str] = []
+    busy: list[int] = []
+
+    def on_epoch(job, epoch) -> None:
+        told.append(job.name.partition(".")[0])
+        busy.append(sum(gang.size for gang in cluster._busy))
+
+    makers = {name: _maker(p, name, "wide" * (name == "late")) for name, (p, _) in made.items()}
+    trained = cluster.side_by_side(makers, images, on_epoch=on_epoch)
+    assert list(trained) == list(made)
+    for name, (p, _) in made.items():
+        alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
+        assert differences(alone.state, trained[name].state) == []
+    assert max(busy) == 2
+    last = {name: len(told) - told[::-1].index(name) for name in made}
+    assert last["small"] < last["wide"] < min(last["chain"], last["late"])
+    assert cluster._busy == []
+    assert not cluster._queue
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["before its jobs", "in its jobs", "after its jobs"])
+def test_the_first_of_several_that_fails_stops_the_others(cluster, tmp_path, where):
+    cluster.params = RayParams(actors=2)
+    p, images = plan("fusion", "no_shared", members=1, epochs=1000)
+    bad, _ = plan("fusion", "no_shared", members=1, epochs=1)
+    name = next(n for n in bad.start if n.startswith("0.stem.conv"))
+    bad.start[name] = torch.full_like(bad.start[name], 3e38)  # finite, but its sums are not
+    begun = threading.Event()
+
+    def failing(train_many, result_of):
+        if where == "in its jobs":
+            return _maker(bad, "bad")(train_many, result_of)
+        if where == "after its jobs":
+            _maker(plan("fusion", "no_shared", members=1, epochs=1)[0], "ok")(train_many, result_of)
+        while not begun.wait(0.05):  # without the turn: the other may be building its network
+            train_many([])
+        raise TrainingError("bad: no luck")
+
+    def waiting(train_many, result_of):
+        return result_of("bad")
+
+    makers = {"long": _maker(p, "long"), "bad": failing, "student": waiting}
+    with pytest.raises(TrainingError, match=r"^bad: "):
+        cluster.side_by_side(makers, images, tmp_path, lambda job, epoch: begun.set())
+    assert cluster._busy == []
+    assert not cluster._queue
+    if where != "in its jobs":
+        (kept,) = tmp_path.glob("long-*/state.safetensors")
+        assert kept.stat().st_size
+    assert cluster.side_by_side({}, images) == {}

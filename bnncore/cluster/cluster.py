@@ -452,7 +452,9 @@ class _Run:
                 )
 
         calls = [partial(make, maker) for maker in makers.values()]
-        return dict(zip(names, self._at_once(calls, len(calls), futures), strict=True))
+        # Each that has begun keeps its start in memory; one may wait for many actors.
+        threads = self.cluster.slots() + 1
+        return dict(zip(names, self._at_once(calls, threads, futures), strict=True))
 
     def _at_once(
         self,

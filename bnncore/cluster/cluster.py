@@ -42,7 +42,7 @@ from bnncore.training.schemes import TrainMany
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# What has jobs trained by the first argument, and waits by the second for another one's result.
+# What has jobs trained by the first argument, and waits by the second for an earlier one's result.
 Maker = Callable[[TrainMany, Callable[[str], T]], T]
 # Give up on a job after so many lost groups without a finished epoch between them: a job that
 # kills its actors (for want of memory, say) would otherwise be tried for ever.
@@ -394,7 +394,7 @@ class Cluster:
 
         Args:
             makers: by name, functions of ``(train_many, result_of)``, where ``result_of(name)``
-                waits for another one's result. They run by turns, one at a time but for these two
+                waits for an earlier one's result. They run by turns, one at a time but for these two
                 calls: what builds networks sets torch's global random state.
             data, checkpoints, on_epoch: as of `train_many`.
 

@@ -24,7 +24,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)  # nothing of a longer list may stay behind
         out.mkdir(parents=True)  # the list may be empty
         todo = s.params.ensembles
-        made: list[str] = []
+        place = {e.name: f"ensemble {i + 1} of {len(todo.train)}" for i, e in enumerate(todo.train)}
 
         def make(
             ensemble: EnsembleParams,
@@ -32,14 +32,13 @@ def main() -> None:
             result_of: Callable[[str], Ensembled],
         ) -> Ensembled:
             earlier = {e.name: result_of(e.name) for e in todo.train if e.name == ensemble.teacher}
+            s.say(f"{ensemble.name}: {place[ensemble.name]}")
             plan = plans.plan(s.params, ensemble, images, fp32, bnn, earlier, cluster.device)
             trained = schemes.train(plan.over(cluster.slots()), train_many)
             trained.save(folder(ensemble.name))
-            made.append(ensemble.name)
-            print(f"{ensemble.name}: trained, {len(made)} of {len(todo.train)}", flush=True)
             return trained
 
-        print("starting Ray", flush=True)
+        s.say("starting Ray")
         with (
             Cluster(s.params.ray) as cluster,
             resumable(CHECKPOINTS / "ensemble-train") as checkpoints,

@@ -57,6 +57,11 @@ class Stage:
         """Names of all models, in the order of the table."""
         return ["fp32", "bnn", *(e.name for e in self.params.ensembles.train)]
 
+    def say(self, text: str) -> None:
+        """A line above the progress bars."""
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
     def on_epoch(self, job: Any, epoch: Mapping[str, Any]) -> None:
         """Show an epoch of a job and log its curve; jobs of one ensemble are NAME.MEMBER."""
         self._show(job.name, epoch, job.recipe.epochs)

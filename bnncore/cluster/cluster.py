@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +113,20 @@ class Gang:
             seat.end()
 
 
+@dataclass(eq=False)
+class Ticket:
+    """A job that waits for actors.
+
+    Attributes:
+        rank: the lower, the earlier it is served; those of one rank in the order of their coming.
+        gang: its actors, once it is served.
+    """
+
+    job: Job
+    rank: int
+    gang: Gang | None = None
+
+
 class Cluster:
     """A handle on a Ray cluster: ``with Cluster(params) as cluster: cluster.train_many(...)``.
 
@@ -136,7 +151,7 @@ class Cluster:
         self._gpu: int | None = None
         self._idle: list[Seat] = []
         self._busy: list[Gang] = []
-        self._queue: dict[object, int] = {}  # jobs that wait for actors, and how many
+        self._queue: list[Ticket] = []
         self._free = threading.Condition(threading.RLock())
         self._data: tuple[Dataset, ray.ObjectRef] | None = None
 
@@ -245,16 +260,21 @@ class Cluster:
     # -- gangs -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _gang(self, job: Job) -> Iterator[Gang]:
-        """Actors for a job; kept for other ones if all goes well in the body, else ended."""
-        gang = self._take(job)
+    def _gang(self, job: Job, rank: int, go_on: Callable[[], None]) -> Iterator[Gang]:
+        """Actors for a job; kept for other ones if all goes well in the body, else ended.
+
+        Args:
+            rank: `Ticket.rank`.
+            go_on: asked again and again while it waits; raises if it is not to.
+        """
+        gang = self._take(Ticket(job, rank), go_on)
         try:
             if gang.room:
-                self._wait_for([gang.room.place.ready()], gang)
+                self._wait_for([gang.room.place.ready()], gang, go_on)
                 for seat in gang.seats:
                     if seat.actor is None:
                         seat.start(self.params, self.gpus_per_actor)
-            self._wait_for([actor.where.remote() for actor in gang.actors], gang)
+            self._wait_for([actor.where.remote() for actor in gang.actors], gang, go_on)
             yield gang
         except BaseException as error:
             gang.end()
@@ -270,55 +290,50 @@ class Cluster:
                 self._end([seat for seat in self._idle if not seat.room.whole])
                 self._free.notify_all()
 
-    def _take(self, job: Job) -> Gang:
-        """As many actors as are of use to a job and the cluster holds beside our others.
-
-        Jobs are served in the order in which they came; one that waits for more actors than are
-        free lets those pass that need no more.
-        """
-        ticket = object()
+    def _take(self, ticket: Ticket, go_on: Callable[[], None]) -> Gang:
+        """As many actors as are of use to a job and the cluster holds beside our others."""
         with self._free:
+            self._queue.append(ticket)
+            self._queue.sort(key=lambda waiting: waiting.rank)
             try:
-                while True:
-                    slots = self.slots()
-                    if slots == 0:
-                        raise ClusterError(
-                            "ray: expected room for at least 1 actor, found none left"
-                        )
-                    self._queue[ticket] = size = actors_of_use(job, slots, self.device)
-                    first = next(iter(self._queue)) is ticket
-                    if first and size > len(self._idle) and not self._busy:
-                        self._end_idle()  # they may hold the room
-                    served = (t for t, asked in self._queue.items() if self._fits(asked, slots))
-                    if next(served, None) is ticket:
-                        break
+                self._serve()
+                while ticket.gang is None:
                     self._free.wait(timeout=5)
+                    go_on()
+                    if self._queue and self._queue[0] is ticket:  # one is enough to ask Ray
+                        self._serve()
             finally:
-                self._queue.pop(ticket, None)
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
                 self._free.notify_all()
-            new = self._missing(size)
-            seats, self._idle = self._idle[:size], self._idle[size:]
-            gang = Gang(seats, Room(self._bundles(new)) if new else None)
-            self._busy.append(gang)
-            return gang
+            return ticket.gang
 
-    def _missing(self, size: int) -> int:
-        """How many of `size` actors are not there, idle."""
-        return max(0, size - len(self._idle))
+    def _serve(self) -> None:
+        """Give actors to those that wait. One that needs more than are free lets others pass."""
+        slots, device = self.slots(), self.device
+        if slots == 0:
+            raise ClusterError("ray: expected room for at least 1 actor, found none left")
+        for ticket in list(self._queue):
+            size = actors_of_use(ticket.job, slots, device)
+            if size > len(self._idle) and not self._busy:
+                self._end_idle()  # they may hold the room
+            new = max(0, size - len(self._idle))
+            busy = [seat for gang in self._busy for seat in gang.seats]
+            held = sum(room.size for room in {seat.room for seat in [*self._idle, *busy]})
+            if len(busy) + size <= slots and (not new or held + new <= slots):
+                seats, self._idle = self._idle[:size], self._idle[size:]
+                ticket.gang = Gang(seats, Room(self._bundles(new)) if new else None)
+                self._busy.append(ticket.gang)
+                self._queue.remove(ticket)
+        self._free.notify_all()
 
-    def _fits(self, size: int, slots: int) -> bool:
-        """Whether `size` actors can be had now."""
-        new = self._missing(size)
-        busy = [seat for gang in self._busy for seat in gang.seats]
-        held = sum(room.size for room in {seat.room for seat in [*self._idle, *busy]})
-        return len(busy) + size <= slots and (not new or held + new <= slots)
-
-    def _wait_for(self, refs: list[ray.ObjectRef], gang: Gang) -> None:
+    def _wait_for(self, refs: list[ray.ObjectRef], gang: Gang, go_on: Callable[[], None]) -> None:
         patience = self.params.wait_s + START_S
         deadline = time.monotonic() + patience
         while refs:
             ready, refs = ray.wait(refs, num_returns=len(refs), timeout=2)
             ray.get(ready)
+            go_on()
             if refs and self.slots() < gang.size:
                 raise GroupLost("a node left while actors were starting")
             if refs and time.monotonic() > deadline:
@@ -376,6 +391,8 @@ class Cluster:
                 checkpoints.
             ClusterError: the cluster has no room left, or a job lost its actors too often.
         """
+        if not jobs:
+            return []
         with self._run(data, checkpoints, on_epoch) as run:
             return run.train_many(jobs)
 
@@ -389,13 +406,13 @@ class Cluster:
         """Results of functions that have jobs trained; the jobs of all of them share the cluster.
 
         A scheme that trains one job after another, or one with fewer members than there are actors,
-        leaves actors idle, which the others use. How many actors a job has, and so its bits, do
-        not depend on what else is trained.
+        leaves actors idle, which those after it use. How many actors a job has does not depend on
+        what else is trained.
 
         Args:
             makers: by name, functions of ``(train_many, result_of)``, where ``result_of(name)``
-                waits for an earlier one's result. They run by turns, one at a time but for these two
-                calls: what builds networks sets torch's global random state.
+                waits for an earlier one's result. They run by turns, one at a time but for these
+                two calls: what builds networks sets torch's global random state.
             data, checkpoints, on_epoch: as of `train_many`.
 
         Raises:
@@ -428,33 +445,37 @@ class _Run:
         self.lock = threading.RLock()
         self.error: BaseException | None = None  # why it was stopped
 
-    def train_many(self, jobs: list[Job]) -> list[Trained]:
-        return self._at_once([partial(self.train, job) for job in jobs], self.cluster.slots())
+    def train_many(self, jobs: list[Job], rank: int = 0) -> list[Trained]:
+        """As `Cluster.train_many`.
+
+        Args:
+            rank: `Ticket.rank`.
+        """
+        calls = [partial(self.train, job, rank) for job in jobs]
+        return self._at_once(calls, self.cluster.slots())
 
     def side_by_side(self, makers: Mapping[str, Maker[T]]) -> dict[str, T]:
+        """As `Cluster.side_by_side`."""
+        # Each that has begun keeps a start in memory; one of them may wait for many actors.
+        begun = threading.Semaphore(self.cluster.slots() + 1)
         turn, names = threading.Lock(), list(makers)
         futures: list[Future[T]] = []
 
-        def without_turn(call: Callable[..., Any], *args: Any) -> Any:
-            turn.release()
-            try:
-                return call(*args)
-            finally:
-                turn.acquire()
+        def make(rank: int, maker: Maker[T]) -> T:
+            def train_many(jobs: list[Job]) -> list[Trained]:
+                with _released(turn):
+                    return self.train_many(jobs, rank)
 
-        def result_of(name: str) -> T:
-            return futures[names.index(name)].result()
+            def result_of(name: str) -> T:
+                with _released(turn), _released(begun):  # the turn is taken again last
+                    return futures[names[:rank].index(name)].result()
 
-        def make(maker: Maker[T]) -> T:
-            with turn:
-                return maker(
-                    partial(without_turn, self.train_many), partial(without_turn, result_of)
-                )
+            with begun, turn:
+                self._go_on(names[rank])
+                return maker(train_many, result_of)
 
-        calls = [partial(make, maker) for maker in makers.values()]
-        # Each that has begun keeps its start in memory; one may wait for many actors.
-        threads = self.cluster.slots() + 1
-        return dict(zip(names, self._at_once(calls, threads, futures), strict=True))
+        calls = [partial(make, rank, maker) for rank, maker in enumerate(makers.values())]
+        return dict(zip(names, self._at_once(calls, len(calls), futures), strict=True))
 
     def _at_once(
         self,
@@ -477,7 +498,10 @@ class _Run:
                     if future in done:
                         future.result()
             except BaseException as error:
-                raise self._stop(error, futures) from None
+                if self._stop(error, futures) is error:
+                    raise
+        if self.error:
+            raise self.error
         return [future.result() for future in futures]
 
     def _stop(self, error: BaseException, futures: list[Future[T]]) -> BaseException:
@@ -486,15 +510,18 @@ class _Run:
         Returns:
             Why the run was stopped, which may be an earlier error than this one.
         """
+        self.error = self.error or error
         with self.lock:
-            self.error = self.error or error
             for future in futures:
                 future.cancel()
             for gang in self.running.values():
-                gang.end()
-            return self.error
+                with contextlib.suppress(*LOST):  # the others' are ended all the same
+                    gang.end()
+        with self.cluster._free:
+            self.cluster._free.notify_all()
+        return self.error
 
-    def train(self, job: Job) -> Trained:
+    def train(self, job: Job, rank: int) -> Trained:
         checkpoint = Checkpoint(self.checkpoints, f"{job.name}-{job.digest(self.data)}")
         seen, lost = 0, 0
 
@@ -510,7 +537,7 @@ class _Run:
         try:
             while True:
                 try:
-                    return self._attempt(job, checkpoint, finished)
+                    return self._attempt(job, rank, checkpoint, finished)
                 except GroupLost as error:
                     lost += 1
                     if self.error:
@@ -530,11 +557,12 @@ class _Run:
         finally:
             checkpoint.close()
 
-    def _attempt(self, job: Job, checkpoint: Checkpoint, finished: OnEpoch) -> Trained:
-        self._go_on(job)
-        with self.cluster._gang(job) as gang:
+    def _attempt(self, job: Job, rank: int, checkpoint: Checkpoint, finished: OnEpoch) -> Trained:
+        go_on = partial(self._go_on, job.name)
+        go_on()
+        with self.cluster._gang(job, rank, go_on) as gang:
             with self.lock:
-                self._go_on(job)
+                go_on()
                 self.running[job.name] = gang
             try:
                 group = Group(job, self.ref, gang.actors, **self.cluster._options())
@@ -547,9 +575,19 @@ class _Run:
             _tell(job, trained.history[-1])
         return trained
 
-    def _go_on(self, job: Job) -> None:
+    def _go_on(self, name: str) -> None:
         if self.error:
-            raise GroupLost(f"{job.name}: stopped")
+            raise GroupLost(f"{name}: stopped")
+
+
+@contextlib.contextmanager
+def _released(lock: threading.Lock | threading.Semaphore) -> Iterator[None]:
+    """Without a lock that is held."""
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
 
 
 def _tell(job: Job, epoch: Epoch) -> None:

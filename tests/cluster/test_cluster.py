@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
+from bnncore.cluster import cluster as cluster_module
 from bnncore.cluster.cluster import Cluster
 from bnncore.cluster.connect import ClusterError
 from bnncore.params import RayParams
@@ -170,10 +173,12 @@ def test_what_a_lost_actor_leaves_is_given_back(cluster):
         time.sleep(0.1)
 
 
-def _maker(p, name: str, after: str = ""):
-    """Trains plan `p` under a name of its own, when another's is trained."""
+def _maker(p, name: str, when: threading.Event | None = None, after: str = ""):
+    """Trains plan `p` under another name, once something has happened or another is trained."""
 
     def make(train_many, result_of):
+        while when and not when.wait(0.05):
+            train_many([])  # lets others have their turn
         if after:
             result_of(after)
         named = dataclasses.replace(p, params=dataclasses.replace(p.params, name=name))
@@ -183,66 +188,90 @@ def _maker(p, name: str, after: str = ""):
 
 
 @pytest.mark.slow
-def test_side_by_side_fills_the_actors_in_turn_and_gives_the_same_bits(cluster):
-    """Two actors: what trains member after member leaves one idle, which `small` has; `wide` needs
-    both, and has them as soon as a member is done."""
+def test_side_by_side_uses_idle_actors_and_gives_the_same_bits(cluster):
+    """Two actors, of which `chain`, which trains member after member, has one."""
     cluster.params = RayParams(actors=2)
     cluster._end_idle()
     made = {
-        "chain": plan("snapshot", "no_shared", members=3, epochs=6),
+        "chain": plan("snapshot", "no_shared", members=3, epochs=15),
         "small": plan("voting", "no_shared", members=1, epochs=2),
         "wide": plan("fusion", "no_shared", members=2, epochs=2),
         "late": plan("fusion", "no_shared", members=1, epochs=1),
     }
     images = made["wide"][1]
     told: list[str] = []
-    busy: list[int] = []
+    sizes: set[tuple[int, ...]] = set()
+    begun = threading.Event()
 
     def on_epoch(job, epoch) -> None:
         told.append(job.name.partition(".")[0])
-        busy.append(sum(gang.size for gang in cluster._busy))
+        if told[-1] == "chain":
+            begun.set()
+        if told[-1] in ("chain", "small"):
+            sizes.add(tuple(gang.size for gang in cluster._busy))
 
-    makers = {name: _maker(p, name, "wide" * (name == "late")) for name, (p, _) in made.items()}
+    schemes.train(made["wide"][0], lambda jobs: cluster.train_many(jobs, images))  # starts them
+    after = {"small": {"when": begun}, "late": {"after": "wide"}}
+    makers = {name: _maker(p, name, **after.get(name, {})) for name, (p, _) in made.items()}
     trained = cluster.side_by_side(makers, images, on_epoch=on_epoch)
     assert list(trained) == list(made)
     for name, (p, _) in made.items():
         alone = schemes.train(p, lambda jobs: loop.train_many(jobs, images))
         assert differences(alone.state, trained[name].state) == []
-    assert max(busy) == 2
-    last = {name: len(told) - told[::-1].index(name) for name in made}
-    assert last["small"] < last["wide"] < min(last["chain"], last["late"])
+    assert (1, 1) in sizes, "small was trained beside the chain"
+    assert told.index("late") > len(told) - told[::-1].index("wide") - 1
     assert cluster._busy == []
-    assert not cluster._queue
+    assert cluster._queue == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["before its jobs", "in its jobs", "after its jobs"])
-def test_the_first_of_several_that_fails_stops_the_others(cluster, tmp_path, where):
+@pytest.mark.parametrize(
+    "where", ["before its jobs", "in its jobs", "after its jobs", "at the keyboard"]
+)
+def test_the_first_that_fails_stops_the_others(cluster, tmp_path, monkeypatch, where):
+    """Of two actors `long` has one; `wide` waits for both, and must not have them then."""
     cluster.params = RayParams(actors=2)
     p, images = plan("fusion", "no_shared", members=1, epochs=1000)
+    wide, _ = plan("fusion", "no_shared", members=2, epochs=1)
     bad, _ = plan("fusion", "no_shared", members=1, epochs=1)
     name = next(n for n in bad.start if n.startswith("0.stem.conv"))
     bad.start[name] = torch.full_like(bad.start[name], 3e38)  # finite, but its sums are not
-    begun = threading.Event()
+    begun, never, gangs = threading.Event(), threading.Event(), []
+    gang = cluster_module.Gang
+    monkeypatch.setattr(
+        cluster_module, "Gang", lambda *args: gangs.append(gang(*args)) or gangs[-1]
+    )
+
+    def on_epoch(job, epoch) -> None:
+        if job.name == "long" and not begun.is_set():
+            begun.set()
+            if where == "at the keyboard":
+                os.kill(os.getpid(), signal.SIGINT)
 
     def failing(train_many, result_of):
         if where == "in its jobs":
-            return _maker(bad, "bad")(train_many, result_of)
+            return _maker(bad, "bad", begun)(train_many, result_of)
+        if where == "at the keyboard":
+            return _maker(bad, "bad", never)(train_many, result_of)
         if where == "after its jobs":
             _maker(plan("fusion", "no_shared", members=1, epochs=1)[0], "ok")(train_many, result_of)
-        while not begun.wait(0.05):  # without the turn: the other may be building its network
+        while not begun.wait(0.05):
             train_many([])
         raise TrainingError("bad: no luck")
 
     def waiting(train_many, result_of):
         return result_of("bad")
 
-    makers = {"long": _maker(p, "long"), "bad": failing, "student": waiting}
-    with pytest.raises(TrainingError, match=r"^bad: "):
-        cluster.side_by_side(makers, images, tmp_path, lambda job, epoch: begun.set())
+    makers = {"long": _maker(p, "long"), "wide": _maker(wide, "wide", begun)}
+    makers |= {"bad": failing, "student": waiting}
+    error, text = (
+        (TrainingError, "^bad: ") if where != "at the keyboard" else (KeyboardInterrupt, None)
+    )
+    with pytest.raises(error, match=text):
+        cluster.side_by_side(makers, images, tmp_path, on_epoch)
+    assert 2 not in [made.size for made in gangs]
     assert cluster._busy == []
-    assert not cluster._queue
-    if where != "in its jobs":
-        (kept,) = tmp_path.glob("long-*/state.safetensors")
-        assert kept.stat().st_size
+    assert cluster._queue == []
+    (kept,) = tmp_path.glob("long-*/state.safetensors")
+    assert kept.stat().st_size
     assert cluster.side_by_side({}, images) == {}

@@ -299,9 +299,10 @@ class Cluster:
                 self._serve()
                 while ticket.gang is None:
                     self._free.wait(timeout=5)
-                    go_on()
-                    if self._queue and self._queue[0] is ticket:  # one is enough to ask Ray
-                        self._serve()
+                    if ticket.gang is None:  # what was given is ended by who has it
+                        go_on()
+                        if self._queue[0] is ticket:  # one is enough to ask Ray
+                            self._serve()
             finally:
                 if ticket in self._queue:
                     self._queue.remove(ticket)
@@ -426,10 +427,9 @@ class Cluster:
     def _run(
         self, data: Dataset, checkpoints: Path | None, on_epoch: OnEpoch | None
     ) -> Iterator[_Run]:
-        with contextlib.ExitStack() as stack:
-            if checkpoints is None:
-                checkpoints = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            yield _Run(self, data, checkpoints, on_epoch)
+        kept = contextlib.nullcontext(checkpoints) if checkpoints else tempfile.TemporaryDirectory()
+        with kept as folder:
+            yield _Run(self, data, Path(folder), on_epoch)
 
 
 class _Run:

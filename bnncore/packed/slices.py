@@ -22,7 +22,7 @@ Legend: `L` lanes of a vector, `C` channels, `O` filters, `P` planes of a count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ _WIDE = "avx512f" in features()
 LANES = 16 if _WIDE else 8
 VECTOR = 4 * LANES  # bytes
 _VECTOR = ir.VectorType(_I32, LANES)
+_BYTES = ir.VectorType(_I8, VECTOR)
 
 
 def _ternary(emit: _Emit, table: int, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -61,42 +62,88 @@ def _add(emit: _Emit, a: ir.Value, b: ir.Value, c: ir.Value) -> tuple[ir.Value, 
     return build.xor(one, c), build.or_(build.and_(a, b), build.and_(one, c))
 
 
-def _bytes_of(emit: _Emit, value: ir.Value, count: int) -> list[ir.Value]:
-    """The first bytes of `count` elements, then their second bytes, and so on."""
-    size = value.type.count * value.type.element.width // 8
-    value = emit.b.bitcast(value, ir.VectorType(_I8, size))
-    return [
-        emit.b.shuffle_vector(
-            value,
-            value,
-            ir.Constant(ir.VectorType(_I32, count), list(range(k, size, size // count))),
-        )
-        for k in range(size // count)
+def _picked(emit: _Emit, a: ir.Value, b: ir.Value, picks: list[int]) -> ir.Value:
+    """Of each 16 bytes of two vectors those that are picked, of 32."""
+    every = [
+        block + pick % 16 + pick // 16 * VECTOR for block in range(0, VECTOR, 16) for pick in picks
     ]
+    return emit.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, VECTOR), every))
 
 
-def _bits_of(emit: _Emit, values: list[ir.Value]) -> Iterator[tuple[int, ir.Value]]:
-    """Of vectors of n bytes, bit k of each, as an integer of n bits; with k, over all vectors.
+def _gathered(emit: _Emit, parts: list[ir.Value]) -> ir.Value:
+    """Vectors one behind the other."""
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        both = ir.Constant(ir.VectorType(_I32, count), list(range(count)))
+        parts = [
+            emit.b.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
 
-    The sign is what processors gather from bytes, so that a bit is an addition and a gathering.
-    """
-    for first, value in enumerate(values):
-        none = ir.Constant(value.type, None)
-        for k in range(7, -1, -1):
-            mask = emit.b.icmp_signed("<", value, none)
-            yield 8 * first + k, emit.b.bitcast(mask, ir.IntType(value.type.count))
-            value = emit.b.add(value, value)
+
+def _turn_bits(emit: _Emit, value: ir.Value) -> ir.Value:
+    """In each eight bytes bit i of byte k becomes bit k of byte i."""
+    build = emit.b
+    if "gfni" in features():
+        # A product of two matrices of 8x8 bits, whose rows count downwards.
+        value = _picked(emit, value, value, [*range(7, -1, -1), *range(15, 7, -1)])
+        ones = ir.Constant(_BYTES, [1 << k % 8 for k in range(VECTOR)])
+        return emit.call(f"llvm.x86.vgf2p8affineqb.{8 * VECTOR}", _BYTES, ones, value, _I8(0))
+    kind = ir.VectorType(_I64, VECTOR // 8)
+    rows = build.bitcast(value, kind)
+    for by, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        far = ir.Constant(kind, [by] * kind.count)
+        kept = ir.Constant(kind, [mask] * kind.count)
+        change = build.and_(build.xor(rows, build.lshr(rows, far)), kept)
+        rows = build.xor(build.xor(rows, change), build.shl(change, far))
+    return build.bitcast(rows, _BYTES)
+
+
+def _turn_bytes(emit: _Emit, rows: list[ir.Value]) -> list[ir.Value]:
+    """Of 16 vectors byte i of each 16 of vector k becomes byte k of those of vector i."""
+    for _ in range(4):
+        rows = [
+            _picked(emit, rows[k], rows[k + 8], [first + n // 2 + n % 2 * 16 for n in range(16)])
+            for k in range(8)
+            for first in (0, 8)
+        ]
+    return rows
 
 
 @intrinsic
-def _slice(typing: Any, words: Any, pixels: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Words of 32 pixels at `pixels`, of the type of `words`: a word a channel, a vector apart."""
-    kind = ir.VectorType(ir.IntType(words.dtype.bitwidth), PIXELS)
+def _slice(typing: Any, words: Any, sources: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Pixels of all lanes as planes: a word a channel, a vector apart.
+
+    ``sources``: of the address of each lane's `PIXELS` words, of the type of ``words``.
+    """
+    many = words.dtype.bitwidth // 16
+    part = ir.VectorType(_I8, 16)
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        _, sources, to = args
         emit = _Emit(builder)
-        for c, word in _bits_of(emit, _bytes_of(emit, emit.load(kind, args[1]), PIXELS)):
-            emit.store(word, emit.at(args[2], c * VECTOR))
+        lanes = [emit.load(_I64, emit.at(sources, 8 * lane)) for lane in range(LANES)]
+        for half in range(many):
+            rows = []
+            for p in range(16):  # eights of pixels 16 * block + p
+                eights = [
+                    _gathered(
+                        emit,
+                        [
+                            emit.load(part, emit.at(lanes[4 * block + p // 4], 16 * k), 2)
+                            for block in range(VECTOR // 16)
+                        ],
+                    )
+                    for k in range(p % 4 * many, p % 4 * many + many)
+                ]
+                picks = [
+                    pixel * 2 * many + byte
+                    for byte in (2 * half, 2 * half + 1)
+                    for pixel in range(8)
+                ]
+                rows.append(_turn_bits(emit, _picked(emit, eights[0], eights[-1], picks)))
+            for c, row in enumerate(_turn_bytes(emit, rows), 16 * half):
+                emit.store(row, emit.at(to, c * VECTOR))
         return context.get_dummy_value()
 
     return types.void(words, types.int64, types.int64), body
@@ -222,64 +269,60 @@ def _count(
 def _spread(typing: Any, planes: Any, apart: Any, to: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """Words of 16 filters, `apart` bytes, as bytes of all of them together: 16 vectors, of which
     vector p has in its block b of 16 bytes the filters' bytes ``16 * b + p``."""
-    kind = ir.VectorType(_I8, VECTOR)
-    picks = [
-        [first + 8 * half + k // 2 + VECTOR * (k % 2)
-         for first in range(0, VECTOR, 16) for k in range(16)]
-        for half in range(2)
-    ]  # fmt: skip
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         planes, apart, to = args
         emit = _Emit(builder)
-        rows = [
-            emit.load(kind, builder.add(planes, builder.mul(apart, _I64(f)))) for f in range(16)
-        ]
-        for _ in range(4):
-            rows = [
-                builder.shuffle_vector(
-                    rows[k], rows[k + 8], ir.Constant(ir.VectorType(_I32, VECTOR), half)
-                )
-                for k in range(8)
-                for half in picks
-            ]
-        for p, row in enumerate(rows):
+        for p, row in enumerate(_turn_bytes(emit, _rows(emit, planes, apart))):
             emit.store(row, emit.at(to, p * VECTOR))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), body
 
 
+def _rows(emit: _Emit, planes: ir.Value, apart: ir.Value, first: int = 0) -> list[ir.Value]:
+    """Words of 16 filters."""
+    return [
+        emit.load(_BYTES, emit.b.add(planes, emit.b.mul(apart, _I64(f))))
+        for f in range(first, first + 16)
+    ]
+
+
 @intrinsic
 def _join(
-    typing: Any, words: Any, planes: Any, flip: Any, to: Any
+    typing: Any, words: Any, planes: Any, apart: Any, flip: Any, places: Any
 ) -> tuple[Any, Callable[..., ir.Value]]:
-    """The inverse of `_slice`, for all lanes one after another, of what `_spread` made of one plane
-    of 16 filters, or of 16 and 16 more; with a word of bits to negate."""
+    """The inverse of `_slice`: of as many filters as a word has bits, whose planes are `apart`
+    bytes; with a word of bits to negate. ``places``: of the address of each lane's words."""
     bits = words.dtype.bitwidth
-    word, size = ir.IntType(bits), bits // 8
-    part = ir.VectorType(_I8, 16)
-    both = ir.Constant(ir.VectorType(_I32, bits), list(range(bits)))
+    many = bits // 16
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, planes, flip, to = args
+        _, planes, apart, flip, places = args
         emit = _Emit(builder)
-        flip = builder.trunc(flip, word)
-
-        def one(p: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
-            for block in range(VECTOR // 16):
-                at = emit.at(emit.at(planes, p, VECTOR), 16 * block)
-                low, high = (emit.load(part, emit.at(at, k)) for k in (0, bits // 32 * 16 * VECTOR))
-                value = builder.shuffle_vector(low, high, both)
-                place = emit.at(emit.at(to, p, 8 * size), 8 * 16 * block * size)
-                for k, found in _bits_of(emit, [value]):
-                    emit.store(builder.xor(found, flip), emit.at(place, k * size), size)
-            return []
-
-        emit.loop(_I64(16), [], one, unroll=False)
+        lanes = [emit.load(_I64, emit.at(places, 8 * lane)) for lane in range(LANES)]
+        flips = emit.splat(builder.trunc(flip, ir.IntType(bits)), 8 * VECTOR // bits)
+        flips = builder.bitcast(flips, _BYTES)
+        halves = [
+            [
+                _turn_bits(emit, row)
+                for row in _turn_bytes(emit, _rows(emit, planes, apart, 16 * half))
+            ]
+            for half in range(many)
+        ]
+        for p, eights in enumerate(zip(*halves, strict=True)):
+            for k in range(many):
+                picks = [
+                    n // 2 % many * 16 + n % 2 * 8 + n // (2 * many)
+                    for n in range(16 * k, 16 * k + 16)
+                ]
+                found = builder.xor(_picked(emit, eights[0], eights[-1], picks), flips)
+                for block in range(VECTOR // 16):
+                    at = emit.at(lanes[4 * block + p // 4], (p % 4 * many + k) * 16)
+                    emit.store(emit.half(found, 16 * block, 16), at, 2)
         return context.get_dummy_value()
 
-    return types.void(words, *[types.int64] * 3), body
+    return types.void(words, *[types.int64] * 4), body
 
 
 @intrinsic
@@ -338,7 +381,8 @@ def _finish(
             args
         )
         emit, b = _Emit(builder), builder
-        start = emit.load(whole, constant)
+        start = b.sitofp(emit.load(whole, constant), vector)
+        minus = ir.Constant(vector, [-2.0] * lanes)
         two = b.icmp_signed("==", bytes_, _I64(2))
 
         def read(at: ir.Value) -> ir.Value:
@@ -357,7 +401,11 @@ def _finish(
                 return [b.or_(t, b.shl(h, eight)) for t, h in zip(totals, high, strict=True)]
 
             totals = emit.when(two, [read(at) for at in where], widen)
-            return [b.sitofp(b.sub(start, b.add(total, total)), vector) for total in totals]
+            # Whole numbers below 2**24, of which nothing is rounded.
+            name = f"llvm.fmuladd.v{lanes}f32"
+            return [
+                emit.call(name, vector, b.sitofp(total, vector), minus, start) for total in totals
+            ]
 
         places = residual, numbers, bits
         # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
@@ -493,8 +541,11 @@ def convolve(
     for last in range(kernel):
         for half in range(halves):
             tables[last, half] = table_at + (last + 1 + rows[half]) % kernel * table
-    pixels = np.zeros(PIXELS, x.dtype)
-    out = np.zeros(PIXELS * LANES, bits.dtype)
+    # Where lanes are put together that do not lie together, and a last one for those of no pixels:
+    # 0, and to be written to.
+    pixels = np.zeros((LANES + 1, PIXELS), x.dtype)
+    out = np.zeros((LANES + 1, PIXELS), bits.dtype)
+    sources, places = np.empty((2, LANES), np.int64)
     pixels_at, out_at = pixels.ctypes.data, out.ctypes.data
     x_at, start_at, picks_at = x.ctypes.data, start.ctypes.data, picks.ctypes.data
     taps_at, tables_at = taps.ctypes.data, tables.ctypes.data
@@ -505,6 +556,8 @@ def convolve(
     # columns of the input it has, from the first that it could have.
     image_of, row_of, column_of, left_of, begins = np.empty((5, LANES), np.int64)
     ends = np.empty((stride, LANES), np.int64)
+    together = stride * words == 1  # whether all pixels of a lane lie so in the input
+    apart_bits = not as_bits or blocks > 1  # and whether they do not in the result
     for lane in range(LANES):
         piece = lane % pieces
         image_of[lane] = lane // pieces * side
@@ -514,33 +567,41 @@ def convolve(
         for parity in range(stride):
             last = (W - parity + stride - 1) // stride
             ends[parity, lane] = min(apart, last - columns[piece])
-    span = (high - 1) * stride + kernel
+        together &= ends[0, lane] - begins[lane] == PIXELS
+        apart_bits |= min(wide, Wo - column_of[lane]) < PIXELS
+        places[lane] = out_at + lane * PIXELS * size
+    # Of a block: how many images a lane has, where its first window begins, and its first pixel.
+    many_of, tops, goals = np.empty((3, LANES), np.int64)
+    span, line = (high - 1) * stride + kernel, W * words * unit
     for block in range(((B + side - 1) // side + per - 1) // per):
-        origin_image = block * per * side
+        for lane in range(LANES):
+            first = block * per * side + image_of[lane]
+            many_of[lane] = max(0, min(side, B - first))
+            tops[lane] = x_at + (first * H + row_of[lane] * stride - pad) * line
+            tops[lane] += left_of[lane] * stride * words * unit
+            goals[lane] = (first * Ho + row_of[lane]) * Wo + column_of[lane]
         for r in range(span):
-            for lane in range(LANES):
-                first = origin_image + image_of[lane]
-                y = row_of[lane] * stride - pad + r
-                many = min(side, B - first) if 0 <= y < H else 0
-                begin = begins[lane]
-                for parity in range(stride):
-                    end = ends[parity, lane]
-                    for w in range(words):
-                        at = planes_at + 4 * lane
-                        at += (parity * (channels + 1) + w * unit * 8) * VECTOR
-                        source = ((first * H + y) * W + left_of[lane] * stride + parity) * words + w
-                        here = x_at + source * unit
-                        if many <= 0 or stride * words > 1 or end - begin < PIXELS:
-                            _fill(pixels_at, PIXELS * unit // VECTOR)
-                            here += begin * stride * words * unit
-                            for s in range(many):
+            for parity in range(stride):
+                for w in range(words):
+                    for lane in range(LANES):
+                        here = tops[lane] + r * line + (parity * words + w) * unit
+                        if many_of[lane] == 0 or not 0 <= row_of[lane] * stride - pad + r < H:
+                            here = pixels_at + LANES * PIXELS * unit
+                        elif not together:
+                            at, begin = pixels_at + lane * PIXELS * unit, begins[lane]
+                            _fill(at, PIXELS * unit // VECTOR)
+                            for s in range(many_of[lane]):
                                 _copy(
-                                    x, here, stride * words * unit,
-                                    pixels_at + (s * apart + begin) * unit, unit, end - begin,
+                                    x, here + (s * H * W + begin * stride) * words * unit,
+                                    stride * words * unit, at + (s * apart + begin) * unit, unit,
+                                    ends[parity, lane] - begin,
                                 )  # fmt: skip
-                                here += H * W * words * unit
-                            here = pixels_at
-                        _slice(x, here, at)
+                            here = at
+                        sources[lane] = here
+                    _slice(
+                        x, sources.ctypes.data,
+                        planes_at + (parity * (channels + 1) + w * unit * 8) * VECTOR,
+                    )  # fmt: skip
             slot = r % kernel
             to = table_at + slot * table
             for t in range(triples):
@@ -566,29 +627,30 @@ def convolve(
                 if as_bits:
                     for f in range(many, lanes):
                         _fill(tops_at + f * step, 1)
-                for part in range(lanes // 16):
-                    for byte in range(1 if as_bits else bytes_):
-                        source = counts_at + part * 16 * step + 8 * byte * VECTOR
-                        to = spread_at
-                        if as_bits:
-                            source, to = tops_at + part * 16 * step, to + part * 16 * VECTOR
-                        real = 1 if as_bits else min(8, planes - 8 * byte)
-                        for k in range(real):
-                            _spread(source + k * VECTOR, step, to + k * 16 * VECTOR)
-                        if not as_bits:
+                    for lane in range(LANES if not apart_bits else 0):
+                        at = out_at + LANES * PIXELS * size
+                        if many_of[lane] > 0 and row_of[lane] + row < Ho:
+                            at = bits_at + (goals[lane] + row * Wo) * size
+                        places[lane] = at
+                    _join(
+                        flips, tops_at, step, np.int64(negated[group]), places.ctypes.data
+                    )  # fmt: skip
+                else:
+                    for part in range(lanes // 16):
+                        for byte in range(bytes_):
+                            source = counts_at + part * 16 * step + 8 * byte * VECTOR
+                            real = min(8, planes - 8 * byte)
+                            for k in range(real):
+                                _spread(
+                                    source + k * VECTOR, step, spread_at + k * 16 * VECTOR
+                                )  # fmt: skip
                             for k in range(real, 8):
-                                _fill(to + k * 16 * VECTOR, 16)
+                                _fill(spread_at + k * 16 * VECTOR, 16)
                             _sum(spread_at, sums_at + (byte * lanes // 16 + part) * area)
-                if as_bits:
-                    _join(flips, spread_at, np.int64(negated[group]), out_at)
-                for lane in range(LANES):
-                    first, y = origin_image + image_of[lane], row_of[lane] + row
-                    left = column_of[lane]
-                    if y >= Ho or first >= B:
-                        continue
-                    count = min(wide, Wo - left)
-                    place = ((first * Ho + y) * Wo + left) * blocks + group
-                    for s in range(min(side, B - first)):
+                for lane in range(LANES if apart_bits else 0):
+                    count = min(wide, Wo - column_of[lane])
+                    place = (goals[lane] + row * Wo) * blocks + group
+                    for s in range(many_of[lane] if row_of[lane] + row < Ho else 0):
                         number = lane * PIXELS + s * apart
                         if as_bits:
                             _copy(
@@ -604,6 +666,7 @@ def convolve(
                                 bits_at + place * size, count, blocks,
                             )  # fmt: skip
                         place += Ho * Wo * blocks
-    pixels[0] = 0  # numba would free them after their last use, and addresses are none
-    out[0] = room[0] = 0
+    pixels[0, 0] = 0  # numba would free them after their last use, and addresses are none
+    out[0, 0] = room[0] = 0
+    sources[0] = places[0] = 0
     tables[0, 0] = 0

@@ -12,7 +12,7 @@ import numpy as np
 from bnncore.packed import slices
 from bnncore.packed.borders import Window, between
 from bnncore.packed.layouts import aligned, rounded
-from bnncore.packed.tiles import features
+from bnncore.packed.tiles import features, processor
 
 Array = np.ndarray
 
@@ -29,12 +29,21 @@ def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bo
     if stride > 1 or "avx2" not in have:
         return False
     taps = kh * kw
+    # The others compute for whole words of channels and whole tiles of filters.
+    ragged = 4 * filters * channels < 3 * rounded(filters) * rounded(channels)
+    if "avx512f" in have and not processor().startswith("znver"):
+        # Intel's: counts the bits of a vector a cycle, where it adds those of two.
+        if as_bits:
+            narrow, wide = channels <= 16, channels > 32 and (ragged or taps < 9)
+            return pixels >= 256 or (pixels >= 64 and (narrow or wide))
+        if channels <= 16:
+            return pixels >= (64 if taps >= 9 else 256)
+        return ragged and taps >= 9 and pixels >= 256
     # channels up to so many, on maps of at least so many pixels
     found: tuple[tuple[int, int], ...]
     if "avx512f" in have:
         found = ((32, 1024), (16, 64)) if as_bits else ((16, 64),)
-    # The others compute for whole words of channels and whole tiles of filters.
-    elif 4 * filters * channels < 3 * rounded(filters) * rounded(channels):
+    elif ragged:
         found = ((64, 64),) if as_bits else ((32, 256),)
     else:
         # 64 channels would win on maps of 1024 pixels, by a fifth, but ask wide networks for a

@@ -52,12 +52,20 @@ RESIDUAL, CLEAR, NUMBERS, BITS = 1 << 16, 1 << 17, 1 << 18, 1 << 19
 GROUP, LOW, HIGH, LIVE, ROWS = 6, 12, 13, 14, 15
 
 
-def features() -> set[str]:
-    """What numba compiles for, as LLVM names it (``avx2``); NUMBA_CPU_FEATURES overrides it."""
+def _target() -> tuple[str, str, str]:
     from numba.core.registry import cpu_target
 
-    flags = cpu_target.target_context.codegen().magic_tuple()[2]
-    return {flag[1:] for flag in flags.split(",") if flag.startswith("+")}
+    return cpu_target.target_context.codegen().magic_tuple()
+
+
+def processor() -> str:
+    """The processor that numba compiles for, as LLVM names it; NUMBA_CPU_NAME overrides it."""
+    return _target()[1]
+
+
+def features() -> set[str]:
+    """What it can do, as LLVM names it (``avx2``); NUMBA_CPU_FEATURES overrides it."""
+    return {flag[1:] for flag in _target()[2].split(",") if flag.startswith("+")}
 
 
 def binary_tile() -> np.dtype:
@@ -486,7 +494,7 @@ _TOGETHER = 4 * LANES if "avx512f" in features() else LANES
 
 def _at_once(lanes: int) -> int:
     """Pixels that the epilogue does together."""
-    return min(4, _TOGETHER // lanes)
+    return _TOGETHER // lanes
 
 
 def _row(emit: _Emit, lanes: int, params: ir.Value) -> Callable[[int], ir.Value]:
@@ -508,20 +516,30 @@ def _finish_pixels(
     """
     b, n = emit.b, _at_once(lanes)
     pixels = _epilogue(emit, lanes, parts, flip, row)
-    last = b.sub(count, _I64(1))
+    apart = [b.mul(blocks, _I64(size)) for size in (4 * lanes, 4 * lanes, lanes // 8)]
 
-    def some(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
-        numbers = []
-        for k in range(n):  # beyond the end the last one is done again, which changes nothing
-            one = b.add(b.mul(index, _I64(n)), _I64(k))
-            numbers.append(b.select(b.icmp_signed("<", one, last), one, last))
-        sizes = (4 * lanes, 4 * lanes, lanes // 8)
-        at = [[emit.at(place, b.mul(one, blocks), size) for one in numbers]
-              for place, size in zip(places, sizes, strict=True)]  # fmt: skip
-        pixels(values(numbers), *at)
-        return []
+    def some(first: ir.Value, many: int) -> None:
+        at = [
+            [b.add(here, b.mul(by, _I64(k))) for k in range(many)]
+            for place, by in zip(places, apart, strict=True)
+            for here in [b.add(place, b.mul(first, by))]
+        ]
+        pixels(values([b.add(first, _I64(k)) for k in range(many)]), *at)
 
-    emit.loop(b.udiv(b.add(count, _I64(n - 1)), _I64(n)), [], some, unroll=False)
+    def repeat(times: ir.Value, first: ir.Value, many: int) -> None:
+        def step(index: ir.Value, none: list[ir.Value]) -> list[ir.Value]:
+            some(b.add(first, b.mul(index, _I64(many))), many)
+            return []
+
+        def steps(none: list[ir.Value]) -> list[ir.Value]:
+            return emit.loop(times, [], step, unroll=False)
+
+        emit.when(b.icmp_signed(">", times, _I64(0)), [], steps)
+
+    whole = b.udiv(count, _I64(n))
+    done = b.mul(whole, _I64(n))
+    repeat(whole, _I64(0), n)
+    repeat(b.sub(count, done), done, 1)
 
 
 @intrinsic

@@ -32,10 +32,12 @@ def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bo
     # The others compute for whole words of channels and whole tiles of filters.
     ragged = 4 * filters * channels < 3 * rounded(filters) * rounded(channels)
     if "avx512f" in have and not processor().startswith("znver"):
-        # Intel's: counts the bits of a vector a cycle, where it adds those of two.
+        # Intel's: counts the bits of a vector a cycle, where it adds those of two. Wide windows of
+        # many channels would win too, by a quarter at most: not worth what the kernel takes to
+        # compile, three seconds, for networks that have nothing else for it.
         if as_bits:
-            narrow, wide = channels <= 16, channels > 32 and (ragged or taps < 9)
-            return pixels >= 256 or (pixels >= 64 and (narrow or wide))
+            least = 256 if 16 < channels <= 32 else 64
+            return pixels >= least and (channels <= 32 or ragged or taps < 9)
         if channels <= 16:
             return pixels >= (64 if taps >= 9 else 256)
         return ragged and taps >= 9 and pixels >= 256

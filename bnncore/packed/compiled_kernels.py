@@ -382,7 +382,7 @@ class _Planner:
             parts, params, flips, *rest = epilogue.arguments(member, values, outs)
             call = partial(
                 slices.convolve, x, np.array([images, *inputs, *out, kh, stride, pad], np.int64),
-                lay.lay, lay.columns, lay.taps, order.rows, order.spans, mine.picks,
+                lay.lay, lay.lanes, lay.taps, order.rows, order.spans, mine.picks,
                 *mine.starts[lay.key], mine.planes, mine.as_bits, mine.constants, parts, params,
                 flips, flips ^ mine.negated, *rest,
             )  # fmt: skip

@@ -419,7 +419,7 @@ def _finish(
 
 @intrinsic
 def _fill(typing: Any, to: Any, count: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """So many vectors of 0."""
+    """So many vectors of 0, at least one."""
 
     def body(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         emit = _Emit(builder)
@@ -479,7 +479,7 @@ def _copy(
 
 @njit(cache=True, nogil=True)
 def convolve(
-    x: Array, shape: Array, lay: Array, columns: Array, taps: Array, rows: Array, spans: Array,
+    x: Array, shape: Array, lay: Array, lanes: Array, taps: Array, rows: Array, spans: Array,
     picks: Array, start: Array, start_of: Array, planes: int, as_bits: bool, constants: Array,
     parts: int, params: Array, flips: Array, negated: Array, residual: Array, numbers: Array,
     bits: Array,
@@ -491,7 +491,9 @@ def convolve(
         shape: int64: B, H, W, Ho, Wo, kernel rows, stride, padding.
         lay: int64: images a lane, pixels from one to the next; parts of an image (divides L),
             columns and rows of a part.
-        columns: int64 (parts,): the first input column of a part, in strides.
+        lanes: int64 (5 + strides, L): of each lane its first image of those that fit a vector, its
+            first row and column of the result, its first column of the input in strides, and which
+            of its pixels are in the input: from, and up to, of each column of a stride.
         taps: int64 (triples, 3, 4), see `_tabulate`; planes are (strides, channels + 1, L).
         picks: uint16 (O, halves * HALF, 2), see `_count`.
         rows: int64 (halves,): of which row of the window a half's triples are; spans: int64
@@ -509,11 +511,9 @@ def convolve(
     words, unit = x.shape[3], x.itemsize
     channels = words * unit * 8
     triples, halves, filters = len(taps), len(rows), len(picks)
-    blocks = len(params)
-    lanes = flips.itemsize * 8
-    size = lanes // 8  # bytes of a word of the result
+    blocks, size = len(flips), flips.itemsize  # bytes of a word of the result
+    each = 8 * size  # filters of a block
     per = LANES // pieces  # sides of images of a vector
-    tiles = (Wo + wide - 1) // wide
     bytes_ = 1 if planes <= 8 else 2  # of a sum
     step = 8 * bytes_ * VECTOR
     table = (triples * KINDS + 1) * VECTOR  # and a vector of 0
@@ -521,15 +521,15 @@ def convolve(
     room = np.empty(
         stride * (channels + 1) * VECTOR
         + kernel * table
-        + lanes * step
-        + (bytes_ * lanes // 16 + 1) * area
+        + each * step
+        + (bytes_ * each // 16 + 1) * area
         + 64,
         np.uint8,
     )
     planes_at = (room.ctypes.data + 63) // 64 * 64
     table_at = planes_at + stride * (channels + 1) * VECTOR
     counts_at = table_at + kernel * table
-    spread_at = counts_at + lanes * step
+    spread_at = counts_at + each * step
     sums_at = spread_at + area
     for k in range(stride):
         _fill(planes_at + (k * (channels + 1) + channels) * VECTOR, 1)  # type: ignore[call-arg]
@@ -552,23 +552,12 @@ def convolve(
     tops_at = counts_at + (planes - 1) * VECTOR
     params_at, constants_at = params.ctypes.data, constants.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
-    # Of each lane: its first image in a block and first row and column of the result; and which
-    # columns of the input it has, from the first that it could have.
-    image_of, row_of, column_of, left_of, begins = np.empty((5, LANES), np.int64)
-    ends = np.empty((stride, LANES), np.int64)
+    image_of, row_of, column_of, left_of, begins = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
     together = stride * words == 1  # whether all pixels of a lane lie so in the input
-    apart_bits = not as_bits or blocks > 1  # and whether they do not in the result
+    direct = as_bits and blocks == 1  # and in the result, if that is bits
     for lane in range(LANES):
-        piece = lane % pieces
-        image_of[lane] = lane // pieces * side
-        row_of[lane], column_of[lane] = piece // tiles * high, piece % tiles * wide
-        left_of[lane] = columns[piece]
-        begins[lane] = max(0, -columns[piece])
-        for parity in range(stride):
-            last = (W - parity + stride - 1) // stride
-            ends[parity, lane] = min(apart, last - columns[piece])
-        together &= ends[0, lane] - begins[lane] == PIXELS
-        apart_bits |= min(wide, Wo - column_of[lane]) < PIXELS
+        together &= lanes[5, lane] - begins[lane] == PIXELS
+        direct &= Wo - column_of[lane] >= PIXELS and wide >= PIXELS
         places[lane] = out_at + lane * PIXELS * size
     # Of a block: how many images a lane has, where its first window begins, and its first pixel.
     many_of, tops, goals = np.empty((3, LANES), np.int64)
@@ -594,7 +583,7 @@ def convolve(
                                 _copy(
                                     x, here + (s * H * W + begin * stride) * words * unit,
                                     stride * words * unit, at + (s * apart + begin) * unit, unit,
-                                    ends[parity, lane] - begin,
+                                    lanes[5 + parity, lane] - begin,
                                 )  # fmt: skip
                             here = at
                         sources[lane] = here
@@ -611,11 +600,11 @@ def convolve(
                 continue
             row //= stride
             for group in range(blocks):
-                many = min(lanes, filters - group * lanes)
-                origin = start_at + (start_of[row] * filters + group * lanes) * planes * VECTOR
+                many = min(each, filters - group * each)
+                origin = start_at + (start_of[row] * filters + group * each) * planes * VECTOR
                 half = 0
                 for units in spans:
-                    begin = picks_at + (group * lanes * halves + half) * HALF * 4
+                    begin = picks_at + (group * each * halves + half) * HALF * 4
                     for f in range(many):
                         counts = counts_at + f * step
                         first = counts if half else origin + f * planes * VECTOR
@@ -625,9 +614,9 @@ def convolve(
                         )  # fmt: skip
                     half += 2 * units
                 if as_bits:
-                    for f in range(many, lanes):
+                    for f in range(many, each):
                         _fill(tops_at + f * step, 1)
-                    for lane in range(LANES if not apart_bits else 0):
+                    for lane in range(LANES if direct else 0):
                         at = out_at + LANES * PIXELS * size
                         if many_of[lane] > 0 and row_of[lane] + row < Ho:
                             at = bits_at + (goals[lane] + row * Wo) * size
@@ -636,7 +625,7 @@ def convolve(
                         flips, tops_at, step, np.int64(negated[group]), places.ctypes.data
                     )  # fmt: skip
                 else:
-                    for part in range(lanes // 16):
+                    for part in range(each // 16):
                         for byte in range(bytes_):
                             source = counts_at + part * 16 * step + 8 * byte * VECTOR
                             real = min(8, planes - 8 * byte)
@@ -644,10 +633,10 @@ def convolve(
                                 _spread(
                                     source + k * VECTOR, step, spread_at + k * 16 * VECTOR
                                 )  # fmt: skip
-                            for k in range(real, 8):
-                                _fill(spread_at + k * 16 * VECTOR, 16)
-                            _sum(spread_at, sums_at + (byte * lanes // 16 + part) * area)
-                for lane in range(LANES if apart_bits else 0):
+                            if real < 8:
+                                _fill(spread_at + real * 16 * VECTOR, (8 - real) * 16)
+                            _sum(spread_at, sums_at + (byte * each // 16 + part) * area)
+                for lane in range(0 if direct else LANES):
                     count = min(wide, Wo - column_of[lane])
                     place = (goals[lane] + row * Wo) * blocks + group
                     for s in range(many_of[lane] if row_of[lane] + row < Ho else 0):
@@ -660,9 +649,9 @@ def convolve(
                         else:
                             sums = sums_at + (number & 127) * VECTOR + (number >> 7) * 16
                             _finish(
-                                flips, constants_at + group * lanes * 4, sums, bytes_, parts,
-                                params_at + group * ROWS * lanes * 4, np.int64(flips[group]),
-                                residual_at + place * lanes * 4, numbers_at + place * lanes * 4,
+                                flips, constants_at + group * each * 4, sums, bytes_,
+                                parts, params_at + group * ROWS * each * 4, np.int64(flips[group]),
+                                residual_at + place * each * 4, numbers_at + place * each * 4,
                                 bits_at + place * size, count, blocks,
                             )  # fmt: skip
                         place += Ho * Wo * blocks

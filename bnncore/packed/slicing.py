@@ -91,7 +91,7 @@ class Lay(NamedTuple):
     """See `slices.convolve`."""
 
     lay: Array
-    columns: Array
+    lanes: Array
     taps: Array
 
     @property
@@ -127,7 +127,14 @@ class Lay(NamedTuple):
             strips *= 2
         high = -(-high // strips)
         pieces = strips * tiles
-        columns = np.array([piece % tiles * wide + left for piece in range(pieces)], np.int64)
+        lane = np.arange(slices.LANES)
+        piece = lane % pieces
+        columns = piece % tiles * wide + left
+        lasts = -(-(window.inputs[1] - np.arange(stride)) // stride)
+        lanes = [
+            lane // pieces * side, piece // tiles * high, piece % tiles * wide, columns,
+            np.maximum(0, -columns), *np.minimum(apart, lasts[:, None] - columns),
+        ]  # fmt: skip
         found = Taps.of(channels, window.kernel[1])
         taps = np.zeros((*found.channel.shape, 4), np.int64)
         real = found.channel < channels
@@ -145,7 +152,8 @@ class Lay(NamedTuple):
                 inside = at[(column >= 0) & (column < window.inputs[1])]
                 keep[j] = sum(1 << int(s * apart + k) for s in range(side) for k in inside)
         taps[..., 3] = keep[found.column]
-        return cls(np.array([side, apart, pieces, wide, high], np.int64), columns, taps)
+        lay = np.array([side, apart, pieces, wide, high], np.int64)
+        return cls(lay, np.array(lanes, np.int64), taps)
 
 
 class Weights(NamedTuple):

@@ -42,8 +42,10 @@ def commit() -> str:
     return tracking.commit(ROOT, ["*.py", "*.yaml", "*.c", "*.h"], digits=7) or "unknown"
 
 
-# Without them torch's half precision takes many times longer.
-BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"})
+# Without them, and where they are not to be used, torch's half precision takes many times longer.
+BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"}) and not os.environ.get(
+    "ONEDNN_MAX_CPU_ISA", ""
+).endswith("AVX2")
 
 
 class Bench:

@@ -48,6 +48,12 @@ BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"}) and not os.environ.get
 ).endswith("AVX2")
 
 
+LEAST, MOST = (
+    0.02,
+    1000,
+)  # seconds that a measurement takes, and how often it repeats a work for that
+
+
 class Bench:
     """Collects rows and prints them as they come.
 
@@ -69,17 +75,23 @@ class Bench:
         peers: dict[str, Callable[[], object]],
         rounds: int = 5,
     ) -> float:
-        """One row a peer; returns our seconds."""
+        """One row a peer; returns our seconds.
+
+        What is short is repeated each time it is measured: once alone it would be a measure of the
+        caches that the one before has left.
+        """
         every = {"": ours, **peers}
         taken: dict[str, list[float]] = {label: [] for label in every}
         for number in range(rounds + 1):
             for label, work in every.items():
                 if threads > 1:  # a peer's threads spin for a while after their work
                     time.sleep(0.3)
-                start = self.clock()
-                work()
+                start, spent, times = self.clock(), 0.0, 0
+                while spent < LEAST:
+                    work()
+                    spent, times = self.clock() - start, times + 1
                 if number:  # the first round warms up
-                    taken[label].append(self.clock() - start)
+                    taken[label].append(spent / times)
         mine = statistics.median(taken[""])
         for label in peers:
             self.add(name, label, threads, mine, statistics.median(taken[label]))

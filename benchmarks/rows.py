@@ -48,10 +48,7 @@ BF16 = bool(processor()[1] & {"amx_bf16", "avx512_bf16"}) and not os.environ.get
 ).endswith("AVX2")
 
 
-LEAST, MOST = (
-    0.02,
-    1000,
-)  # seconds that a measurement takes, and how often it repeats a work for that
+LEAST = 0.02  # seconds of a measurement
 
 
 class Bench:

@@ -448,7 +448,7 @@ def start_up(bench: Bench) -> None:
 
 
 def avx2(bench: Bench) -> None:
-    """Both sides held to AVX2, in a process of their own."""
+    """Both sides held to AVX2, in processes of their own."""
     if "avx512f" not in processor()[1]:
         print("\nno AVX-512 here: all rows above are those of AVX2")
         return

@@ -1,7 +1,7 @@
 """What the benchmarks share: rows that compare two ways to do the same work, and how they look.
 
-A row has ``name, peer, threads, ours_s, peer_s, ratio``; seconds are medians, ratio = peer_s /
-ours_s; a row without a peer has None for both.
+A row has ``name, peer, threads, ours_s, peer_s, ratio``; seconds are medians
+(of means, where a work is short), ratio = peer_s / ours_s; a row without a peer has None for both.
 """
 
 from __future__ import annotations

@@ -336,9 +336,11 @@ class _Planner:
         )
         plain = not (group.rows or group.residual or group.numbers)
         products = kh * kw * channels
-        if (window.classes > 1 and channels % 2) or products > _MOST_SLICED:
+        if (window.classes > 1 and channels % 2) or products >= _MOST_SLICED:
             return None  # `slicing.sums` says why; and sums are two bytes
         if len(slicing.Taps.of(channels, kw).channel) > slicing.MOST_TRIPLES:
+            return None
+        if slicing.columns(window, out) is None:
             return None
         wanted = (
             self.tile == "sliced" if self.tile else slicing.wins(tensor.shape, stride, out, plain)

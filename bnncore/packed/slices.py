@@ -84,7 +84,7 @@ def _gathered(emit: _Emit, parts: list[ir.Value]) -> ir.Value:
 def _turn_bits(emit: _Emit, value: ir.Value) -> ir.Value:
     """In each eight bytes bit i of byte k becomes bit k of byte i."""
     build = emit.b
-    if "gfni" in features():
+    if {"gfni", "avx"} <= features():
         # A product of two matrices of 8x8 bits, whose rows count downwards.
         value = _picked(emit, value, value, [*range(7, -1, -1), *range(15, 7, -1)])
         ones = ir.Constant(_BYTES, [1 << k % 8 for k in range(VECTOR)])
@@ -553,10 +553,11 @@ def convolve(
     params_at, constants_at = params.ctypes.data, constants.ctypes.data
     residual_at, numbers_at, bits_at = residual.ctypes.data, numbers.ctypes.data, bits.ctypes.data
     image_of, row_of, column_of, left_of, begins = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4]
+    ends = lanes[5:]
     together = stride * words == 1  # whether all pixels of a lane lie so in the input
     direct = as_bits and blocks == 1  # and in the result, if that is bits
     for lane in range(LANES):
-        together &= lanes[5, lane] - begins[lane] == PIXELS
+        together &= ends[0, lane] - begins[lane] == PIXELS
         direct &= Wo - column_of[lane] >= PIXELS and wide >= PIXELS
         places[lane] = out_at + lane * PIXELS * size
     # Of a block: how many images a lane has, where its first window begins, and its first pixel.
@@ -583,7 +584,7 @@ def convolve(
                                 _copy(
                                     x, here + (s * H * W + begin * stride) * words * unit,
                                     stride * words * unit, at + (s * apart + begin) * unit, unit,
-                                    lanes[5 + parity, lane] - begin,
+                                    ends[parity, lane] - begin,
                                 )  # fmt: skip
                             here = at
                         sources[lane] = here
@@ -637,7 +638,7 @@ def convolve(
                                 _fill(spread_at + real * 16 * VECTOR, (8 - real) * 16)
                             _sum(spread_at, sums_at + (byte * each // 16 + part) * area)
                 for lane in range(0 if direct else LANES):
-                    count = min(wide, Wo - column_of[lane])
+                    count = max(0, min(wide, Wo - column_of[lane]))
                     place = (goals[lane] + row * Wo) * blocks + group
                     for s in range(many_of[lane] if row_of[lane] + row < Ho else 0):
                         number = lane * PIXELS + s * apart

@@ -31,7 +31,7 @@ def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bo
     taps = kh * kw
     # The others compute for whole words of channels and whole tiles of filters.
     ragged = 4 * filters * channels < 3 * rounded(filters) * rounded(channels)
-    if "avx512f" in have and not processor().startswith("znver"):
+    if {"avx512f", "avx512vpopcntdq"} <= have and not processor().startswith("znver"):
         # Intel's: counts the bits of a vector a cycle, where it adds those of two. Wide windows of
         # many channels would win too, by a quarter at most: not worth what the kernel takes to
         # compile, three seconds, for networks that have nothing else for it.
@@ -54,6 +54,24 @@ def wins(weight: tuple[int, ...], stride: int, out: tuple[int, ...], as_bits: bo
         if as_bits and taps < 9 and pixels >= 1024:
             return channels <= 32
     return taps == 9 and any(channels <= most and pixels >= least for most, least in found)
+
+
+def columns(window: Window, out: tuple[int, ...]) -> int | None:
+    """Into how many parts the columns of a map are cut, that lanes have room for those and for what
+    their windows see beside them; None where it cannot be."""
+    shift = _shifts(window)
+    if max(out[1], -(-window.inputs[1] // window.stride)) <= slices.PIXELS:
+        return 1 if np.abs(shift).max() < slices.PIXELS else None
+    room = slices.PIXELS - int(shift.max() - shift.min())
+    parts = 1
+    while room > 0 and -(-out[1] // parts) > room:
+        parts *= 2
+    return parts if room > 0 and parts <= slices.LANES else None
+
+
+def _shifts(window: Window) -> Array:
+    """From a column of the result to those of its window, in strides."""
+    return (np.arange(window.kernel[1]) - window.pad) // window.stride
 
 
 def worth(out: tuple[int, ...], images: int) -> bool:
@@ -101,22 +119,20 @@ class Lay(NamedTuple):
 
     @classmethod
     def of(cls, window: Window, out: tuple[int, ...], channels: int, images: int) -> Lay:
-        """For so many images at a time."""
+        """For so many images at a time; `columns` has said that it can be."""
         stride, pad = window.stride, window.pad
         words = rounded(channels)
         high, wide = out
-        shift = (np.arange(window.kernel[1]) - pad) // stride
+        shift = _shifts(window)
         parity = (np.arange(window.kernel[1]) - pad) - shift * stride
         apart = max(wide, -(-window.inputs[1] // stride))
+        tiles = columns(window, out)
+        assert tiles
         if apart <= slices.PIXELS:
-            side, tiles, left = slices.PIXELS // apart, 1, 0
+            side, left = slices.PIXELS // apart, 0
         else:
-            side, tiles, left = 1, 1, int(shift.min())
-            room = slices.PIXELS - int(shift.max() - shift.min())
-            while -(-wide // tiles) > room:
-                tiles *= 2
-            wide = -(-wide // tiles)
-            apart = slices.PIXELS
+            side, left = 1, int(shift.min())
+            wide, apart = -(-wide // tiles), slices.PIXELS
         groups = -(-images // side)
         strips = 1
         while (
@@ -129,11 +145,11 @@ class Lay(NamedTuple):
         pieces = strips * tiles
         lane = np.arange(slices.LANES)
         piece = lane % pieces
-        columns = piece % tiles * wide + left
+        first = piece % tiles * wide + left
         lasts = -(-(window.inputs[1] - np.arange(stride)) // stride)
         lanes = [
-            lane // pieces * side, piece // tiles * high, piece % tiles * wide, columns,
-            np.maximum(0, -columns), *np.minimum(apart, lasts[:, None] - columns),
+            lane // pieces * side, piece // tiles * high, piece % tiles * wide, first,
+            np.maximum(0, -first), *np.minimum(apart, lasts[:, None] - first),
         ]  # fmt: skip
         found = Taps.of(channels, window.kernel[1])
         taps = np.zeros((*found.channel.shape, 4), np.int64)

@@ -539,7 +539,8 @@ def _finish_pixels(
     whole = b.udiv(count, _I64(n))
     done = b.mul(whole, _I64(n))
     repeat(whole, _I64(0), n)
-    repeat(b.sub(count, done), done, 1)
+    if n > 1:
+        repeat(b.sub(count, done), done, 1)
 
 
 @intrinsic

@@ -390,6 +390,26 @@ def test_threads_do_not_disturb_each_others_memory(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("channels", "filters", "size", "pad", "side"),
+    [
+        (16, 16, 7, 3, (16, 209)),  # 16 parts of 14 columns, of which the last begins behind them
+        (3, 5, 3, 1, (4, 100)),
+        (4, 3, 3, 1, (3, 512)),  # more parts than lanes
+        (4, 3, 33, 16, (40, 40)),  # a window that no lane has room for
+        (1, 2, 65, 32, (9, 32)),
+        (128, 17, 16, 0, (24, 24)),  # one product too many for sums of two bytes
+    ],
+)
+def test_maps_and_windows_that_lanes_hardly_hold(
+    channels: int, filters: int, size: int, pad: int, side: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(0)
+    for chain in ((), ("threshold",)):
+        program = one_layer(rng, channels, filters, size, 1, pad, side, chain)
+        check(program, random_images(program, 3), "sliced")
+
+
 def test_windows_wider_than_the_map() -> None:
     """Nearly every position is a border class of its own: planned without a table of them all."""
     rng = np.random.default_rng(0)
@@ -416,22 +436,46 @@ def test_backbones(backbone: str) -> None:
             check(program, random_images(program, 5), tile)
 
 
-@pytest.mark.slow
+_SSE = "+sse4.2,+popcnt"
+_AVX2 = f"{_SSE},+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+ssse3,+sse4.1"
+_AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "names", "passes", "lacks"),
+    [
+        pytest.param(
+            "nehalem", _SSE, "grid and 33 or integer_levels or sums_longer", "[33-words]",
+            "nibbles", marks=pytest.mark.slow,
+        ),
+        # Bit slices without a product of matrices of bits, in vectors of either length.
+        *(
+            pytest.param(
+                name, flags, "33-sliced or 16-sliced or hardly", "[33-sliced]", "", marks=pytest.mark.soak
+            )
+            for name, flags in (("haswell", _AVX2), ("skylake-avx512", _AVX512))
+        ),
+    ],
+)  # fmt: skip
 @pytest.mark.skipif("x86" not in platform.machine(), reason="names x86 processors")
-def test_other_processors(tmp_path: Path) -> None:
-    """An x86 processor without AVX, in a process of its own: same tests, other code."""
+def test_other_processors(
+    name: str, flags: str, names: str, passes: str, lacks: str, tmp_path: Path
+) -> None:
+    """Other x86 processors than this, in a process of their own: same tests, other code."""
+    if not {flag[1:] for flag in flags.split(",")} <= tiles.features():
+        pytest.skip(f"this processor is less than a {name}")
     env = {
         **os.environ,
-        "NUMBA_CPU_NAME": "nehalem",
-        "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt",
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": flags,
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
     command = [sys.executable, "-m", "pytest", "-v", "-x", __file__, "-m", "not soak"]
-    names = "grid and 33 or integer_levels or sums_longer"
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [*command, "-k", names], env=env, cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
-    assert "[33-words] PASSED" in done.stdout
-    assert "nibbles" not in done.stdout, "which such a processor has not"
+    assert f"{passes} PASSED" in done.stdout
+    if lacks:
+        assert lacks not in done.stdout, "which such a processor has not"

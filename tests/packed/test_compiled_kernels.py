@@ -451,7 +451,8 @@ _AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
         # Bit slices without a product of matrices of bits, in vectors of either length.
         *(
             pytest.param(
-                name, flags, "33-sliced or 16-sliced or hardly", "[33-sliced]", "", marks=pytest.mark.soak
+                name, flags, "33-sliced or 16-sliced or hardly", "[33-sliced]", "",
+                marks=pytest.mark.soak,
             )
             for name, flags in (("haswell", _AVX2), ("skylake-avx512", _AVX512))
         ),

@@ -446,13 +446,13 @@ _AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
     [
         pytest.param(
             "nehalem", _SSE, "grid and 33 or integer_levels or sums_longer", "[33-words]",
-            "nibbles", marks=pytest.mark.slow,
+            "nibbles", marks=pytest.mark.slow, id="nehalem",
         ),
         # Bit slices without a product of matrices of bits, in vectors of either length.
         *(
             pytest.param(
                 name, flags, "33-sliced or 16-sliced or hardly", "[33-sliced]", "",
-                marks=pytest.mark.soak,
+                marks=pytest.mark.soak, id=name,
             )
             for name, flags in (("haswell", _AVX2), ("skylake-avx512", _AVX512))
         ),

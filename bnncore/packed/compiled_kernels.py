@@ -29,7 +29,7 @@ Array = np.ndarray
 Bound = tuple[Callable[[], object], Values]
 
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
-_MOST_SLICED = 1 << 15  # products
+_MOST_SLICED = (1 << 15) - 1  # products
 _FLOAT = np.dtype("f4")
 _POOLS = ("maxpool", "avgpool", "global_avg", "sumpool", "global_sum")
 
@@ -336,7 +336,7 @@ class _Planner:
         )
         plain = not (group.rows or group.residual or group.numbers)
         products = kh * kw * channels
-        if (window.classes > 1 and channels % 2) or products >= _MOST_SLICED:
+        if (window.classes > 1 and channels % 2) or products > _MOST_SLICED:
             return None  # `slicing.sums` says why; and sums are two bytes
         if len(slicing.Taps.of(channels, kw).channel) > slicing.MOST_TRIPLES:
             return None

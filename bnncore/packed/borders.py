@@ -77,17 +77,30 @@ def factors(divisor: Array) -> Array:
     return (multiple // divisor.astype(np.int64)).astype(np.float32)
 
 
+FAR = float(1 << 30)  # beyond all sums
+
+
+def whole(low: Array, high: Array) -> tuple[Array, Array]:
+    """The least and the most of the whole numbers from `low` to `high`, none of them beyond `FAR`;
+    float64.
+
+    Args:
+        low, high: float32, infinite where there is no such end; NaN for none at all.
+    """
+    least = np.ceil(np.nan_to_num(low.astype(np.float64), nan=FAR))
+    most = np.floor(np.nan_to_num(high.astype(np.float64), nan=-FAR))
+    return np.clip(least, -FAR, FAR), np.clip(most, -FAR, FAR)
+
+
 def between(constants: Array, low: Array, high: Array) -> tuple[Array, Array]:
     """Which counts c have ``low <= constant - 2 * c <= high``: the least and the most of them,
     int64 (classes,O); none where the least is more.
 
     Args:
         constants: int32 (classes,O), see above.
-        low, high: float32 (O,), infinite where there is no such end; NaN for none at all.
+        low, high: (O,), as for `whole`.
     """
-    far = float(1 << 30)  # beyond all sums
-    low = np.clip(np.ceil(np.nan_to_num(low.astype(np.float64), nan=far)), -far, far)
-    high = np.clip(np.floor(np.nan_to_num(high.astype(np.float64), nan=-far)), -far, far)
+    low, high = whole(low, high)
     least, most = np.ceil((constants - high) / 2), np.floor((constants - low) / 2)
     return least.astype(np.int64), most.astype(np.int64)
 

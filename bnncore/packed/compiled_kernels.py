@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from bnncore.packed import layouts, numpy_kernels, slices, slicing, tiles
+from bnncore.packed import layouts, matrices, numpy_kernels, slices, slicing, tiles
 from bnncore.packed.arena import Bind, Kernel, Rooms, Values, at_once
 from bnncore.packed.borders import Window, between, divisors, factors
 from bnncore.packed.fuse import SUMS, Group, groups
@@ -38,7 +38,14 @@ TILES: dict[str, np.dtype | None] = {
     "words": np.dtype("u4"),
     "nibbles": np.dtype("u1"),
     "sliced": None,
+    "matrix": None,
 }
+
+
+def available() -> list[str]:
+    """The tiles that this processor can run, keys of `TILES`."""
+    lacking = {"nibbles": "avx2" not in tiles.features(), "matrix": not matrices.here()}
+    return [name for name in TILES if not lacking.get(name)]
 
 
 def plan(program: Program, tile: str | None = None) -> list[Kernel]:
@@ -46,7 +53,8 @@ def plan(program: Program, tile: str | None = None) -> list[Kernel]:
 
     Args:
         tile: what does binary convolutions, where it can: a key of `TILES` (default: for each layer
-            and number of images the fastest here, see `tiles.binary_tile` and `slicing.wins`).
+            and number of images the fastest here, see `tiles.binary_tile`, `slicing.wins` and
+            `matrices.wins`).
     """
     return _Planner(program, tile).steps()
 
@@ -283,8 +291,11 @@ class _Planner:
             [*slots.values(), *epilogue.tensors],
         )
         sliced = self.sliced(group, epilogue, window, places) if binary else None
+        matrix = self.matrix(group, epilogue, window, places) if binary else None
 
         def tile(images: int) -> str:
+            if matrix:
+                return "matrix"
             if sliced and (self.tile or slicing.worth(outputs[:2], images)):
                 return "sliced"
             return "floats" if not binary else "nibbles" if dtype == np.uint8 else "words"
@@ -296,8 +307,9 @@ class _Planner:
         def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
             images = len(x)
-            if sliced and tile(images) == "sliced":
-                return sliced(values, member, rooms)
+            other = {"sliced": sliced, "matrix": matrix}.get(tile(images))
+            if other:
+                return other(values, member, rooms)
             weights, inside, whole = prepared(member)
             inside_limits, whole_limits = bounds(member)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
@@ -321,6 +333,34 @@ class _Planner:
             return partial(_both, before, convolve) if before else convolve, outs
 
         return bind, (padded.bytes,) if pad or bytes_ else (), tile
+
+    def matrix(
+        self, group: Group, epilogue: _Epilogue, window: Window, places: Sequence[Room]
+    ) -> Bind | None:
+        """A binary convolution by `matrices`, where it can and should be."""
+        tensor = self.program.tensors[group.node.tensors["weight"]]
+        out, lanes = self.dims(group.value)[:2], lanes_of(tensor.shape[0])
+        wanted = self.tile == "matrix" if self.tile else matrices.wins(tensor.shape, window, out)
+        if not wanted or not matrices.here():
+            return None
+        weights = each_member(lambda m: matrices.lay_out(unpack_bits(_copy(tensor, m))), [tensor])
+        bounds = each_member(
+            lambda m: matrices.limits(*epilogue.limits(m), lanes), epilogue.tensors
+        )
+        none = np.empty((0, 0, 0), np.int32)
+        lay = matrices.Lay.of(window, out, tensor.shape[3])
+
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
+            images = len(values[0])
+            outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
+            call = partial(
+                matrices.convolve, values[0], *lay, weights(member),
+                bounds(member) if epilogue.parts == tiles.BITS else none,
+                *epilogue.arguments(member, values, outs),
+            )  # fmt: skip
+            return call, outs
+
+        return bind
 
     def sliced(
         self, group: Group, epilogue: _Epilogue, window: Window, places: Sequence[Room]

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numba import njit
 
-from bnncore.packed import layouts, slices, tiles
+from bnncore.packed import layouts, matrices, slices, tiles
 from bnncore.packed.compiled_kernels import TILES
 
 Array = np.ndarray
@@ -26,7 +26,10 @@ def products(tile: str, clock: Callable[[], float] = time.process_time) -> float
         clock: seconds.
     """
     dtype = TILES[tile]
-    work, count = _slices() if dtype is None else _counts(dtype)
+    if dtype is not None:
+        work, count = _counts(dtype)
+    else:
+        work, count = {"sliced": _slices, "matrix": _matrices}[tile]()
     work()
     best = float("inf")
     for _ in range(_TRIES):
@@ -72,3 +75,27 @@ def _add_up(tables: Array, picks: Array, units: int, memory: Array, repeats: int
         slices._count(  # type: ignore[call-arg]
             tables.ctypes.data, picks.ctypes.data, units, planes, 8, planes
         )
+
+
+def _matrices() -> tuple[Callable[[], None], int]:
+    """Of `matrices`: sums of as many products as a 3x3 window of 64 channels has."""
+    rows, repeats = 9, 4 * _REPEATS
+    matrices.here()
+    memory = layouts.aligned(np.zeros(32 << 10, np.uint8))
+    flips = np.zeros(1, np.uint32)
+    work = partial(_multiply, memory, flips, matrices.config(matrices.SIDE), rows, repeats)
+    return work, repeats * rows * matrices.HELD * matrices.SIDE**2 * matrices.STEP
+
+
+@njit(cache=True, nogil=True)
+def _multiply(memory: Array, flips: Array, config: Array, rows: int, repeats: int) -> None:
+    before = np.zeros(64, np.uint8)
+    starts = np.full(2, memory.ctypes.data)
+    matrices._configure(before.ctypes.data, config.ctypes.data)  # type: ignore[call-arg]
+    for _ in range(repeats):
+        matrices._multiply(
+            flips, starts.ctypes.data, 64, rows, 0, 1, memory.ctypes.data,
+            memory.ctypes.data + (24 << 10),
+        )  # fmt: skip
+    matrices._restore(before.ctypes.data, np.int64(before[0]))
+    starts[0] = before[0]

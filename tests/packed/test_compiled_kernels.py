@@ -33,7 +33,7 @@ from bnncore.packed.rules import validate
 from bnncore.params import Binarizer
 from tests.graphs import programs, random_images, random_program
 
-TILES = [t for t in compiled_kernels.TILES if t != "nibbles" or "avx2" in tiles.features()]
+TILES = compiled_kernels.available()
 ROUNDED = ("conv", "dense", "global_avg")  # sums whose order, and so rounding, is not fixed
 LEVELS = ("sign", "threshold", "interval")
 
@@ -408,6 +408,50 @@ def test_maps_and_windows_that_lanes_hardly_hold(
     for chain in ((), ("threshold",)):
         program = one_layer(rng, channels, filters, size, 1, pad, side, chain)
         check(program, random_images(program, 3), "sliced")
+
+
+@pytest.mark.skipif("matrix" not in TILES, reason="no matrix unit here")
+@pytest.mark.parametrize(
+    ("channels", "filters", "size", "stride", "pad", "side"),
+    [
+        (64, 64, 3, 1, 1, (40, 33)),  # rows of three tiles that overlap, strips that do
+        (16, 16, 3, 1, 1, (70, 32)),  # tiles one behind the other
+        (96, 40, 5, 2, 2, (37, 64)),  # columns that reach over a window's end
+        (192, 192, 1, 1, 0, (7, 7)),  # a map as one row
+        (300, 33, 3, 1, 1, (3, 200)),  # no strip in the first cache
+        (32, 16, 2, 3, 0, (20, 50)),
+    ],
+)
+def test_matrices_on_maps_of_several_strips_and_tiles(
+    channels: int, filters: int, size: int, stride: int, pad: int, side: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(0)
+    for chain in (("threshold",), ("interval",), ("affine", "add", "prelu", "affine", "sign")):
+        program = one_layer(rng, channels, filters, size, stride, pad, side, chain)
+        check(program, random_images(program, 3), "matrix")
+
+
+@pytest.mark.skipif("matrix" not in TILES, reason="no matrix unit here")
+def test_matrices_leave_the_unit_as_they_found_it() -> None:
+    """Torch's half precision uses it, too, and knows how it has set it up."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 64, 64, 3, 1, 1, (16, 16), ("threshold",))
+    factors = torch.randn(2, 96, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone = factors[0] @ factors[1]
+    for _ in range(3):
+        check(program, random_images(program, 2), "matrix")
+        assert torch.equal(factors[0] @ factors[1], alone)
+
+
+def test_tiles_are_those_that_can_run() -> None:
+    """Held to less than this processor has, a tile that needs more is not taken."""
+    code = (
+        "import numpy; from bnncore.packed import compiled_kernels, matrices;"
+        "print(*compiled_kernels.available(), matrices.here())"
+    )
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["words", "sliced", "False"], done.stderr
 
 
 def test_windows_wider_than_the_map() -> None:

@@ -6,11 +6,13 @@ that agreement is equality. A weight of 0 still makes NaN of an infinity.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from bnncore.lowering import torch_kernels
-from bnncore.packed import compiled_kernels, execute, numpy_kernels, tiles
+from bnncore.packed import compiled_kernels, execute, numpy_kernels
 from bnncore.packed.program import KINDS, Node, Program, Tensor, pack_bits
 from bnncore.packed.rules import validate
 
@@ -18,11 +20,8 @@ SIDE = 4
 KERNELS = {
     "numpy": numpy_kernels.plan,
     "torch": torch_kernels.plan,
-    "words": lambda program: compiled_kernels.plan(program, "words"),
-    "sliced": lambda program: compiled_kernels.plan(program, "sliced"),
+    **{tile: partial(compiled_kernels.plan, tile=tile) for tile in compiled_kernels.available()},
 }
-if "avx2" in tiles.features():
-    KERNELS["nibbles"] = lambda program: compiled_kernels.plan(program, "nibbles")
 
 # What `Chain.start` makes of an image, by channel modulo 5: x in {-128, -1, 0, 1, 127} times
 HUGE = 1.5 * 2.0**121  # times 127 is infinity; sums of these do not overflow

@@ -213,7 +213,7 @@ def resnet18(bench: Bench, quick: bool) -> None:
             peers["torch.compile bf16"] = partial(torch.compile(half), half_x)
         name = f"ResNet-18, batch {BATCH}"
         work = partial(model, images, batch=CHUNK)
-        ours = bench.compare(name, threads, work, peers, 3 if quick else 7)
+        ours = bench.compare(name, threads, work, peers, 5 if quick else 7)
         print(f"  {name}, {threads} threads: {BATCH / ours:.0f} images/s")
         peers = {
             "torch fp32 eager, NCHW": partial(twin, single),
@@ -232,6 +232,9 @@ def resnet18(bench: Bench, quick: bool) -> None:
         },
         2 if quick else 5,
     )
+
+
+SHARES = "| bits to bits | tile | products a ns | of the tile's peak |"
 
 
 def layers(bench: Bench, quick: bool = False) -> None:
@@ -263,8 +266,8 @@ def layers(bench: Bench, quick: bool = False) -> None:
             half = (t.bfloat16() for t in layouts[1])
             peers["torch bf16"] = partial(torch.nn.functional.conv2d, *half, padding=pad)
         numbers, bits, tile = layer(channels, filters, size, side)
-        bench.compare(f"{name}, numbers to numbers", 1, numbers, peers)
-        ours = bench.compare(f"{name}, bits to bits", 1, bits, peers)
+        bench.compare(f"{name}, numbers to numbers", 1, numbers, peers, 9)
+        ours = bench.compare(f"{name}, bits to bits", 1, bits, peers, 9)
         inside = sum(
             1 for axis in range(side) for tap in range(size) if 0 <= axis + tap - pad < side
         )
@@ -273,7 +276,7 @@ def layers(bench: Bench, quick: bool = False) -> None:
         # Beside each layer, and the best of all, as these machines have slow moments.
         found[tile] = max(found.get(tile, 0), peaks.products(tile, bench.clock))
     lines = [
-        "| bits to bits | tile | products a ns | of the tile's peak |",
+        SHARES,
         "| --- | --- | ---: | ---: |",
     ]
     lines += [
@@ -284,10 +287,11 @@ def layers(bench: Bench, quick: bool = False) -> None:
         "",
         "The peaks: "
         + ", ".join(f"{tile} {most / 1e9:.0f}" for tile, most in found.items())
-        + " products of two signs a ns, counted and added up on data in the first cache. With few "
-        "channels, and in 1x1 layers, a tile has too few products to hide what begins and ends it. "
-        "From numbers to numbers a layer also reads and writes 4 bytes a value, 33 MB for 64 "
-        "channels of 32x32: that is memory's pace, not the kernel's.",
+        + " products of two signs a ns, counted and added up on data in the first cache.",
+        "",
+        "With few channels, and in 1x1 layers, a tile has too few products to hide what begins and "
+        "ends it. From numbers to numbers a layer also reads and writes 4 bytes a value, 33 MB for "
+        "64 channels of 32x32: that is memory's pace, not the kernel's.",
     ]
     bench.note("\n".join(lines))
 
@@ -391,6 +395,7 @@ def ensembles(bench: Bench) -> None:
                 1,
                 partial(model, images),
                 {"torch fp32 eager, channels last": partial(twin, x)},
+                9,
             )
 
 
@@ -447,32 +452,46 @@ def start_up(bench: Bench) -> None:
     bench.note(f"An evaluator's process at batch {BATCH} takes {memory / 1024:.0f} MiB at most.")
 
 
-def avx2(bench: Bench) -> None:
-    """Both sides held to AVX2, in processes of their own."""
+def held(bench: Bench) -> None:
+    """To less than this processor has, in processes of their own: to AVX2, both sides; and without
+    the matrix unit, ours."""
+    from bnncore.packed import matrices, tiles
+
     if "avx512f" not in processor()[1]:
         print("\nno AVX-512 here: all rows above are those of AVX2")
         return
-    print("\nwith " + " ".join(f"{key}={value}" for key, value in AVX2.items()), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        for part in (("resnet18", "--quick"), ("layers",), ("ensembles",)):
-            subprocess.run(
-                [sys.executable, __file__, "--json", str(file), "--only", *part]
-                + ["--cpu-time"] * (bench.clock is time.process_time),
-                env={**os.environ, **AVX2},
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-            for row in json.loads(file.read_text()):
-                bench.rows.append({**row, "name": f"AVX2: {row['name']}"})
-                print(table([bench.rows[-1]])[-1], flush=True)
+    every = (("resnet18", "--quick"), ("layers",), ("ensembles",))
+    less: list[tuple[str, dict[str, str], tuple[tuple[str, ...], ...]]] = [("AVX2", AVX2, every)]
+    if matrices.here():
+        features = (f"+{name}" for name in sorted(tiles.features()) if "amx" not in name)
+        env = {"NUMBA_CPU_NAME": tiles.processor(), "NUMBA_CPU_FEATURES": ",".join(features)}
+        less.append(("no matrix unit", env, every))
+    for name, env, parts in less:
+        print(f"\n{name}:", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file, notes = Path(folder) / "rows.json", Path(folder) / "notes.md"
+            for part in parts:
+                subprocess.run(
+                    [sys.executable, __file__, "--json", str(file), "--markdown", str(notes)]
+                    + ["--only", *part]
+                    + ["--cpu-time"] * (bench.clock is time.process_time),
+                    env={**os.environ, **env},
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+                for row in json.loads(file.read_text()):
+                    bench.rows.append({**row, "name": f"{name}: {row['name']}"})
+                    print(table([bench.rows[-1]])[-1], flush=True)
+                if part == ("layers",):
+                    shares = "".join(notes.read_text().partition(SHARES)[1:]).split("\n\n")[:2]
+                    bench.note("\n\n".join([f"{name}:", *shares]))
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "layers": layers,
     "ensembles": ensembles,
     "start": start_up,
-    "avx2": avx2,
+    "held": held,
 }
 
 
@@ -480,13 +499,13 @@ def describe() -> str:
     """The processor, what the kernels are compiled for, versions."""
     import torch
 
-    from bnncore.packed import tiles
+    from bnncore.packed import compiled_kernels
 
-    named = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vpopcntdq", "avx512_vnni", "amx_bf16")
-    tile = {"uint8": "byte shuffle", "uint32": "vector popcount"}[tiles.binary_tile().name]
+    named = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vpopcntdq", "amx_int8", "amx_bf16")
+    found = ", ".join(compiled_kernels.available())
     torchs = torch.backends.cpu.get_cpu_capability()
     packages = ("numpy", "numba", "torch", "onnxruntime")
-    return machine(named, packages, f"binary tile: {tile}; torch: {torchs}")
+    return machine(named, packages, f"binary tiles: {found}; torch: {torchs}")
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ Array = np.ndarray
 
 LANES = 32  # filters of a tile, channels of a word; but 16 in all where 16 hold all channels
 LONGEST = (1 << 16) - 1  # products of which the sums of the uint8 tile can count the differing ones
+UNROLL = 2  # steps of a tile whose addresses are computed at once
 BYTE_STEPS = 60  # 4 a step at most: below the 255 that a byte holds, and a multiple of a word
 
 # Parts of the epilogue. The bit of a row asks for the affine or PReLU whose parameters begin there.
@@ -160,6 +161,38 @@ class _Emit:
             again.set_metadata("llvm.loop", loop)
         self.b.position_at_end(after)
         return new
+
+    def unrolled(
+        self,
+        count: ir.Value,
+        carried: list[ir.Value],
+        body: Callable[[ir.Value, int, list[ir.Value]], list[ir.Value]],
+    ) -> list[ir.Value]:
+        """The same for any count, `UNROLL` at a time: ``body(first, n, carried)`` for i = first +
+        n, so that addresses of the ones behind a first one differ from its own by constants."""
+        some = self.b.udiv(count, _I64(UNROLL))
+        rest = self.b.urem(count, _I64(UNROLL))
+
+        def many(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            first = self.b.mul(index, _I64(UNROLL))
+            for n in range(UNROLL):
+                carried = body(first, n, carried)
+            return carried
+
+        def last(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            done = self.b.mul(some, _I64(UNROLL))
+            return body(self.b.add(done, index), 0, carried)
+
+        def repeat(
+            times: ir.Value, work: Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+        ) -> None:
+            nonlocal carried
+            asked = self.b.icmp_signed(">", times, _I64(0))
+            carried = self.when(asked, carried, lambda held: self.loop(times, held, work, False))
+
+        repeat(some, many)
+        repeat(rest, last)
+        return carried
 
     def when(
         self,
@@ -350,13 +383,13 @@ class _Nibbles(_Words):
     def run(self, emit: _Emit, run: _Run, totals: list[ir.Value]) -> list[ir.Value]:
         b, n = emit.b, self.vectors
 
-        def step(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+        def step(first: ir.Value, more: int, totals: list[ir.Value]) -> list[ir.Value]:
             tables = []
             for start in run.starts:
-                byte = b.zext(emit.load(_I8, b.add(start, index), 1), _I64)
+                byte = b.zext(emit.load(_I8, emit.at(b.add(start, first), more), 1), _I64)
                 tables.append(emit.load(self.vector, emit.at(run.table, byte, 32), 32))
-            at = emit.at(run.weights, index, 32 * n)
-            w = [emit.load(self.vector, emit.at(at, 32 * v), 32) for v in range(n)]
+            at = emit.at(run.weights, first, 32 * n)
+            w = [emit.load(self.vector, emit.at(at, 32 * (n * more + v)), 32) for v in range(n)]
             return [
                 b.add(
                     totals[n * j + v],
@@ -366,7 +399,7 @@ class _Nibbles(_Words):
                 for v in range(n)
             ]
 
-        totals = emit.loop(run.steps, totals, step)
+        totals = emit.unrolled(run.steps, totals, step)
         before = b.block
         inside, after = b.append_basic_block(), b.append_basic_block()
         b.cbranch(b.icmp_signed("!=", run.widen, _I64(0)), inside, after)

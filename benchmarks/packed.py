@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -259,15 +259,24 @@ def layers(bench: Bench, quick: bool = False) -> None:
         w = torch.from_numpy(
             random.choice([-1.0, 1.0], (filters, channels, size, size)).astype(np.float32)
         )
+        chunk = at_once(channels + filters, side)
         layouts = [(x, w), tuple(t.to(memory_format=torch.channels_last) for t in (x, w))]
-        works = [partial(torch.nn.functional.conv2d, *pair, padding=pad) for pair in layouts]
-        peers: dict[str, Callable[[], object]] = {"torch fp32, best layout": min(works, key=once)}
+        layouts.append((layouts[1][0].bfloat16(), layouts[1][1].bfloat16()))
+        # Theirs, too, the images together or so many at a time, whichever takes less.
+        works = [
+            partial(convolve, torch.split(x, many), w, pad)
+            for x, w in layouts
+            for many in {chunk, BATCH}
+        ]
+        count = len(works) // 3
+        peers: dict[str, Callable[[], object]] = {
+            "torch fp32, best layout": min(works[: 2 * count], key=best)
+        }
         if BF16:
-            half = (t.bfloat16() for t in layouts[1])
-            peers["torch bf16"] = partial(torch.nn.functional.conv2d, *half, padding=pad)
-        numbers, bits, tile = layer(channels, filters, size, side)
-        bench.compare(f"{name}, numbers to numbers", 1, numbers, peers, 9)
-        ours = bench.compare(f"{name}, bits to bits", 1, bits, peers, 9)
+            peers["torch bf16"] = min(works[2 * count :], key=best)
+        numbers, bits, tile = layer(channels, filters, size, side, chunk)
+        bench.compare(f"{name}, numbers to numbers", 1, numbers, peers)
+        ours = bench.compare(f"{name}, bits to bits", 1, bits, peers)
         inside = sum(
             1 for axis in range(side) for tap in range(size) if 0 <= axis + tap - pad < side
         )
@@ -296,16 +305,38 @@ def layers(bench: Bench, quick: bool = False) -> None:
     bench.note("\n".join(lines))
 
 
-def once(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    work()
-    start = clock()
-    work()
-    return clock() - start
+def at_once(channels: int, side: int) -> int:
+    """How many images of a layer are in work at once where it reads and writes floats: as many as
+    have 2 MB of them, by halves. Bits are few: all images."""
+    count = BATCH
+    while count > CHUNK and 4 * count * channels * side**2 > 2 << 20:
+        count //= 2
+    return count
 
 
-def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, Callable, str]:
-    """One binary layer, by the steps of a plan: from numbers to numbers, and from bits to bits;
-    and the tile of the second."""
+def convolve(parts: Sequence[Any], weights: Any, pad: int) -> None:
+    import torch
+
+    for part in parts:
+        torch.nn.functional.conv2d(part, weights, padding=pad)
+
+
+def best(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of the fastest of some runs, after one to warm up."""
+    work()
+    taken = []
+    for _ in range(5):
+        start = clock()
+        work()
+        taken.append(clock() - start)
+    return min(taken)
+
+
+def layer(
+    channels: int, filters: int, size: int, side: int, chunk: int
+) -> tuple[Callable, Callable, str]:
+    """One binary layer, by the steps of a plan: from numbers to numbers, so many images at once,
+    and from bits to bits; and the tile of the second."""
     from bnncore.packed import compiled_kernels
     from bnncore.packed.arena import empty
     from bnncore.packed.program import Node, Program, Tensor, pack_bits
@@ -345,6 +376,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
     }
     works = []
     for form, tail in tails.items():
+        many = chunk if form == "numbers" else BATCH
         nodes = [*head, *tail]
         nodes.append(Node("global_avg", "mean", (len(nodes),)))
         nodes.append(Node("dense", "dense", (len(nodes),), {"weight": "dense"}))
@@ -354,12 +386,12 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
             (side, side, channels), tuple("0123456789"),
         )  # fmt: skip
         steps = {step.outputs[-1]: step for step in compiled_kernels.plan(program)}
-        rooms = {number: [empty(size * CHUNK) for size in step.rooms]
+        rooms = {number: [empty(size * many) for size in step.rooms]
                  for number, step in steps.items()}  # fmt: skip
         images = random.integers(0, 256, (BATCH, side, side, channels), dtype=np.uint8)
         calls = []
-        for start in range(0, BATCH, CHUNK):
-            (numbers,) = steps[1].alone([images[start : start + CHUNK]])
+        for start in range(0, BATCH, many):
+            (numbers,) = steps[1].alone([images[start : start + many]])
             if form == "numbers":
                 signs, (bits,) = steps[2].bind([numbers], 0, rooms[2])
                 calls.append(signs)
@@ -372,7 +404,7 @@ def layer(channels: int, filters: int, size: int, side: int) -> tuple[Callable, 
                 call()
 
         works.append(partial(work, calls))
-    return works[0], works[1], steps[4].tile(CHUNK)
+    return works[0], works[1], steps[4].tile(BATCH)
 
 
 def ensembles(bench: Bench) -> None:
@@ -395,7 +427,6 @@ def ensembles(bench: Bench) -> None:
                 1,
                 partial(model, images),
                 {"torch fp32 eager, channels last": partial(twin, x)},
-                9,
             )
 
 
@@ -517,6 +548,9 @@ def main() -> None:
         "--cpu-time", action="store_true", help="count processor time, on a busy machine"
     )
     parser.add_argument("--only", choices=("resnet18", *SECTIONS), help="one section")
+    parser.add_argument(
+        "--passes", type=int, default=1, help="do it all so often; rows are medians of these"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     options = parser.parse_args()
@@ -531,13 +565,16 @@ def main() -> None:
         about += "\nseconds of processor time, of all threads together: the machine was busy"
     print(about, *table([])[:2], sep="\n")
     with torch.no_grad():
-        if options.only in (None, "resnet18"):
-            resnet18(bench, options.quick)
-        if options.quick and options.only in (None, "layers"):
-            layers(bench, quick=True)
-        for name, section in SECTIONS.items():
-            if not options.quick and options.only in (None, name):
-                section(bench)
+        for _ in range(options.passes):
+            bench.notes.clear()
+            if options.only in (None, "resnet18"):
+                resnet18(bench, options.quick)
+            if options.quick and options.only in (None, "layers"):
+                layers(bench, quick=True)
+            for name, section in SECTIONS.items():
+                if not options.quick and options.only in (None, name):
+                    section(bench)
+    bench.join()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\n{time.perf_counter() - began:.0f} s; this process took {peak:.0f} MiB at most")
     bench.write(about, options.json, options.markdown)

@@ -100,6 +100,20 @@ class Bench:
         self.rows.append({**row, "peer_s": theirs, "ratio": ratio})
         print(table([self.rows[-1]])[-1], flush=True)
 
+    def join(self) -> None:
+        """One row of those that compare the same, in the order of the first ones: of medians."""
+        same: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            same.setdefault((row["name"], row["peer"], row["threads"]), []).append(row)
+        self.rows = []
+        for rows in same.values():
+            ours = statistics.median(row["ours_s"] for row in rows)
+            theirs = None
+            if rows[0]["peer_s"] is not None:
+                theirs = statistics.median(row["peer_s"] for row in rows)
+            ratio = None if theirs is None else theirs / ours
+            self.rows.append({**rows[0], "ours_s": ours, "peer_s": theirs, "ratio": ratio})
+
     def note(self, text: str) -> None:
         """Lines that are no row: printed, and written below the table."""
         self.notes += ["", *text.splitlines()]

@@ -31,7 +31,7 @@ Bound = tuple[Callable[[], object], Values]
 _MOST_RUNS = 1 << 16  # of a layer, with its padding left out
 _MOST_SLICED = (1 << 15) - 1  # products
 _FLOAT = np.dtype("f4")
-_POOLS = ("maxpool", "avgpool", "global_avg", "sumpool", "global_sum")
+_POOLS = ("maxpool", "avgpool", "sumpool")
 
 
 TILES: dict[str, np.dtype | None] = {
@@ -85,7 +85,7 @@ class _Planner:
     def step(self, group: Group) -> Kernel:
         scratch: tuple[int, ...] = ()
         tile: Callable[[int], str] | None = None
-        if not group.fits:
+        if not group.fits or self.small(group):
             bind = self.plain(group)
         else:
             epilogue = _Epilogue(self.program, group, self.shapes[group.value].dims[-1])
@@ -131,9 +131,43 @@ class _Planner:
 
         return cut
 
+    def small(self, group: Group) -> bool:
+        """Whether this is the last layer of a few classes: not worth a tile of 16 filters, which
+        takes a second to compile and which a wider network has for nothing else."""
+        last = group.node.op == "dense" and group.value == self.last
+        return last and not group.rows and lanes_of(len(self.program.classes)) < tiles.LANES
+
+    def dense(self, group: Group) -> Bind:
+        """A dense layer with nothing behind it."""
+        place = self.room(group.value)
+        slots = {slot: self.program.tensors[name] for slot, name in group.node.tensors.items()}
+
+        def prepare(member: int) -> tuple[Array, Array | float]:
+            bias = numpy_kernels.plain(slots["bias"], member) if "bias" in slots else 0.0
+            return np.ascontiguousarray(_float_weights(slots, member)), bias
+
+        prepared = each_member(prepare, slots.values())
+
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
+            weights, bias = prepared(member)
+            filters, features = weights.shape
+            x, out = values[0][:, 0, 0, :features], place.array(rooms[0], len(values[0]))
+            sums = out[:, 0, 0, :filters]
+
+            def call() -> None:
+                # Not a product of matrices, for which BLAS would wake threads of its own.
+                np.einsum("bf,of->bo", x, weights, out=sums)
+                np.add(sums, bias, out=sums)
+
+            return call, [out]
+
+        return bind
+
     def plain(self, group: Group) -> Bind:
         """A node that no epilogue does."""
         node, place = group.node, self.room(group.value)
+        if node.op == "dense":
+            return self.dense(group)
         words = not any(self.shapes[number].dims[-1] % tiles.LANES for number in node.inputs)
         if node.op in _POOLS and group.value != self.last:
             return self.pool(group)
@@ -171,16 +205,13 @@ class _Planner:
     def pool(self, group: Group) -> Bind:
         attrs = group.node.attrs
         size, out = self.dims(group.inputs[0])[:2], self.dims(group.value)[:2]
-        taps = int(attrs.get("kernel", 0))  # 0: all of the map
-        stride, pad = int(attrs.get("stride", 1)), int(attrs.get("pad", 0))
+        kernel, stride, pad = (int(attrs[name]) for name in ("kernel", "stride", "pad"))
         reach = pad if attrs.get("include_pad") else 0
-        divisor = divisors(size, out, (taps, taps) if taps else size, stride, pad, reach)
+        divisor = divisors(size, out, (kernel, kernel), stride, pad, reach)
         factor = np.ones_like(divisor)
         if group.node.op == "sumpool":
             divisor, factor = factor, factors(divisor)
-        elif group.node.op == "global_sum":
-            divisor = factor
-        kernel, maximum = taps or max(size), group.node.op == "maxpool"
+        maximum = group.node.op == "maxpool"
         place = self.room(group.value)
         turn = self.turn(group) if self.shapes[group.value].kind == "bits" else None
 

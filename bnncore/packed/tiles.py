@@ -850,8 +850,9 @@ def pool(
                                 room[c] += tap[c]
                         first = False
                 if not maximum:
+                    by, times = divisor[i, j], factor[i, j]
                     for c in range(channels):
-                        room[c] = room[c] / divisor[i, j] * factor[i, j]
+                        room[c] = room[c] / by * times
 
 
 @njit(cache=True, nogil=True)

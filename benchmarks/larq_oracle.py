@@ -182,7 +182,7 @@ def peer(larq: Larq) -> list[str]:
         w = signs(random.random((filters, size, size, channels)) < 0.5)
         name = f"{channels}-{filters}-{size}-{side}"
         larq.load(name, x, w)
-        numbers, *_ = packed.layer(channels, filters, size, side)
+        numbers, *_ = packed.layer(channels, filters, size, side, packed.CHUNK)
         bench.compare(
             f"{channels}->{filters} {size}x{size}, {side}x{side}, numbers to numbers", 1,
             numbers, {"Larq Compute Engine": partial(larq.run, name)},

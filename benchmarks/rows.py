@@ -62,6 +62,7 @@ class Bench:
         self.clock = clock
         self.origin = f"{date.today().isoformat()}, commit {commit()}"  # when it begins
         self.rows: list[Row] = []
+        self.rates: dict[str, list[float]] = {}  # of every pass, by what they are of
         self.notes: list[str] = []
 
     def compare(
@@ -101,7 +102,8 @@ class Bench:
         print(table([self.rows[-1]])[-1], flush=True)
 
     def join(self) -> None:
-        """One row of those that compare the same, in the order of the first ones: of medians."""
+        """One row of those that compare the same, in the order of the first ones: of medians; and
+        print them where that changes anything."""
         same: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             same.setdefault((row["name"], row["peer"], row["threads"]), []).append(row)
@@ -113,6 +115,8 @@ class Bench:
                 theirs = statistics.median(row["peer_s"] for row in rows)
             ratio = None if theirs is None else theirs / ours
             self.rows.append({**rows[0], "ours_s": ours, "peer_s": theirs, "ratio": ratio})
+        if max(map(len, same.values()), default=1) > 1:
+            print("\nmedians of all passes:", *table(self.rows), sep="\n", flush=True)
 
     def note(self, text: str) -> None:
         """Lines that are no row: printed, and written below the table."""

@@ -1,11 +1,12 @@
 """Compiled kernels (numba): the same results as `bnncore.packed.numpy_kernels`, many times faster.
 
-`fuse` decides what one step does, `layouts` how values and weights lie, `tiles` holds the loops.
+`fuse` decides what one step does, `layouts` how values and weights lie; `tiles` holds the loops,
+and `slices` and `matrices` those of two more ways to do a binary convolution.
 
-**Zero padding** is exact and nearly free (see `borders`). A tile holds the same position of several
-images and leaves taps in the padding out; where images are few it holds several positions of one
-image instead, reads zero bits from a padded copy, and the constant of the border class takes them
-out again.
+**Zero padding** is exact and nearly free (see `borders`). A tile of `tiles` holds the same position
+of several images and leaves taps in the padding out; where images are few it holds several
+positions of one image instead, reads zero bits from a padded copy, and the constant of the border
+class takes them out again.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ class _Planner:
         """Whether this is the last layer of a few classes: not worth a tile of 16 filters, which
         takes a second to compile and which a wider network has for nothing else."""
         last = group.node.op == "dense" and group.value == self.last
-        return last and not group.rows and lanes_of(len(self.program.classes)) < tiles.LANES
+        alone = not (group.rows or group.residual)
+        return last and alone and lanes_of(len(self.program.classes)) < tiles.LANES
 
     def dense(self, group: Group) -> Bind:
         """A dense layer with nothing behind it."""
@@ -156,8 +158,9 @@ class _Planner:
 
             def call() -> None:
                 # Not a product of matrices, for which BLAS would wake threads of its own.
-                np.einsum("bf,of->bo", x, weights, out=sums)
-                np.add(sums, bias, out=sums)
+                with np.errstate(all="ignore"):
+                    np.einsum("bf,of->bo", x, weights, out=sums)
+                    np.add(sums, bias, out=sums)
 
             return call, [out]
 
@@ -186,7 +189,12 @@ class _Planner:
         def through_numpy(values: Values, member: int, rooms: Rooms) -> Bound:
             plain = [layouts.to_plain(v, s) for v, s in zip(values, shapes, strict=True)]
             out = place.array(rooms[0], len(values[0]))
-            return lambda: layouts.from_plain(slow(plain, member), out), [out]
+
+            def call() -> None:
+                with np.errstate(all="ignore"):
+                    layouts.from_plain(slow(plain, member), out)
+
+            return call, [out]
 
         return through_numpy
 
@@ -363,7 +371,7 @@ class _Planner:
             )  # fmt: skip
             return partial(_both, before, convolve) if before else convolve, outs
 
-        return bind, (padded.bytes,) if pad or bytes_ else (), tile
+        return bind, (padded.bytes,) if (pad or bytes_) and not matrix else (), tile
 
     def matrix(
         self, group: Group, epilogue: _Epilogue, window: Window, places: Sequence[Room]

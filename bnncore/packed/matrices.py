@@ -1,10 +1,10 @@
 """Binary convolutions by a processor's matrix unit (Intel's AMX): a third kind of tile, of bytes.
 
-Maps and weights stay bits wherever they are stored. A convolution spreads the bits of a few rows
-to bytes of +1 and -1, in a copy with bytes of 0 around it that a cache holds, and multiplies them
-by the weights' bytes: of 16 pixels, 64 products each, with 16 filters in 16 cycles. Sums come out
-as they are: **padding is 0**, so that there are neither border classes nor constants, and a word's
-spare channels have weights of 0.
+Maps stay bits where they are stored. A convolution spreads the bits of a few rows to bytes of +1
+and -1, in a copy with bytes of 0 around it that a cache holds, and multiplies them by the weights,
+which are prepared as bytes: of 16 pixels, 64 products each, with 16 filters in 16 cycles. Sums come
+out as they are: **padding is 0**, so that there are neither border classes nor constants, and a
+word's spare channels have weights of 0.
 
 *Rows* of a multiplication are up to 16 pixels of a row of the result. (The same pixel of as many
 images instead, where rows are short, was no faster than other tiles: weights and maps of that many
@@ -79,9 +79,11 @@ def wins(weight: tuple[int, ...], window: Window, out: tuple[int, ...]) -> bool:
 
 
 def _flat(window: Window, out: tuple[int, ...]) -> tuple[int, ...]:
-    """The result as a map of one row, where it can be and its own rows fill no tiles."""
-    point = (*window.kernel, window.stride, window.pad) == (1, 1, 1, 0)
-    return (1, out[0] * out[1]) if point and _evenly(out[1]) < _FULL else out
+    """The result as a map of rows that fill tiles, where its own do not and it can be."""
+    point, pixels = (*window.kernel, window.stride, window.pad) == (1, 1, 1, 0), out[0] * out[1]
+    if not point or _evenly(out[1]) >= _FULL:
+        return out
+    return (1, pixels) if pixels % SIDE else (pixels // SIDE, SIDE)
 
 
 class Lay(NamedTuple):
@@ -97,7 +99,7 @@ class Lay(NamedTuple):
         (kh, kw), stride, pad = window.kernel, window.stride, window.pad
         (lines, wide), each = window.inputs, rounded(channels)
         if _flat(window, out) != out:
-            lines, wide = out = _flat(window, out)
+            lines, wide = out = _flat(window, out)  # as the map is, pixel by pixel
         rows = _evenly(out[1])
         pitch = (wide + 2 * pad) * each
         most = max(_LEAST, (_STRIP // pitch - kh) // stride + 1)
@@ -134,7 +136,7 @@ def lay_out(weights: Array) -> Array:
     filters, kh, kw, channels = weights.shape
     each, lanes = rounded(channels), lanes_of(filters)
     room = np.zeros((rounded(filters), kh, kw, each), np.int8)
-    room[:filters, ..., :channels] = np.where(weights, 1, -1)
+    room[:filters, ..., :channels] = np.where(weights, np.int8(1), np.int8(-1))
     flat = room.reshape(len(room), kh, -1)
     flat = np.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % STEP)))
     split = flat.reshape(-1, lanes // SIDE, SIDE, kh, flat.shape[2] // STEP, SIDE, 4)
@@ -151,7 +153,7 @@ def limits(low: Array, high: Array, lanes: int) -> Array:
     least, most = whole(low, high)
     never = least > most
     rows = np.stack([np.where(never, FAR, least), np.where(never, 0, most - least)])
-    return aligned(rows.astype(np.uint32).view(np.int32).reshape(2, -1, lanes).transpose(1, 0, 2))
+    return aligned(rows.astype(np.int64).astype(np.int32).reshape(2, -1, lanes).transpose(1, 0, 2))
 
 
 # ---- code generation --------------------------------------------------------------------------
@@ -218,9 +220,9 @@ def _spread(
                 b.icmp_signed(">", times, _I64(0)), [], lambda none: emit.loop(times, [], step)
             )
 
-        whole = b.udiv(count, _I64(n))
-        repeat(whole, _I64(0), n)
-        done = b.mul(whole, _I64(n))
+        times = b.udiv(count, _I64(n))
+        repeat(times, _I64(0), n)
+        done = b.mul(times, _I64(n))
         repeat(b.sub(count, done), done, 1)
         return context.get_dummy_value()
 
@@ -257,8 +259,8 @@ def _multiply(
         pixels, filters = (4, 5), (6, 7)
 
         def row(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-            here = b.mul(index, pitch)
-            begin = [b.add(start, here) for start in starts]
+            down = b.mul(index, pitch)
+            begin = [b.add(start, down) for start in starts]
 
             def step(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
                 (weights,) = carried
@@ -396,20 +398,20 @@ def convolve(
             flip = np.int64(flips[block])
             # Sums wait for the next ones to begin: what follows them needs other units.
             for g in range(0, count + together, together):
-                here = sums_at + g // together % 2 * held
+                these_at = sums_at + g // together % 2 * held
                 if g < count:
                     for t in range(together):
                         at[t] = base + starts[min(g + t, count - 1)]
                     _multiply(
                         flips, at_at, stride * cell, high, pitch, steps,
-                        weights_at + block * block_bytes, here,
+                        weights_at + block * block_bytes, these_at,
                     )  # fmt: skip
                 last = g - together
                 if last < 0:
                     continue
                 for t in range(1 if joined else min(together, count - last)):
                     place = (place_of + places[last + t]) * blocks + block
-                    found = sums_at + held - (here - sums_at) + t * SIDE * lanes * 4
+                    found = sums_at + held - (these_at - sums_at) + t * SIDE * lanes * 4
                     many = rows * min(together, count - last) if joined else rows
                     if counted:
                         _compare(

@@ -64,9 +64,14 @@ def processor() -> str:
     return _target()[1]
 
 
+def flags() -> list[str]:
+    """What it can do (``+avx2``, as LLVM names it) and cannot; NUMBA_CPU_FEATURES overrides it."""
+    return _target()[2].split(",")
+
+
 def features() -> set[str]:
-    """What it can do, as LLVM names it (``avx2``); NUMBA_CPU_FEATURES overrides it."""
-    return {flag[1:] for flag in _target()[2].split(",") if flag.startswith("+")}
+    """What it can do (``avx2``)."""
+    return {flag[1:] for flag in flags() if flag.startswith("+")}
 
 
 def binary_tile() -> np.dtype:

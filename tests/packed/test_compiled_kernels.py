@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from bnncore.packed import (
     compiled_kernels,
     execute,
     layouts,
+    matrices,
     numpy_kernels,
     packfile,
     tiles,
@@ -300,13 +302,14 @@ def test_sums_longer_than_a_tile_of_bytes_can_hold(tile: str) -> None:
     check(program, random_images(program, 2), tile)
 
 
-def test_integer_levels_beyond_all_sums() -> None:
+@pytest.mark.parametrize("tile", TILES)
+def test_integer_levels_beyond_all_sums(tile: str) -> None:
     """Levels that float32 cannot hold still compare as integers do."""
     rng = np.random.default_rng(0)
     program = one_layer(rng, 40, 40, 3, 1, 1, (5, 5), ("interval",))
     low = rng.choice([-(1 << 31), -(1 << 24) - 1, 0, (1 << 24) + 1, (1 << 31) - 1], 40)
     program.tensors["3.low"] = tensor("int32", "threshold", low)
-    check(program, random_images(program, 3), "words")
+    check(program, random_images(program, 3), tile)
 
 
 def test_limits_of_numbers_as_limits_of_counts() -> None:
@@ -321,6 +324,12 @@ def test_limits_of_numbers_as_limits_of_counts() -> None:
         sums = (constants - 2 * count).astype(np.float32)
         want = (low <= sums) & (sums <= high)
         np.testing.assert_array_equal((least <= count) & (count <= most), want)
+    ends = matrices.limits(*(np.resize(each, 32 * -(-len(low) // 32)) for each in (low, high)), 32)
+    first, more = ends.transpose(1, 0, 2).reshape(2, -1)[:, : len(low)]
+    for sum_ in (*range(-20, 21), -(1 << 24), 1 << 24):
+        want = (low <= np.float32(sum_)) & (np.float32(sum_) <= high)
+        above = (np.int32(sum_) - first.astype(np.int64)).astype(np.uint32)
+        np.testing.assert_array_equal(above <= more.view(np.uint32), want)
 
 
 def test_work_is_fused() -> None:
@@ -408,6 +417,33 @@ def test_maps_and_windows_that_lanes_hardly_hold(
     for chain in ((), ("threshold",)):
         program = one_layer(rng, channels, filters, size, 1, pad, side, chain)
         check(program, random_images(program, 3), "sliced")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("added", [None, "dense", "mean"])
+def test_last_layers_of_a_few_classes(added: str | None, whole: bool) -> None:
+    """Alone, and with what is added to it."""
+    rng = np.random.default_rng(0)
+    program = one_layer(rng, 5, 3, 3, 1, 1, (4, 4), ())
+    *nodes, dense = program.nodes
+    mean = nodes[-1]
+    if whole:  # integers, as far as the last node
+        dense = replace(dense, tensors={"weight": "whole"})
+        nodes[-1] = replace(mean, op="global_sum")
+    table = {**program.tensors, "whole": tensor("int8", "weight", rng.integers(-9, 9, (3, 3)))}
+    nodes.append(dense)
+    if added:
+        second = len(nodes)
+        if added == "dense":
+            nodes.append(dense)
+        nodes.append(Node("add", "add", (second, len(nodes) if added == "dense" else second - 1)))
+    elif whole:
+        nodes.append(Node("fixed", "fixed", (len(nodes),), {}, {"fraction": 3}))
+    used = {name for node in nodes for name in node.tensors.values()}
+    tensors = {name: data for name, data in table.items() if name in used}
+    check(
+        replace(program, nodes=tuple(nodes), tensors=tensors), random_images(program, 7), TILES[0]
+    )
 
 
 @pytest.mark.skipif("matrix" not in TILES, reason="no matrix unit here")

@@ -166,11 +166,32 @@ class _Planner:
 
         return bind
 
+    def over_maps(self, group: Group) -> Bind:
+        """Sums of whole maps, or their means."""
+        place, (high, wide) = self.room(group.value), self.dims(group.inputs[0])[:2]
+        mean = group.node.op == "global_avg"
+
+        def bind(values: Values, member: int, rooms: Rooms) -> Bound:
+            out = place.array(rooms[0], len(values[0]))
+            x, sums = values[0].reshape(len(out), high * wide, -1), out[:, 0, 0]
+
+            def call() -> None:
+                with np.errstate(all="ignore"):
+                    np.add.reduce(x, axis=1, out=sums)
+                    if mean:
+                        np.divide(sums, np.float32(high * wide), out=sums)
+
+            return call, [out]
+
+        return bind
+
     def plain(self, group: Group) -> Bind:
         """A node that no epilogue does."""
         node, place = group.node, self.room(group.value)
         if node.op == "dense":
             return self.dense(group)
+        if node.op in ("global_avg", "global_sum") and group.value != self.last:
+            return self.over_maps(group)
         words = not any(self.shapes[number].dims[-1] % tiles.LANES for number in node.inputs)
         if node.op in _POOLS and group.value != self.last:
             return self.pool(group)

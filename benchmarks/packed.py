@@ -261,19 +261,21 @@ def layers(bench: Bench, quick: bool = False) -> None:
         )
         chunk = at_once(channels + filters, side)
         layouts = [(x, w), tuple(t.to(memory_format=torch.channels_last) for t in (x, w))]
-        layouts.append((layouts[1][0].bfloat16(), layouts[1][1].bfloat16()))
-        # Theirs, too, the images together or so many at a time, whichever takes less.
-        works = [
-            partial(convolve, torch.split(x, many), w, pad)
-            for x, w in layouts
-            for many in {chunk, BATCH}
-        ]
-        count = len(works) // 3
-        peers: dict[str, Callable[[], object]] = {
-            "torch fp32, best layout": min(works[: 2 * count], key=best)
-        }
+        forms = {"torch fp32, best layout": layouts}
         if BF16:
-            peers["torch bf16"] = min(works[2 * count :], key=best)
+            forms["torch bf16"] = [tuple(t.bfloat16() for t in layouts[1])]
+        # Theirs, too, the images together or so many at a time, whichever takes less.
+        peers: dict[str, Callable[[], object]] = {
+            label: min(
+                (
+                    partial(convolve, torch.split(x, many), w, pad)
+                    for x, w in pairs
+                    for many in {chunk, BATCH}
+                ),
+                key=best,
+            )
+            for label, pairs in forms.items()
+        }
         numbers, bits, tile = layer(channels, filters, size, side, chunk)
         bench.compare(f"{name}, numbers to numbers", 1, numbers, peers)
         ours = bench.compare(f"{name}, bits to bits", 1, bits, peers)
@@ -495,17 +497,18 @@ def held(bench: Bench) -> None:
     if "avx512f" not in processor()[1]:
         print("\nno AVX-512 here: all rows above are those of AVX2")
         return
-    every = (("resnet18", "--quick"), ("layers",), ("ensembles",))
-    less: list[tuple[str, dict[str, str], tuple[tuple[str, ...], ...]]] = [("AVX2", AVX2, every)]
+    less = {"AVX2": AVX2}
     if matrices.here():
         without = ",".join(tiles.flags()).replace("+amx", "-amx")
-        env = {"NUMBA_CPU_NAME": tiles.processor(), "NUMBA_CPU_FEATURES": without}
-        less.append(("no matrix unit", env, every))
-    for name, env, parts in less:
+        less["no matrix unit"] = {
+            "NUMBA_CPU_NAME": tiles.processor(),
+            "NUMBA_CPU_FEATURES": without,
+        }
+    for name, env in less.items():
         print(f"\n{name}:", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             file, notes = Path(folder) / "rows.json", Path(folder) / "notes.md"
-            for part in parts:
+            for part in (("resnet18", "--quick"), ("layers",), ("ensembles",)):
                 subprocess.run(
                     [sys.executable, __file__, "--json", str(file), "--markdown", str(notes)]
                     + ["--only", *part]

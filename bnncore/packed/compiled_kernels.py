@@ -291,6 +291,9 @@ class _Planner:
         if binary and kh * kw * stored > tiles.LONGEST:
             dtype = np.dtype("u4")
         window = Window.of((kh, kw), stride, pad, inputs[:2], outputs[:2])
+        places = [self.room(number) for number in group.outputs]
+        if binary and (matrix := self.matrix(group, epilogue, window, places)):
+            return matrix, (), lambda images: "matrix"
         lanes, word = lanes_of(filters), lanes_of(inputs[2])
         if dtype == np.uint8:
             steps, unit, step, longest = stored // 8, 1, 2 * lanes, tiles.BYTE_STEPS
@@ -310,7 +313,6 @@ class _Planner:
         held = self.room(source)
         high, wide, *channels = held.shape
         padded = Room((high + 2 * pad, wide + 2 * pad, *channels), held.dtype)
-        places = [self.room(number) for number in group.outputs]
 
         def lay_out(member: int) -> tuple[Array, Array, Array]:
             """Weights, and the constants without taps in the padding and with them."""
@@ -351,11 +353,8 @@ class _Planner:
             [*slots.values(), *epilogue.tensors],
         )
         sliced = self.sliced(group, epilogue, window, places) if binary else None
-        matrix = self.matrix(group, epilogue, window, places) if binary else None
 
         def tile(images: int) -> str:
-            if matrix:
-                return "matrix"
             if sliced and (self.tile or slicing.worth(outputs[:2], images)):
                 return "sliced"
             return "floats" if not binary else "nibbles" if dtype == np.uint8 else "words"
@@ -367,9 +366,8 @@ class _Planner:
         def bind(values: Values, member: int, rooms: Rooms) -> Bound:
             x = values[0]
             images = len(x)
-            other = {"sliced": sliced, "matrix": matrix}.get(tile(images))
-            if other:
-                return other(values, member, rooms)
+            if sliced and tile(images) == "sliced":
+                return sliced(values, member, rooms)
             weights, inside, whole = prepared(member)
             inside_limits, whole_limits = bounds(member)
             outs = [place.array(room, images) for place, room in zip(places, rooms, strict=False)]
@@ -392,7 +390,7 @@ class _Planner:
             )  # fmt: skip
             return partial(_both, before, convolve) if before else convolve, outs
 
-        return bind, (padded.bytes,) if (pad or bytes_) and not matrix else (), tile
+        return bind, (padded.bytes,) if pad or bytes_ else (), tile
 
     def matrix(
         self, group: Group, epilogue: _Epilogue, window: Window, places: Sequence[Room]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from numba.extending import intrinsic
 from bnncore.packed import tiles
 from bnncore.packed.borders import FAR, Window, whole
 from bnncore.packed.layouts import aligned, lanes_of, rounded
-from bnncore.packed.tiles import _F32, _I8, _I32, _I64, _Emit, _finish_pixels
+from bnncore.packed.tiles import _F32, _I8, _I32, _I64, _Emit, _finish_pixels, _parameters
 
 Array = np.ndarray
 
@@ -49,8 +48,6 @@ _LEAST = 4  # rows of results, however wide, for which that is done at a time
 def here() -> bool:
     """Whether this processor has the unit, and the system lets this process use it."""
     if not {"amx-tile", "amx-int8"} <= tiles.features() or sys.platform != "linux":
-        return False
-    if platform.machine() != "x86_64":
         return False
     # Linux gives a process the state that tiles need only when asked: arch_prctl of
     # ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
@@ -216,9 +213,7 @@ def _spread(
                 some(b.add(first, b.mul(index, _I64(by))), by * width)
                 return []
 
-            emit.when(
-                b.icmp_signed(">", times, _I64(0)), [], lambda none: emit.loop(times, [], step)
-            )
+            emit.each(times, [], step)
 
         times = b.udiv(count, _I64(n))
         repeat(times, _I64(0), n)
@@ -305,9 +300,7 @@ def _finish(
             return [builder.sitofp(value, vector) for value in found]
 
         places = residual, numbers, bits
-        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
-        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(tiles.ROWS)]
-        row = rows.__getitem__
+        row = _parameters(emit, lanes, params)
         _finish_pixels(emit, lanes, parts, flip, row, values, places, count, apart)
         return context.get_dummy_value()
 

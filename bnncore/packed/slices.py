@@ -30,7 +30,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from bnncore.packed.tiles import ROWS, _Emit, _finish_pixels, features
+from bnncore.packed.tiles import ROWS, _Emit, _finish_pixels, _parameters, features
 
 Array = np.ndarray
 
@@ -408,9 +408,7 @@ def _finish(
             ]
 
         places = residual, numbers, bits
-        # In registers, as far as there are any: what is stored could be theirs, for all LLVM knows.
-        rows = [emit.load(vector, emit.at(params, 4 * lanes * k)) for k in range(ROWS)]
-        row = rows.__getitem__
+        row = _parameters(emit, lanes, params)
         _finish_pixels(emit, lanes, parts, flip, row, values, places, count, blocks)
         return context.get_dummy_value()
 

@@ -167,13 +167,24 @@ class _Emit:
         self.b.position_at_end(after)
         return new
 
+    def each(
+        self,
+        count: ir.Value,
+        carried: list[ir.Value],
+        body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+        unroll: bool = True,
+    ) -> list[ir.Value]:
+        """`loop` for any count."""
+        asked = self.b.icmp_signed(">", count, _I64(0))
+        return self.when(asked, carried, lambda held: self.loop(count, held, body, unroll))
+
     def unrolled(
         self,
         count: ir.Value,
         carried: list[ir.Value],
         body: Callable[[ir.Value, int, list[ir.Value]], list[ir.Value]],
     ) -> list[ir.Value]:
-        """The same for any count, `UNROLL` at a time: ``body(first, n, carried)`` for i = first +
+        """`loop` for any count, `UNROLL` at a time: ``body(first, n, carried)`` for i = first +
         n, so that addresses of the ones behind a first one differ from its own by constants."""
         some = self.b.udiv(count, _I64(UNROLL))
         rest = self.b.urem(count, _I64(UNROLL))
@@ -188,16 +199,7 @@ class _Emit:
             done = self.b.mul(some, _I64(UNROLL))
             return body(self.b.add(done, index), 0, carried)
 
-        def repeat(
-            times: ir.Value, work: Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
-        ) -> None:
-            nonlocal carried
-            asked = self.b.icmp_signed(">", times, _I64(0))
-            carried = self.when(asked, carried, lambda held: self.loop(times, held, work, False))
-
-        repeat(some, many)
-        repeat(rest, last)
-        return carried
+        return self.each(rest, self.each(some, carried, many, False), last, False)
 
     def when(
         self,
@@ -540,6 +542,13 @@ def _row(emit: _Emit, lanes: int, params: ir.Value) -> Callable[[int], ir.Value]
     return lambda k: emit.load(ir.VectorType(_F32, lanes), emit.at(params, 4 * lanes * k))
 
 
+def _parameters(emit: _Emit, lanes: int, params: ir.Value) -> Callable[[int], ir.Value]:
+    """The same, loaded beforehand: in registers, as far as there are any. What is stored could be
+    theirs, for all LLVM knows."""
+    row = _row(emit, lanes, params)
+    return [row(k) for k in range(ROWS)].__getitem__
+
+
 def _finish_pixels(
     emit: _Emit, lanes: int, parts: ir.Value, flip: ir.Value, row: Callable[[int], ir.Value],
     values: Callable[[list[ir.Value]], list[ir.Value]], places: tuple[ir.Value, ...],
@@ -569,10 +578,7 @@ def _finish_pixels(
             some(b.add(first, b.mul(index, _I64(many))), many)
             return []
 
-        def steps(none: list[ir.Value]) -> list[ir.Value]:
-            return emit.loop(times, [], step, unroll=False)
-
-        emit.when(b.icmp_signed(">", times, _I64(0)), [], steps)
+        emit.each(times, [], step, unroll=False)
 
     whole = b.udiv(count, _I64(n))
     done = b.mul(whole, _I64(n))
